@@ -1,0 +1,97 @@
+# Everything a developer runs, on a machine with only Python and a C compiler: each target first brings .venv up to date.
+# The extension is built in place, so that what is tested, timed and shown is always the present sources.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(abspath $(VENV))/bin/python
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+C_SOURCES = $(wildcard src_c/*.[ch] bench/*.c bench/*.cpp tests/*/*.c)
+
+.PHONY: help demo test test-arm test-noavx lint format bench bench-peers sanitize wheel build torch emulators
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
+	$(PY) examples/first_layer.py
+	$(PY) examples/digits_mlp.py
+
+test: $(VENV)/test.stamp torch build ## run the test suite and print the coverage of the Python layer
+	$(PY) -m pytest --cov --cov-report=term
+
+test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
+	$(PY) -m pytest tests/emulated/check_arm.py
+
+test-noavx: $(VENV)/test.stamp build emulators ## run a part of the test suite on a CPU without AVX (emulated)
+	$(PY) -m pytest tests/emulated/check_noavx.py
+
+lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
+	ruff check
+	ruff format --check
+	cython-lint fastbn
+	clang-format --dry-run -Werror $(C_SOURCES)
+	mypy
+	@mkdir -p build
+	@set -e; for cc in gcc clang; do \
+	    if command -v $$cc >/dev/null; then \
+	        echo "== $$cc -Wall -Wextra -Werror"; \
+	        CC=$$cc CFLAGS=-Werror $(PY) setup.py --quiet build_ext -t build/lint-$$cc -b build/lint-$$cc >build/lint-$$cc.log; \
+	    else echo "== $$cc is not installed: its warnings were NOT checked"; fi; \
+	done
+
+format: $(VENV)/lint.stamp ## rewrite Python and C in the project's style
+	ruff check --fix
+	ruff format
+	clang-format -i $(C_SOURCES)
+
+bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the ratios
+	$(PY) bench/ratios.py
+
+bench-peers: $(VENV)/peers.stamp build ## time fastbn against PyTorch, oneDNN, TensorFlow, JAX, ONNX Runtime, OpenVINO
+	$(PY) bench/compare.py
+
+# In a copy, so that no object is ever mixed with those of an ordinary build.
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r setup.py pyproject.toml fastbn src_c tests $(SANITIZED)
+	cd $(SANITIZED) && CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
+	cd $(SANITIZED) && LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=print_stacktrace=1 timeout 1200 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
+
+wheel: $(VENV)/test.stamp ## build the sdist, and the wheel from the sdist, into dist/
+	$(PY) -m build
+	@ls -l dist
+
+# ---- what the targets above stand on
+
+build: $(VENV)/python.stamp
+	@mkdir -p build
+	@$(PY) setup.py --quiet build_ext --inplace >build/build.log || { cat build/build.log; exit 1; }
+
+EMULATORS := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+emulators:
+	@{ command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64 && command -v qemu-x86_64; } >/dev/null || \
+	{ test "$$(id -u)" = 0 && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(EMULATORS) >/dev/null; } || \
+	{ echo "Please install these packages of Debian and Ubuntu: $(EMULATORS)"; exit 1; }
+
+torch:
+	@$(MAKE) --no-print-directory $(VENV)/interop.stamp || \
+	    echo "PyTorch, Keras and ONNX could not be installed: the tests that judge fastbn by them will be SKIPPED"
+
+# .venv/test.stamp and the like: this checkout is installed there, in place, with the extra of that name.
+$(VENV)/%.stamp: $(VENV)/python.stamp
+	@echo "Installing fastbn[$*] into $(VENV)"
+	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/python.stamp: pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(PIP) install --upgrade pip $(BUILD_REQUIRES)
+	@touch $@

@@ -1,0 +1,115 @@
+"""Build the C core: one object per instruction set, each with its own flags, linked into one extension."""
+
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from itertools import repeat
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+from setuptools.modified import newer_group
+
+# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). No other file is compiled
+# with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
+
+# -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
+GNU_FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
+GNU_WARNINGS = ["-Wall", "-Wextra"]  # for our own C, not for what Cython writes
+MSVC_FLAGS = ["/O2", "/std:c11", "/fp:precise"]
+
+# (compile flags, link flags): the first pair that compiles and links a program is taken.
+GNU_OPENMP = [
+    (["-fopenmp"], ["-fopenmp"]),
+    (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),  # Apple clang, with LLVM's runtime installed beside it
+]
+MSVC_OPENMP = [(["/openmp"], [])]
+OPENMP_PROBE = "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
+
+HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
+
+
+class BuildKernels(build_ext):
+    def initialize_options(self):
+        super().initialize_options()
+        self.build_temp = "build/objects"  # shared by installing, packaging and building in place
+
+    def build_extension(self, ext):
+        msvc = self.compiler.compiler_type == "msvc"
+        flags = MSVC_FLAGS if msvc else GNU_FLAGS + GNU_OPTIMIZE[bool(self.debug)]
+        openmp_compile, openmp_link = self.find_openmp(MSVC_OPENMP if msvc else GNU_OPENMP)
+        isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
+
+        own_flags = flags if msvc else flags + GNU_WARNINGS
+        sources = {f"src_c/{name}.c": own_flags for name in ("dispatch", "outputs", "kernels_baseline")}
+        for isa, (gnu, visual) in isas.items():
+            sources[f"src_c/kernels_{isa}.c"] = own_flags + (visual if msvc else gnu)
+
+        ext.define_macros += [(f"FASTBN_HAVE_{isa.upper()}", "1") for isa in isas]
+        ext.extra_compile_args = flags + openmp_compile
+        ext.extra_link_args = openmp_link
+        ext.depends = [*sources, *HEADERS, self.remember("extension", ext.extra_compile_args)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext.define_macros))
+            ext.extra_objects = list(objects)
+        super().build_extension(ext)
+
+    def find_openmp(self, candidates):
+        if os.environ.get("FASTBN_NO_OPENMP", "0") in ("", "0"):
+            for compile_flags, link_flags in candidates:
+                if self.links(OPENMP_PROBE, compile_flags, link_flags):
+                    return compile_flags, link_flags
+            reason = "the compiler cannot build an OpenMP program"
+        else:
+            reason = "FASTBN_NO_OPENMP is set"
+        self.warn(f"fastbn is built WITHOUT OpenMP and will use one thread only: {reason}")
+        return [], []
+
+    def links(self, code, compile_flags, link_flags):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(code)
+            try:
+                objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_flags)
+                self.compiler.link_shared_object(objects, f"{source}.out", extra_postargs=link_flags)
+            except (CompileError, LinkError):
+                return False
+        return True
+
+    def compile_own(self, source, flags, macros):
+        """Compile one of our C files, unless its object is newer than all it is made from."""
+        [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
+        flags_file = self.remember(Path(source).stem, flags, macros)
+        if self.force or newer_group([source, *HEADERS, flags_file], target):
+            self.compiler.compile([source], self.build_temp, macros, extra_postargs=flags)
+        return target
+
+    def remember(self, name, *flags):
+        """Write flags and compiler to a file, if they changed: what depends on it is then built again."""
+        commands = [getattr(self.compiler, command, None) for command in ("compiler_so", "linker_so")]
+        file = Path(self.build_temp, f"{name}.flags")
+        if not file.exists() or file.read_text() != repr((commands, flags)):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(repr((commands, flags)))
+        return str(file)
+
+
+kernels = Extension(
+    "fastbn._kernels",
+    ["fastbn/_kernels.pyx"],
+    include_dirs=["src_c", numpy.get_include()],
+    define_macros=[
+        ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+        ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # runs with every NumPy since 1.25
+    ],
+)
+kernels.cython_c_in_temp = True  # the generated C belongs to the build, not to the source tree
+
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

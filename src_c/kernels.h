@@ -1,0 +1,99 @@
+/* kernels.h: what a kernel is given, and the one list of kernels.
+ *
+ * A kernel is a serial C function over a range of the work. It knows nothing of threads or Python, allocates
+ * nothing and keeps no state. A tensor is walked in one of two ways:
+ *
+ *   BN_PLANES   (N, C, S): element (n, c, s) lies at data[n * outer + c * inner + s]       NCHW
+ *   BN_ROWS     (N, S, C): element (n, s, c) lies at data[n * outer + s * inner + c]       channels-last, (N, C)
+ *
+ * Elements are numbered in that order (planes: (n * C + c) * S + s; rows: (n * S + s) * C + c), so that a range of
+ * element numbers [e0, e1) names a share of the elementwise work in both.
+ *
+ * With few channels in BN_ROWS, `fold` rows that follow one another in memory make one wide row of C * fold
+ * columns, so that vectors are full whatever C is; column j then belongs to channel j % C. All per-channel
+ * coefficients are repeated `fold` times. It needs operands without gaps (inner == C, N == 1).
+ *
+ * Statistics are taken over tiles, numbered from 0 for each channel. Tiles depend on N, C, S and the layout alone,
+ * never on threads or instruction set: that is what makes results reproducible.
+ */
+#ifndef FASTBN_KERNELS_H
+#define FASTBN_KERNELS_H
+
+#include <stddef.h>
+
+enum { BN_PLANES, BN_ROWS };
+enum { BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU };
+
+typedef struct {
+    float *data; /* NULL: absent */
+    ptrdiff_t outer, inner;
+} bn_operand;
+
+typedef struct {
+    int layout, activation;
+    int stream; /* write outputs past the cache */
+    int packed; /* rows without gaps in all operands: N == 1, inner == C */
+    float negative_slope;
+    ptrdiff_t N, C, S;
+    ptrdiff_t fold;
+    bn_operand x, residual, grad_output;     /* read */
+    bn_operand y, grad_input, grad_residual; /* written */
+} bn_problem;
+
+/* Per-channel coefficients, float32: C * fold of them, then 16 more that begin again with the first.
+ *   forward:   z = (x - mean) * scale + shift
+ *   backward:  xhat = (x - mean) * invstd + offset
+ *              dx = (g - g_mean) * scale + g_shift - (x - mean) * invstd * g_proj */
+typedef struct {
+    float *mean, *scale, *shift;
+    float *invstd, *offset, *g_mean, *g_proj, *g_shift;
+} bn_coef;
+
+typedef struct {
+    const char *name;
+
+    /* The number of tiles of each channel. */
+    ptrdiff_t (*tiles)(const bn_problem *p);
+    /* How many rows BN_ROWS folds into one at this number of channels. */
+    ptrdiff_t (*fold)(ptrdiff_t C);
+    /* For tiles [t0, t1) of channels (rows: columns) [c0, c1): the mean and the sum of squared deviations, written
+     * at [(t - t0) * ld + (c - c0)]. Indexed by layout, as are the three below. */
+    void (*stats[2])(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                     double *m2, ptrdiff_t ld);
+    /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1). Planes that are streamed prefetch
+     * x[i + ahead] on the way. */
+    void (*forward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
+    /* Like stats: sums of g = grad_output * activation'(z), and of g * xhat. With frozen != 0 it also writes
+     * grad_input = g * scale and grad_residual = g, and that is the whole backward pass. */
+    void (*sums[2])(const bn_problem *p, const bn_coef *k, int frozen, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,
+                    ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld);
+    /* grad_input (and grad_residual) on elements [e0, e1). */
+    void (*backward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
+
+    /* Pools what stats wrote for all tiles of channels [c0, c1) into mean[c] and the biased variance var[c]. The
+     * tiles' arrays begin at channel c0 and are ld wide. */
+    void (*pool_stats)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
+                       ptrdiff_t ld, double *mean, double *var);
+    /* Adds up what sums wrote. */
+    void (*pool_sums)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g, const double *tile_gx,
+                      ptrdiff_t ld, double *g, double *gx);
+    /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
+    void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
+                 const float *weight, const float *bias, double eps, const bn_coef *k);
+    /* Puts the batch terms of the backward pass in, after coef, from the pooled sums. */
+    void (*backward_coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
+                          const bn_coef *k);
+} bn_kernels;
+
+extern const bn_kernels bn_kernels_baseline;
+#ifdef FASTBN_HAVE_AVX2
+extern const bn_kernels bn_kernels_avx2;
+#endif
+#ifdef FASTBN_HAVE_AVX512
+extern const bn_kernels bn_kernels_avx512;
+#endif
+
+/* The kernels this CPU can run, the best last; returns their number. */
+int bn_supported(const bn_kernels *tables[3]);
+
+#endif

@@ -1,0 +1,931 @@
+/* kernels.inc.h: the kernels, once for every instruction set.
+ *
+ * Each kernels_*.c includes this after choosing the vocabulary of simd.h. Everything is static: two copies of one
+ * inline function with external linkage would be merged by the linker, and the AVX copy might win on a CPU without.
+ *
+ * How sums are kept both fast and right. A tile's values are summed in float32 after a shift near their mean, in
+ * LANES (planes) or one a column (rows) partial sums, the same ones on every instruction set. The shift is a median of
+ * nine values from all over the tile, which costs nearly nothing; when it was a bad guess, or float32 has not the
+ * range, the sums themselves tell, and the tile is summed again in float64. Tiles are pooled in float64.
+ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "simd.h"
+
+#define LANES      64         /* partial sums of a plane's values */
+#define ACC        4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define PASS       (ACC * VL) /* lanes that one pass over a tile covers */
+#define LINE       16         /* floats of a cache line */
+#define PLANE_TILE 4096       /* values: 16 KB, twice in L1 for the backward pass */
+#define ROW_TILE   256        /* rows */
+#define CHAIN      64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
+#define PANEL      512        /* columns at a time in sums over rows */
+
+/* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
+#define SPECIALIZE(p, body)                                                                                            \
+    switch ((p)->activation * 2 + ((p)->residual.data != NULL)) {                                                      \
+    case 0: body(BN_IDENTITY, 0); break;                                                                               \
+    case 1: body(BN_IDENTITY, 1); break;                                                                               \
+    case 2: body(BN_RELU, 0); break;                                                                                   \
+    case 3: body(BN_RELU, 1); break;                                                                                   \
+    case 4: body(BN_RELU6, 0); break;                                                                                  \
+    case 5: body(BN_RELU6, 1); break;                                                                                  \
+    case 6: body(BN_LEAKY_RELU, 0); break;                                                                             \
+    default: body(BN_LEAKY_RELU, 1); break;                                                                            \
+    }
+
+INLINE ptrdiff_t min_z(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
+INLINE vf activate(vf z, int activation, vf slope) {
+    const vf zero = vset1(0.0f);
+    if (activation == BN_RELU)
+        return vmax(zero, z);
+    if (activation == BN_RELU6)
+        return vmin(vset1(6.0f), vmax(zero, z));
+    if (activation == BN_LEAKY_RELU)
+        return vselect(vle(z, zero), vmul(z, slope), z);
+    return z;
+}
+
+/* The gradient that reaches z; a NaN in z lets it pass, as in PyTorch. */
+INLINE vf activate_backward(vf dy, vf z, int activation, vf slope) {
+    const vf zero = vset1(0.0f);
+    if (activation == BN_RELU)
+        return vselect(vle(z, zero), zero, dy);
+    if (activation == BN_RELU6)
+        return vselect(vor(vle(z, zero), vle(vset1(6.0f), z)), zero, dy);
+    if (activation == BN_LEAKY_RELU)
+        return vselect(vle(z, zero), vmul(dy, slope), dy);
+    return dy;
+}
+
+/* ---- elementwise: forward and backward ---------------------------------------------------------------------- */
+
+/* One channel's coefficients in all lanes (planes), or those of VL channels that follow one another (rows). */
+typedef struct {
+    vf mean, scale, shift, slope; /* what a direction does not use, the compiler drops */
+    vf invstd, offset, g_mean, g_proj, g_shift;
+} vcoef;
+
+/* Where a run of values lies in each operand. */
+typedef struct {
+    const float *x, *r, *dy;
+    float *out, *gr;
+    ptrdiff_t ahead; /* from x and dy to what will be read next; 0: unknown */
+} cursor;
+
+enum { FORWARD, BACKWARD };
+
+INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
+    vcoef v;
+    memset(&v, 0, sizeof v);
+    v.mean = vset1(k->mean[c]);
+    v.scale = vset1(k->scale[c]);
+    v.shift = vset1(k->shift[c]);
+    v.slope = vset1(p->negative_slope);
+    if (direction == BACKWARD) {
+        v.invstd = vset1(k->invstd[c]);
+        v.offset = vset1(k->offset[c]);
+        v.g_mean = vset1(k->g_mean[c]);
+        v.g_proj = vset1(k->g_proj[c]);
+        v.g_shift = vset1(k->g_shift[c]);
+    }
+    return v;
+}
+
+INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
+    vcoef v;
+    memset(&v, 0, sizeof v);
+    v.mean = vload(k->mean + c);
+    v.scale = vload(k->scale + c);
+    v.shift = vload(k->shift + c);
+    v.slope = vset1(p->negative_slope);
+    if (direction == BACKWARD) {
+        v.invstd = vload(k->invstd + c);
+        v.offset = vload(k->offset + c);
+        v.g_mean = vload(k->g_mean + c);
+        v.g_proj = vload(k->g_proj + c);
+        v.g_shift = vload(k->g_shift + c);
+    }
+    return v;
+}
+
+/* g from d = x - mean; with the expression of the forward pass, so that both agree on which side of 0 z lies. */
+INLINE vf masked_grad(const vcoef *k, vf d, vf r, vf dy, int act, int res) {
+    if (act == BN_IDENTITY)
+        return dy;
+    const vf z = vfma(d, k->scale, k->shift);
+    return activate_backward(dy, res ? vadd(z, r) : z, act, k->slope);
+}
+
+/* The elementwise work on the lanes of t at offset i. Where a whole vector is meant, `whole` is a constant 1 and t is
+ * not looked at. */
+INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int act, int res,
+                    int stream) {
+    const vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
+    vf r = d, v;
+    if (res && (direction == FORWARD || act != BN_IDENTITY))
+        r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
+    if (direction == FORWARD) {
+        const vf z = vfma(d, k->scale, k->shift);
+        v = activate(res ? vadd(z, r) : z, act, k->slope);
+    } else {
+        const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
+        const vf g = masked_grad(k, d, r, dy, act, res);
+        v = vfnma(vmul(d, k->invstd), k->g_proj, vfma(vsub(g, k->g_mean), k->scale, k->g_shift));
+        if (res) {
+            if (whole)
+                vstore(a->gr + i, g);
+            else
+                vstore_tail(a->gr + i, g, t);
+        }
+    }
+    if (!whole)
+        vstore_tail(a->out + i, v, t);
+    else if (stream)
+        vstream(a->out + i, v);
+    else
+        vstore(a->out + i, v);
+}
+
+/* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
+ * last goes through the cache. Prefetching lets reads go on while the stores drain. */
+INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream,
+                     int prefetch) {
+    const vt all = vtail(VL);
+    ptrdiff_t i = 0;
+    if (stream) {
+        const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % LINE));
+        for (; i + VL <= head; i += VL)
+            work_at(k, a, i, all, 1, direction, act, res, 0);
+        if (i < head)
+            work_at(k, a, i, vtail(head - i), 0, direction, act, res, 0);
+        i = head;
+    }
+    for (; i + 4 * VL <= len; i += 4 * VL) {
+        if (prefetch)
+            for (int j = 0; j < 4 * VL; j += LINE) {
+                vprefetch(a->x + i + j + a->ahead);
+                if (direction == BACKWARD)
+                    vprefetch(a->dy + i + j + a->ahead);
+            }
+        for (int j = 0; j < 4 * VL; j += VL)
+            work_at(k, a, i + j, all, 1, direction, act, res, stream);
+    }
+    for (; i + LINE <= len; i += LINE) {
+        if (prefetch) {
+            vprefetch(a->x + i + a->ahead);
+            if (direction == BACKWARD)
+                vprefetch(a->dy + i + a->ahead);
+        }
+        for (int j = 0; j < LINE; j += VL)
+            work_at(k, a, i + j, all, 1, direction, act, res, stream);
+    }
+    for (; i + VL <= len; i += VL)
+        work_at(k, a, i, all, 1, direction, act, res, 0);
+    if (i < len)
+        work_at(k, a, i, vtail(len - i), 0, direction, act, res, 0);
+}
+
+INLINE cursor cursor_at(const bn_problem *p, ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t i, int direction) {
+    cursor a;
+    const bn_operand *out = direction == FORWARD ? &p->y : &p->grad_input;
+    a.x = p->x.data + outer * p->x.outer + inner * p->x.inner + i;
+    a.out = out->data + outer * out->outer + inner * out->inner + i;
+    a.r = p->residual.data ? p->residual.data + outer * p->residual.outer + inner * p->residual.inner + i : NULL;
+    a.dy = NULL;
+    a.gr = NULL;
+    a.ahead = 0;
+    if (direction == BACKWARD) {
+        a.dy = p->grad_output.data + outer * p->grad_output.outer + inner * p->grad_output.inner + i;
+        if (p->grad_residual.data)
+            a.gr = p->grad_residual.data + outer * p->grad_residual.outer + inner * p->grad_residual.inner + i;
+    }
+    return a;
+}
+
+/* Column 0 of a row of the kernel's width: `fold` rows of memory, or one row anywhere. */
+INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
+    if (p->fold > 1)
+        return cursor_at(p, 0, 0, row * p->C * p->fold, direction);
+    return p->N == 1 ? cursor_at(p, 0, row, 0, direction) : cursor_at(p, row / p->S, row % p->S, 0, direction);
+}
+
+/* Streams len floats from a buffer that lies like `to` within its first line. */
+INLINE void stream_out(float *to, const float *from, ptrdiff_t len) {
+    ptrdiff_t i = min_z(len, (ptrdiff_t)((0 - (uintptr_t)to / sizeof(float)) % LINE));
+    memcpy(to, from, (size_t)i * sizeof(float));
+    for (; i + LINE <= len; i += LINE)
+        for (int j = 0; j < LINE; j += VL)
+            vstream(to + i + j, vload(from + i + j));
+    memcpy(to + i, from + i, (size_t)(len - i) * sizeof(float));
+}
+
+/* Short planes are put together in a buffer first: streamed one by one, their ends would share lines. */
+#define STAGED      4096
+#define SHORT_PLANE (STAGED / LINE)
+
+INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
+                        int direction, int act, int res, int stream) {
+    const bn_operand *out = direction == FORWARD ? &p->y : &p->grad_input;
+    const int staged = stream && p->S <= SHORT_PLANE && out->inner == p->S;
+    float buffer[STAGED + LINE];
+    ptrdiff_t s = e0 % p->S, c = e0 / p->S % p->C, n = e0 / p->S / p->C;
+    while (e0 < e1) {
+        float *const to = out->data + n * out->outer + c * out->inner + s;
+        float *from = buffer + (uintptr_t)to / sizeof(float) % LINE;
+        ptrdiff_t done = 0;
+        do {
+            const ptrdiff_t len = min_z(p->S - s, e1 - e0);
+            cursor a = cursor_at(p, n, c, s, direction);
+            const vcoef k = coef_of_channel(p, coef, c, direction);
+            a.ahead = ahead;
+            if (staged) {
+                a.out = from + done;
+                work_run(&k, &a, len, direction, act, res, 0, 1);
+            } else
+                work_run(&k, &a, len, direction, act, res, stream, stream);
+            done += len;
+            e0 += len;
+            s = 0;
+            c++;
+        } while (staged && e0 < e1 && c < p->C && done + p->S <= STAGED);
+        if (staged)
+            stream_out(to, from, done);
+        if (c == p->C) {
+            c = 0;
+            n++;
+        }
+    }
+}
+
+/* Coefficients that stay in registers: with those in memory, loads of them wait for stores of the output that lie in
+ * the same place of another page (4K aliasing), which costs up to half the speed. In vectors of channels. */
+#if VL == 16
+#define FORWARD_PANEL  8
+#define BACKWARD_PANEL 4
+#elif VL == 8
+#define FORWARD_PANEL  4
+#define BACKWARD_PANEL 2
+#else
+#define FORWARD_PANEL  4
+#define BACKWARD_PANEL 2
+#endif
+#define ROW_BLOCK 16384 /* values whose rows all panels go over before the next ones do */
+
+/* `rows` rows of the kernel's width. Those of a packed tensor may begin at any element (`from`): then every row is
+ * seen rotated, so that its vectors keep to the lines of the output. */
+typedef struct {
+    ptrdiff_t from, rows, phase;
+} rowset;
+
+INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
+    return p->packed ? cursor_at(p, 0, 0, b->from + r * p->C * p->fold, direction)
+                     : row_cursor(p, b->from + r, direction);
+}
+
+INLINE void work_panel(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t c, int vecs, int direction,
+                       int act, int res, int stream) {
+    const ptrdiff_t K = p->C * p->fold;
+    vcoef k[FORWARD_PANEL];
+    for (int j = 0; j < vecs; j++) {
+        ptrdiff_t at = b->phase + c + j * VL;
+        k[j] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+    }
+    for (ptrdiff_t r = 0; r < b->rows; r++) {
+        const cursor a = row_of(p, b, r, direction);
+        for (int j = 0; j < vecs; j++)
+            work_at(&k[j], &a, c + j * VL, vtail(VL), 1, direction, act, res, stream);
+    }
+}
+
+/* Part of one row, in order. */
+INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t end,
+                      int direction, int act, int res) {
+    for (; c + VL <= end; c += VL) {
+        const vcoef k = coef_of_columns(p, coef, c, direction);
+        work_at(&k, a, c, vtail(VL), 1, direction, act, res, 0);
+    }
+    if (c < end) {
+        const vcoef k = coef_of_columns(p, coef, c, direction);
+        work_at(&k, a, c, vtail(end - c), 0, direction, act, res, 0);
+    }
+}
+
+INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int direction, int act,
+                      int res, int stream) {
+    const ptrdiff_t K = p->C * p->fold;
+    const int panel = direction == FORWARD ? FORWARD_PANEL : BACKWARD_PANEL;
+    const int rotate = p->packed && K % LINE == 0;
+    const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
+    const ptrdiff_t block = ROW_BLOCK / K + 1;
+    while (e0 < e1) {
+        const ptrdiff_t row = e0 / K, c = e0 % K;
+        ptrdiff_t misfit = 0; /* elements before the first that may begin a row */
+        if (rotate)
+            misfit = (ptrdiff_t)((0 - (uintptr_t)(out + e0) / sizeof(float)) % LINE);
+        else if (c)
+            misfit = K - c;
+        if (misfit || e1 - e0 < K) {
+            const ptrdiff_t end = min_z(K, c + (misfit ? min_z(misfit, e1 - e0) : e1 - e0));
+            const cursor a = row_cursor(p, row, direction);
+            work_part(p, coef, &a, c, end, direction, act, res);
+            e0 += end - c;
+            continue;
+        }
+        rowset b = {rotate || p->packed ? e0 : row, min_z((e1 - e0) / K, block), c};
+        ptrdiff_t i = 0;
+        for (; i + panel * VL <= K; i += panel * VL)
+            if (stream && rotate)
+                work_panel(p, coef, &b, i, panel, direction, act, res, 1);
+            else
+                work_panel(p, coef, &b, i, panel, direction, act, res, 0);
+        for (; i + panel / 2 * VL <= K; i += panel / 2 * VL)
+            if (stream && rotate)
+                work_panel(p, coef, &b, i, panel / 2, direction, act, res, 1);
+            else
+                work_panel(p, coef, &b, i, panel / 2, direction, act, res, 0);
+        for (; i + LINE <= K; i += LINE)
+            if (stream && rotate)
+                work_panel(p, coef, &b, i, LINE / VL, direction, act, res, 1);
+            else
+                work_panel(p, coef, &b, i, LINE / VL, direction, act, res, 0);
+        if (i < K)
+            for (ptrdiff_t r = 0; r < b.rows; r++) {
+                const cursor a = row_of(p, &b, r, direction);
+                work_part(p, coef, &a, i, K, direction, act, res);
+            }
+        e0 += b.rows * K;
+    }
+}
+
+#define WORK(layout, direction, name)                                                                                  \
+    static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead) {             \
+        (void)ahead;                                                                                                   \
+        if (p->stream) {                                                                                               \
+            SPECIALIZE(p, WORK_STREAM_##layout##_##direction);                                                         \
+            vfence();                                                                                                  \
+        } else {                                                                                                       \
+            SPECIALIZE(p, WORK_CACHED_##layout##_##direction);                                                         \
+        }                                                                                                              \
+    }
+#define WORK_STREAM_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 1)
+#define WORK_CACHED_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 0)
+#define WORK_STREAM_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
+#define WORK_CACHED_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
+#define WORK_STREAM_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, FORWARD, act, res, 1)
+#define WORK_CACHED_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, FORWARD, act, res, 0)
+#define WORK_STREAM_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, BACKWARD, act, res, 1)
+#define WORK_CACHED_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, BACKWARD, act, res, 0)
+WORK(planes, FORWARD, forward_planes)
+WORK(planes, BACKWARD, backward_planes)
+WORK(rows, FORWARD, forward_rows)
+WORK(rows, BACKWARD, backward_rows)
+
+/* ---- tiles --------------------------------------------------------------------------------------------------- */
+
+/* A tile of planes: `runs` runs of len values, one in each of the planes n, n + 1, ... */
+typedef struct {
+    ptrdiff_t n, s, runs, len;
+} tile;
+
+/* A long plane is cut into pieces of about equal length, whole LANES but for the last. */
+INLINE ptrdiff_t piece_length(ptrdiff_t S) {
+    const ptrdiff_t pieces = (S + PLANE_TILE - 1) / PLANE_TILE, len = (S + pieces - 1) / pieces;
+    return (len + LANES - 1) / LANES * LANES;
+}
+
+static ptrdiff_t tiles(const bn_problem *p) {
+    if (p->layout == BN_ROWS) {
+        const ptrdiff_t wide = p->N * p->S / p->fold;
+        return (wide + ROW_TILE - 1) / ROW_TILE + (p->N * p->S % p->fold != 0);
+    }
+    if (p->S < PLANE_TILE) {
+        const ptrdiff_t planes = PLANE_TILE / p->S;
+        return (p->N + planes - 1) / planes;
+    }
+    const ptrdiff_t len = piece_length(p->S);
+    return p->N * ((p->S + len - 1) / len);
+}
+
+/* Whole lines, and enough vectors to fill a panel, as long as that does not take too many columns. */
+static ptrdiff_t fold(ptrdiff_t C) {
+    ptrdiff_t f = 1;
+    if (C == 0)
+        return 1;
+    while (C * f % LINE)
+        f *= 2;
+    if (C * f > 16 * LANES * 4)
+        return 1;
+    while (C * f < 2 * LANES)
+        f *= 2;
+    return f;
+}
+
+INLINE tile plane_tile(const bn_problem *p, ptrdiff_t t) {
+    tile a;
+    if (p->S < PLANE_TILE) {
+        const ptrdiff_t planes = PLANE_TILE / p->S;
+        a.n = t * planes;
+        a.s = 0;
+        a.runs = min_z(planes, p->N - a.n);
+        a.len = p->S;
+    } else {
+        const ptrdiff_t len = piece_length(p->S), pieces = (p->S + len - 1) / len;
+        a.n = t / pieces;
+        a.s = t % pieces * len;
+        a.runs = 1;
+        a.len = min_z(len, p->S - a.s);
+    }
+    return a;
+}
+
+/* Values in column j of tile t of rows; the rows that do not fill a wide one make a last tile of their own. */
+INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
+    const ptrdiff_t wide = p->N * p->S / p->fold;
+    *row0 = min_z(t * ROW_TILE, wide);
+    return min_z(ROW_TILE, wide - *row0);
+}
+
+INLINE double tile_weight(const bn_problem *p, ptrdiff_t t, ptrdiff_t repeat) {
+    if (p->layout == BN_PLANES) {
+        const tile a = plane_tile(p, t);
+        return (double)(a.runs * a.len);
+    }
+    ptrdiff_t row0;
+    const ptrdiff_t rows = row_tile(p, t, &row0);
+    return rows ? (double)rows : repeat < p->N * p->S % p->fold ? 1.0 : 0.0;
+}
+
+/* ---- statistics ---------------------------------------------------------------------------------------------- */
+
+#define TINY 1e-30 /* below this the squares have lost bits to underflow */
+
+/* Whether the sums of n shifted values tell too little: float32 has not the range, or the shift was over two deviations
+ * off the mean (the variance loses accuracy with the square of that). */
+INLINE int unsound(double n, double sum, double sq) {
+    return !(1.25 * (sum * (sum / n)) <= sq) | !(sq <= FLT_MAX) | ((sq < TINY) & (sum != 0.0));
+}
+
+/* Means and squared deviations of n values a column from their shifted sums. Returns whether any is unsound. */
+static int settle(double n, ptrdiff_t cols, const float *shift, const double *sum, const double *sq, double *mean,
+                  double *m2) {
+    int any = 0;
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        const double a = sum[c] / n, m = sq[c] - sum[c] * a;
+        mean[c] = shift[c] + a;
+        m2[c] = m > 0.0 ? m : 0.0;
+        any |= unsound(n, sum[c], sq[c]);
+    }
+    return any;
+}
+
+/* In float64, twice over the values; eight partial sums, because one would wait for itself. */
+static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, double *mean, double *m2) {
+    double s[8] = {0.0}, q[8] = {0.0};
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++)
+            s[i % 8] += x[r * stride + i];
+    const double m = (((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))) / (double)(runs * len);
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++) {
+            const double d = x[r * stride + i] - m;
+            q[i % 8] += d * d;
+        }
+    *mean = m;
+    *m2 = ((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]));
+}
+
+INLINE float sum_lanes(vf *v) {
+    for (int w = LANES / VL / 2; w; w /= 2)
+        for (int i = 0; i < w; i++)
+            v[i] = vadd(v[i], v[i + w]);
+    return vsum(v[0]);
+}
+
+/* Sums of (x - shift) and of its square; value i of a run goes to lane i % LANES. Where the registers hold the sums
+ * of PASS lanes only, each pass takes other cache lines of the tile. */
+static void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, double *sum,
+                         double *sq) {
+    const ptrdiff_t rest = len % LANES, full = len - rest;
+    vf s[LANES / VL], q[LANES / VL];
+    for (int lane = 0; lane < LANES; lane += PASS) {
+        vf sa[ACC], qa[ACC];
+        vt t[ACC];
+        for (int j = 0; j < ACC; j++) {
+            sa[j] = qa[j] = vset1(0.0f);
+            t[j] = vtail(rest - lane - j * VL);
+        }
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            const float *a = x + r * stride + lane;
+            for (ptrdiff_t i = 0; i < full; i += LANES)
+                for (int j = 0; j < ACC; j++) {
+                    const vf d = vsub(vload(a + i + j * VL), k);
+                    sa[j] = vadd(sa[j], d);
+                    qa[j] = vfma(d, d, qa[j]);
+                }
+            if (rest > lane)
+                for (int j = 0; j < ACC; j++) {
+                    const vf d = vkeep(vsub(vload_tail(a + full + j * VL, t[j]), k), t[j]);
+                    sa[j] = vadd(sa[j], d);
+                    qa[j] = vfma(d, d, qa[j]);
+                }
+        }
+        for (int j = 0; j < ACC; j++) {
+            s[lane / VL + j] = sa[j];
+            q[lane / VL + j] = qa[j];
+        }
+    }
+    *sum = sum_lanes(s);
+    *sq = sum_lanes(q);
+}
+
+/* The shift is the median of the medians of three times three values from all over the tile (Tukey's ninther): one of
+ * the values itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. */
+#define SAMPLES 9
+
+INLINE vf median3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
+
+INLINE vf ninther(const vf v[SAMPLES]) {
+    return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
+}
+
+static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                         double *m2, ptrdiff_t ld) {
+    float shift[LANES];
+    double sum[LANES], sq[LANES];
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        const tile a = plane_tile(p, t);
+        const double n = (double)(a.runs * a.len);
+        ptrdiff_t sample[SAMPLES];
+        for (int i = 0; i < SAMPLES; i++)
+            sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
+        for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
+            const ptrdiff_t cols = min_z(LANES, c1 - cb);
+            const float *base = p->x.data + a.n * p->x.outer + a.s;
+            double *mean_t = mean + (t - t0) * ld + (cb - c0), *m2_t = m2 + (t - t0) * ld + (cb - c0);
+            for (ptrdiff_t c = 0; c < cols; c++) {
+                const float *x = base + (cb + c) * p->x.inner;
+                vf v[SAMPLES];
+                for (int i = 0; i < SAMPLES; i++)
+                    v[i] = vset1(x[sample[i]]);
+                const vf k = ninther(v);
+                shift[c] = vfirst(k);
+                shifted_sums(x, p->x.outer, a.runs, a.len, k, &sum[c], &sq[c]);
+            }
+            if (settle(n, cols, shift, sum, sq, mean_t, m2_t))
+                for (ptrdiff_t c = 0; c < cols; c++)
+                    if (unsound(n, sum[c], sq[c]))
+                        exact_stats(base + (cb + c) * p->x.inner, p->x.outer, a.runs, a.len, &mean_t[c], &m2_t[c]);
+        }
+    }
+}
+
+/* Column 0 of a row of x, of the kernel's width: `fold` rows of memory, or one row anywhere. */
+INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
+
+/* Adds rows to the columns' sums, in order; those arrays hold whole vectors. */
+static void add_rows(const float *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t cols, const float *shift, float *s,
+                     float *q) {
+    const vt t = vtail(cols % VL);
+    for (ptrdiff_t r = 0; r < rows; r++, x += ld) {
+        ptrdiff_t c = 0;
+        for (; c + VL <= cols; c += VL) {
+            const vf d = vsub(vload(x + c), vload(shift + c));
+            vstore(s + c, vadd(vload(s + c), d));
+            vstore(q + c, vfma(d, d, vload(q + c)));
+        }
+        if (c < cols) {
+            const vf d = vsub(vload_tail(x + c, t), vload(shift + c));
+            vstore(s + c, vadd(vload(s + c), d));
+            vstore(q + c, vfma(d, d, vload(q + c)));
+        }
+    }
+}
+
+/* Moves float32 partial sums to the float64 ones and starts them anew. */
+static void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        sum[c] += s[c];
+        sq[c] += q[c];
+    }
+    memset(s, 0, PANEL * sizeof *s);
+    memset(q, 0, PANEL * sizeof *q);
+}
+
+static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                       double *m2, ptrdiff_t ld) {
+    float shift[PANEL] = {0.0f}, s[PANEL] = {0.0f}, q[PANEL] = {0.0f};
+    double sum[PANEL], sq[PANEL];
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        ptrdiff_t row0;
+        const ptrdiff_t rows = row_tile(p, t, &row0);
+        if (rows == 0) { /* one value a column */
+            const float *x = row_at(p, row0);
+            for (ptrdiff_t c = c0; c < min_z(c1, p->N * p->S % p->fold * p->C); c++) {
+                const double v = x[c];
+                mean[(t - t0) * ld + c - c0] = v;
+                m2[(t - t0) * ld + c - c0] = v - v; /* 0, or NaN for what is not finite */
+            }
+            continue;
+        }
+        for (ptrdiff_t c = c0; c < c1; c += PANEL) {
+            const ptrdiff_t cols = min_z(PANEL, c1 - c);
+            double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
+            const float *x[SAMPLES];
+            for (int i = 0; i < SAMPLES; i++)
+                x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
+            for (ptrdiff_t i = 0; i < cols; i += VL) {
+                vf v[SAMPLES];
+                for (int j = 0; j < SAMPLES; j++)
+                    v[j] = vload_tail(x[j] + i, vtail(cols - i));
+                vstore(shift + i, ninther(v));
+            }
+            memset(sum, 0, sizeof sum);
+            memset(sq, 0, sizeof sq);
+            for (ptrdiff_t r = 0, n; r < rows; r += n) {
+                n = min_z(CHAIN, rows - r);
+                if (p->packed || p->N == 1)
+                    add_rows(row_at(p, row0 + r) + c, p->fold > 1 ? p->C * p->fold : p->x.inner, n, cols, shift, s, q);
+                else
+                    for (ptrdiff_t i = 0; i < n; i++)
+                        add_rows(row_at(p, row0 + r + i) + c, 0, 1, cols, shift, s, q);
+                carry(cols, s, q, sum, sq);
+            }
+            if (settle((double)rows, cols, shift, sum, sq, mean_t, m2_t))
+                for (ptrdiff_t i = 0; i < cols; i++)
+                    if (unsound((double)rows, sum[i], sq[i])) {
+                        float v[ROW_TILE];
+                        for (ptrdiff_t r = 0; r < rows; r++)
+                            v[r] = row_at(p, row0 + r)[c + i];
+                        exact_stats(v, 0, 1, rows, &mean_t[i], &m2_t[i]);
+                    }
+        }
+    }
+}
+
+/* ---- the backward pass's sums -------------------------------------------------------------------------------- */
+
+/* g and g * xhat at offset i into the sums; in frozen mode grad_input and grad_residual too. */
+INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int frozen, int act, int res,
+                   vf *g_sum, vf *gx_sum) {
+    vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
+    if (!whole)
+        d = vkeep(d, t); /* 0 * xhat must be 0 there */
+    const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
+    vf r = d;
+    if (res && act != BN_IDENTITY)
+        r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
+    const vf g = masked_grad(k, d, r, dy, act, res);
+    const vf xhat = vfma(d, k->invstd, k->offset);
+    *g_sum = vadd(*g_sum, g);
+    *gx_sum = vfma(g, xhat, *gx_sum);
+    if (frozen) {
+        const vf v = vmul(g, k->scale);
+        if (whole)
+            vstore(a->out + i, v);
+        else
+            vstore_tail(a->out + i, v, t);
+        if (res) {
+            if (whole)
+                vstore(a->gr + i, g);
+            else
+                vstore_tail(a->gr + i, g, t);
+        }
+    }
+}
+
+INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
+                       double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
+    for (ptrdiff_t tt = t0; tt < t1; tt++) {
+        const tile b = plane_tile(p, tt);
+        const ptrdiff_t rest = b.len % LANES, full = b.len - rest;
+        for (ptrdiff_t c = c0; c < c1; c++) {
+            const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
+            vf s[LANES / VL], q[LANES / VL];
+            for (int lane = 0; lane < LANES; lane += PASS) {
+                vf sa[ACC], qa[ACC];
+                vt t[ACC];
+                for (int j = 0; j < ACC; j++) {
+                    sa[j] = qa[j] = vset1(0.0f);
+                    t[j] = vtail(rest - lane - j * VL);
+                }
+                for (ptrdiff_t r = 0; r < b.runs; r++) {
+                    const cursor a = cursor_at(p, b.n + r, c, b.s + lane, BACKWARD);
+                    for (ptrdiff_t i = 0; i < full; i += LANES)
+                        for (int j = 0; j < ACC; j++)
+                            sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
+                    if (rest > lane)
+                        for (int j = 0; j < ACC; j++)
+                            sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
+                }
+                for (int j = 0; j < ACC; j++) {
+                    s[lane / VL + j] = sa[j];
+                    q[lane / VL + j] = qa[j];
+                }
+            }
+            g[(tt - t0) * ld + (c - c0)] = sum_lanes(s);
+            gx[(tt - t0) * ld + (c - c0)] = sum_lanes(q);
+        }
+    }
+}
+
+INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
+                     double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
+    float sum[PANEL] = {0.0f}, sq[PANEL] = {0.0f};
+    const ptrdiff_t rest = p->N * p->S % p->fold * p->C;
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        ptrdiff_t row0;
+        const ptrdiff_t rows = row_tile(p, t, &row0), end = rows ? c1 : min_z(c1, rest);
+        for (ptrdiff_t c = c0; c < end; c += PANEL) {
+            const ptrdiff_t cols = min_z(PANEL, end - c);
+            const ptrdiff_t at = (t - t0) * ld + (c - c0), n = rows ? rows : 1;
+            const vt tail = vtail(cols % VL);
+            memset(g + at, 0, (size_t)cols * sizeof *g);
+            memset(gx + at, 0, (size_t)cols * sizeof *gx);
+            for (ptrdiff_t r = 0; r < n; r++) {
+                const cursor a = row_cursor(p, row0 + r, BACKWARD);
+                ptrdiff_t i = 0;
+                for (; i + VL <= cols; i += VL) {
+                    const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
+                    vf s = vload(sum + i), q = vload(sq + i);
+                    sum_at(&k, &a, c + i, tail, 1, frozen, act, res, &s, &q);
+                    vstore(sum + i, s);
+                    vstore(sq + i, q);
+                }
+                if (i < cols) {
+                    const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
+                    vf s = vload(sum + i), q = vload(sq + i);
+                    sum_at(&k, &a, c + i, tail, 0, frozen, act, res, &s, &q);
+                    vstore(sum + i, s);
+                    vstore(sq + i, q);
+                }
+                if (r % CHAIN == CHAIN - 1 || r == n - 1)
+                    carry(cols, sum, sq, g + at, gx + at);
+            }
+        }
+    }
+}
+
+#define SUMS(layout, name)                                                                                             \
+    static void name(const bn_problem *p, const bn_coef *k, int frozen, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,      \
+                     ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld) {                                              \
+        if (frozen) {                                                                                                  \
+            SPECIALIZE(p, SUMS_FROZEN_##layout);                                                                       \
+        } else {                                                                                                       \
+            SPECIALIZE(p, SUMS_TRAINING_##layout);                                                                     \
+        }                                                                                                              \
+    }
+#define SUMS_FROZEN_planes(act, res)   sum_planes(p, k, t0, t1, c0, c1, g, gx, ld, 1, act, res)
+#define SUMS_TRAINING_planes(act, res) sum_planes(p, k, t0, t1, c0, c1, g, gx, ld, 0, act, res)
+#define SUMS_FROZEN_rows(act, res)     sum_rows(p, k, t0, t1, c0, c1, g, gx, ld, 1, act, res)
+#define SUMS_TRAINING_rows(act, res)   sum_rows(p, k, t0, t1, c0, c1, g, gx, ld, 0, act, res)
+SUMS(planes, sums_planes)
+SUMS(rows, sums_rows)
+
+/* ---- pooling, coefficients: float64, a few operations a channel ----------------------------------------------- */
+
+/* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
+ * and a tile adds n * (its mean - the mean)^2 to its own squared deviations. Means are taken relative to the first
+ * tile's, so that equal ones pool to exactly themselves. */
+static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
+                       ptrdiff_t ld, double *mean, double *var) {
+    const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
+    const double total = (double)(p->N * p->S);
+    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
+        const ptrdiff_t cols = min_z(LANES, c1 - cb);
+        double m[LANES], q[LANES];
+        for (ptrdiff_t c = 0; c < cols; c++)
+            m[c] = q[c] = 0.0;
+        for (ptrdiff_t t = 0; t < T; t++)
+            for (ptrdiff_t f = 0; f < F; f++) {
+                const double w = tile_weight(p, t, f);
+                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
+                if (w != 0.0)
+                    for (ptrdiff_t c = 0; c < cols; c++)
+                        m[c] += w * (tm[c] - tile_mean[cb - c0 + c]);
+            }
+        for (ptrdiff_t c = 0; c < cols; c++)
+            m[c] = tile_mean[cb - c0 + c] + m[c] / total;
+        for (ptrdiff_t t = 0; t < T; t++)
+            for (ptrdiff_t f = 0; f < F; f++) {
+                const double w = tile_weight(p, t, f);
+                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
+                const double *tq = tile_m2 + t * ld + f * p->C + (cb - c0);
+                if (w != 0.0)
+                    for (ptrdiff_t c = 0; c < cols; c++) {
+                        const double d = tm[c] - m[c];
+                        q[c] += tq[c] + w * (d * d);
+                    }
+            }
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            mean[cb + c] = m[c];
+            var[cb + c] = q[c] / total;
+        }
+    }
+}
+
+static void pool_sums(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g, const double *tile_gx,
+                      ptrdiff_t ld, double *g, double *gx) {
+    const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
+    for (ptrdiff_t c = c0; c < c1; c++)
+        g[c] = gx[c] = 0.0;
+    for (ptrdiff_t t = 0; t < T; t++)
+        for (ptrdiff_t f = 0; f < F; f++) {
+            const ptrdiff_t at = t * ld + f * p->C - c0;
+            if (tile_weight(p, t, f) != 0.0)
+                for (ptrdiff_t c = c0; c < c1; c++) {
+                    g[c] += tile_g[at + c];
+                    gx[c] += tile_gx[at + c];
+                }
+        }
+}
+
+/* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
+static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
+    if (c0 == c1)
+        return;
+    for (ptrdiff_t f = p->C; f < p->C * p->fold + LINE; f += p->C)
+        for (ptrdiff_t c = c0; c < min_z(c1, p->C * p->fold + LINE - f); c++)
+            v[f + c] = v[c];
+}
+
+static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
+                 const float *weight, const float *bias, double eps, const bn_coef *k) {
+    /* a block at a time through arrays of its own, which the compiler knows not to overlap */
+    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
+        const ptrdiff_t cols = min_z(LANES, c1 - cb);
+        double invstd[LANES], lo[LANES];
+        float hi[LANES], scale[LANES], shift[LANES];
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            const double v = var[cb + c] + eps, r = 1.0 / sqrt(v);
+            invstd[c] = v == 0.0 ? 0.0 : r;
+            hi[c] = (float)mean[cb + c];
+            lo[c] = mean[cb + c] - hi[c];
+        }
+        if (weight)
+            for (ptrdiff_t c = 0; c < cols; c++)
+                scale[c] = (float)(weight[cb + c] * invstd[c]);
+        else
+            for (ptrdiff_t c = 0; c < cols; c++)
+                scale[c] = (float)invstd[c];
+        if (bias)
+            for (ptrdiff_t c = 0; c < cols; c++)
+                shift[c] = (float)(bias[cb + c] - lo[c] * scale[c]);
+        else
+            for (ptrdiff_t c = 0; c < cols; c++)
+                shift[c] = (float)(0.0 - lo[c] * scale[c]);
+        memcpy(k->mean + cb, hi, (size_t)cols * sizeof(float));
+        memcpy(k->scale + cb, scale, (size_t)cols * sizeof(float));
+        memcpy(k->shift + cb, shift, (size_t)cols * sizeof(float));
+        if (k->invstd)
+            for (ptrdiff_t c = 0; c < cols; c++) {
+                k->invstd[cb + c] = (float)invstd[c];
+                k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
+                /* no batch terms, unless backward_coef puts them in */
+                k->g_mean[cb + c] = k->g_proj[cb + c] = k->g_shift[cb + c] = 0.0f;
+            }
+    }
+    repeat(p, c0, c1, k->mean);
+    repeat(p, c0, c1, k->scale);
+    repeat(p, c0, c1, k->shift);
+    if (k->invstd) {
+        repeat(p, c0, c1, k->invstd);
+        repeat(p, c0, c1, k->offset);
+        repeat(p, c0, c1, k->g_mean);
+        repeat(p, c0, c1, k->g_proj);
+        repeat(p, c0, c1, k->g_shift);
+    }
+}
+
+static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
+                          const bn_coef *k) {
+    const double m = (double)(p->N * p->S);
+    for (ptrdiff_t c = c0; c < c1; c++) {
+        const double g_mean = g[c] / m, scale = k->scale[c];
+        k->g_mean[c] = (float)g_mean;
+        k->g_proj[c] = (float)(scale * (gx[c] / m));
+        k->g_shift[c] = (float)(-scale * (g_mean - k->g_mean[c]) - (double)k->g_proj[c] * k->offset[c]);
+    }
+    repeat(p, c0, c1, k->g_mean);
+    repeat(p, c0, c1, k->g_proj);
+    repeat(p, c0, c1, k->g_shift);
+}
+
+#define TABLE(isa)                                                                                                     \
+    const bn_kernels bn_kernels_##isa = {                                                                              \
+        #isa,                                                                                                          \
+        tiles,                                                                                                         \
+        fold,                                                                                                          \
+        {stats_planes, stats_rows},                                                                                    \
+        {forward_planes, forward_rows},                                                                                \
+        {sums_planes, sums_rows},                                                                                      \
+        {backward_planes, backward_rows},                                                                              \
+        pool_stats,                                                                                                    \
+        pool_sums,                                                                                                     \
+        coef,                                                                                                          \
+        backward_coef,                                                                                                 \
+    };

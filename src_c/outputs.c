@@ -1,0 +1,115 @@
+/* outputs.c: memory of arrays that have been dropped, kept for the next ones.
+ *
+ * A fresh 100 MB array costs more in page faults than the kernel that fills it. */
+#if defined(__linux__)
+#define _GNU_SOURCE
+#include <sys/mman.h>
+#endif
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "outputs.h"
+
+#define ALIGNMENT 64 /* a cache line: streaming stores need not peel */
+#define HUGE_PAGE ((size_t)2 << 20)
+#define MAX_KEPT  64
+
+/* What malloc gave, and how much an array may use of it. Lies right below the array's data. */
+typedef struct {
+    void *start;
+    size_t capacity;
+} header;
+
+static void *kept[MAX_KEPT]; /* oldest first */
+static int n_kept;
+static size_t held, limit;
+
+static header *header_of(void *memory) { return (header *)((char *)memory - ALIGNMENT); }
+
+static void *allocate(size_t size) {
+    if (size > SIZE_MAX / 2)
+        return NULL;
+    char *start = malloc(size + 2 * ALIGNMENT);
+    if (!start)
+        return NULL;
+    char *memory = start + 2 * ALIGNMENT - (uintptr_t)start % ALIGNMENT;
+#if defined(__linux__)
+    if (size >= 2 * HUGE_PAGE) { /* advice: that it is not taken does no harm */
+        const uintptr_t page = ((uintptr_t)memory + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
+        (void)madvise((void *)page, ((uintptr_t)memory + size - page) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    }
+#endif
+    header_of(memory)->start = start;
+    header_of(memory)->capacity = size;
+    return memory;
+}
+
+/* Takes entry i out of the kept ones. */
+static void *take(int i) {
+    void *memory = kept[i];
+    held -= header_of(memory)->capacity;
+    n_kept--;
+    memmove(kept + i, kept + i + 1, (size_t)(n_kept - i) * sizeof *kept);
+    return memory;
+}
+
+static void trim(size_t bytes, int entries) {
+    while (n_kept && (held > bytes || n_kept > entries))
+        free(header_of(take(0))->start);
+}
+
+void *bn_output_malloc(void *unused, size_t size) {
+    int best = -1;
+    size_t best_capacity = size + size / 8; /* more would be wasted */
+    (void)unused;
+    for (int i = 0; i < n_kept; i++) {
+        const size_t capacity = header_of(kept[i])->capacity;
+        if (capacity >= size && capacity <= best_capacity) {
+            best = i;
+            best_capacity = capacity;
+        }
+    }
+    return best >= 0 ? take(best) : allocate(size);
+}
+
+void *bn_output_calloc(void *unused, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / size)
+        return NULL;
+    void *memory = bn_output_malloc(unused, count * size);
+    return memory ? memset(memory, 0, count * size) : NULL;
+}
+
+void bn_output_free(void *unused, void *memory, size_t size) {
+    (void)unused;
+    (void)size; /* the array's, which may be less than the capacity */
+    if (!memory)
+        return;
+    const size_t capacity = header_of(memory)->capacity;
+    if (capacity > limit) {
+        free(header_of(memory)->start);
+        return;
+    }
+    trim(limit - capacity, MAX_KEPT - 1);
+    kept[n_kept++] = memory;
+    held += capacity;
+}
+
+void *bn_output_realloc(void *unused, void *memory, size_t size) {
+    void *moved = bn_output_malloc(unused, size);
+    if (moved && memory) {
+        const size_t capacity = header_of(memory)->capacity;
+        memcpy(moved, memory, capacity < size ? capacity : size);
+        bn_output_free(unused, memory, capacity);
+    }
+    return moved;
+}
+
+void bn_output_set_limit(size_t bytes) {
+    limit = bytes;
+    trim(limit, MAX_KEPT);
+}
+
+size_t bn_output_limit(void) { return limit; }
+
+size_t bn_output_held(void) { return held; }
