@@ -1,0 +1,39 @@
+"""fastbn: batch normalization for CPUs. NumPy arrays in, NumPy arrays out."""
+
+from fastbn.folding import fold_conv, fold_linear
+from fastbn.frozen import FrozenBatchNorm
+from fastbn.functional import (
+    BatchNormGrads,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_stats,
+    update_running,
+)
+from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.outputs import empty_output_cache, set_output_cache
+from fastbn.statistics import BatchStats
+from fastbn.threads import get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormGrads",
+    "BatchStats",
+    "FrozenBatchNorm",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_stats",
+    "empty_output_cache",
+    "fold_conv",
+    "fold_linear",
+    "get_num_threads",
+    "set_num_threads",
+    "set_output_cache",
+    "update_running",
+]

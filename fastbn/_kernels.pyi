@@ -1,0 +1,90 @@
+"""Types of the compiled kernels; for use inside fastbn only."""
+
+from typing import Any
+
+import numpy as np
+from numpy import float32
+from numpy.typing import NDArray
+
+openmp: int | None
+
+def supported_isas() -> tuple[str, ...]: ...
+def get_isa() -> str: ...
+def set_isa(name: str) -> str: ...
+def release_pool() -> None: ...
+def check_vector(a: Any, name: str, C: int, writable: bool) -> None: ...
+def check_activation(activation: str | None, negative_slope: float) -> None: ...
+def channels(x: NDArray[float32], axis: int) -> int: ...
+
+class Frozen:
+    num_features: int
+    axis: int
+    activation: str | None
+    eps: float
+    negative_slope: float
+    def __call__(
+        self,
+        x: NDArray[float32],
+        residual: NDArray[float32] | None = None,
+        out: NDArray[float32] | None = None,
+    ) -> NDArray[float32]: ...
+
+def set_output_limit(max_bytes: int) -> None: ...
+def output_memory() -> tuple[int, int]: ...
+def stats(
+    x: NDArray[float32], axis: int, num_threads: int | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], int]: ...
+def forward(
+    x: NDArray[float32],
+    weight: NDArray[float32] | None,
+    bias: NDArray[float32] | None,
+    eps: float,
+    axis: int,
+    residual: NDArray[float32] | None,
+    activation: str | None,
+    negative_slope: float,
+    out: NDArray[float32] | None,
+    num_threads: int | None,
+    running_mean: NDArray[float32] | None,
+    running_var: NDArray[float32] | None,
+) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
+def normalize(
+    x: NDArray[float32],
+    mean: NDArray[float32] | NDArray[np.float64],
+    var: NDArray[float32] | NDArray[np.float64],
+    float64: bool,
+    weight: NDArray[float32] | None,
+    bias: NDArray[float32] | None,
+    eps: float,
+    axis: int,
+    residual: NDArray[float32] | None,
+    activation: str | None,
+    negative_slope: float,
+    out: NDArray[float32] | None,
+    num_threads: int | None,
+) -> NDArray[float32]: ...
+def backward(
+    grad_output: NDArray[float32],
+    x: NDArray[float32],
+    mean: NDArray[np.float64],
+    var: NDArray[np.float64],
+    weight: NDArray[float32] | None,
+    bias: NDArray[float32] | None,
+    eps: float,
+    training: bool,
+    axis: int,
+    residual: NDArray[float32] | None,
+    activation: str | None,
+    negative_slope: float,
+    out: NDArray[float32] | None,
+    num_threads: int | None,
+) -> tuple[NDArray[float32], NDArray[float32], NDArray[float32], NDArray[float32] | None]: ...
+def update_running(
+    running_mean: NDArray[float32],
+    running_var: NDArray[float32],
+    mean: NDArray[np.float64],
+    var: NDArray[np.float64],
+    momentum: float,
+    factor: float,
+) -> None: ...
+def tune(stream_bytes: int = -1, serial: int = -1) -> None: ...

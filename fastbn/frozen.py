@@ -1,0 +1,99 @@
+"""FrozenBatchNorm: fixed statistics and parameters, made into coefficients once, for inference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastbn import _kernels
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+
+class FrozenBatchNorm(_kernels.Frozen):
+    """Batch normalization whose statistics and parameters no longer change.
+
+    Called with ``x``, ``residual=None`` and ``out=None``. Immutable, so any number of threads may call one
+    object at once; all but tiny calls release the GIL. Compared and hashed by identity.
+
+    Parameters
+    ----------
+    running_mean, running_var : ndarray of float32, shape (C,)
+    weight, bias : ndarray of float32, shape (C,), or None
+        All four are copied.
+    eps, axis, activation, negative_slope
+        See :func:`fastbn.batch_norm`.
+
+    Attributes
+    ----------
+    running_mean, running_var, weight, bias : read-only ndarray of float32, shape (C,), or None
+    num_features : int
+        The number of channels.
+    eps, axis, activation, negative_slope
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`fastbn.batch_norm`.
+    """
+
+    __slots__ = ("bias", "running_mean", "running_var", "weight")
+
+    running_mean: Array
+    running_var: Array
+    weight: Array | None
+    bias: Array | None
+
+    def __init__(
+        self,
+        running_mean: Array,
+        running_var: Array,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        eps: float = 1e-5,
+        *,
+        axis: int = 1,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        arrays = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        for name, array in arrays.items():
+            copy = None if array is None else array.copy()
+            if copy is not None:
+                copy.setflags(write=False)
+            object.__setattr__(self, name, copy)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"FrozenBatchNorm is immutable: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"FrozenBatchNorm is immutable: cannot delete {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = (self.running_mean, self.running_var, self.weight, self.bias)
+        return _rebuild, (*arrays, self.eps, self.axis, self.activation, self.negative_slope)
+
+    def __copy__(self) -> FrozenBatchNorm:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenBatchNorm:
+        return self
+
+    def __repr__(self) -> str:
+        parts = [f"{self.num_features}", f"eps={self.eps:g}"]
+        parts += [f"{name}=None" for name in ("weight", "bias") if getattr(self, name) is None]
+        if self.axis != 1:
+            parts.append(f"axis={self.axis}")
+        if self.activation is not None:
+            parts.append(f"activation={self.activation!r}")
+        if self.activation == "leaky_relu":
+            parts.append(f"negative_slope={self.negative_slope:g}")
+        return f"FrozenBatchNorm({', '.join(parts)})"
+
+
+def _rebuild(*state: Any) -> FrozenBatchNorm:
+    arrays_and_eps, (axis, activation, negative_slope) = state[:5], state[5:]
+    return FrozenBatchNorm(*arrays_and_eps, axis=axis, activation=activation, negative_slope=negative_slope)

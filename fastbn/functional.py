@@ -1,0 +1,306 @@
+"""Stateless batch normalization: arguments are checked, modes told apart, and a kernel is called."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from fastbn import _kernels
+from fastbn.statistics import BatchStats
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+
+
+class BatchNormGrads(NamedTuple):
+    """What :func:`batch_norm_backward` returns."""
+
+    grad_input: Array
+    grad_weight: Array
+    grad_bias: Array
+    grad_residual: Array | None
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array | None,
+    running_var: Array | None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    unbiased: bool = True,
+    residual: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array:
+    """Batch normalization, as ``torch.nn.functional.batch_norm`` (Ioffe and Szegedy, 2015).
+
+    ``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``, with the statistics of `x` in
+    training and the running ones otherwise.
+
+    Parameters
+    ----------
+    x : ndarray of float32, rank >= 2
+        Not changed, unless it is also `out`. Walked without a copy where its memory is NCHW or channels-last,
+        with any stride over batch and channels; copied once otherwise.
+    running_mean, running_var : ndarray of float32, shape (C,), or None
+        Running statistics. In training they are updated in place, or both None; otherwise they are needed.
+    weight, bias : ndarray of float32, shape (C,), or None
+        1 and 0 where None.
+    training : bool
+        Normalize with the statistics of `x`, and update the running ones.
+    momentum : float
+        Weight of the new value in the running ones.
+    eps : float
+        Added to the variance; finite, >= 0. Where the sum is 0 the output is `bias`.
+    axis : int
+        The channels' axis; -1 for channels-last.
+    unbiased : bool
+        Update `running_var` with the unbiased variance, n / (n - 1) of the one that normalizes, as PyTorch
+        does; False for Keras, ONNX and Flax.
+    residual : ndarray of float32, shape of `x`, or None
+        Added before the activation.
+    activation : None, "relu", "relu6" or "leaky_relu"
+        Applied in the same pass over memory.
+    negative_slope : float
+        Of "leaky_relu".
+    out : ndarray of float32, shape of `x`, or None
+        Where the result goes. May be `x`, and may overlap nothing else.
+    num_threads : int or None
+        At most so many threads; None for :func:`fastbn.get_num_threads`. Never changes a result.
+
+    Returns
+    -------
+    ndarray of float32, shape of `x`
+        `out`, or a new array in the memory order of `x`.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 in native byte order.
+    ValueError
+        If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
+        channel has one value only or a running array is read-only. Nothing has been written then.
+    """
+    if running_mean is None or running_var is None:
+        _check_both_absent(running_mean, running_var, training)
+        return batch_norm_forward(
+            x, weight, bias, eps, axis=axis, residual=residual, activation=activation,
+            negative_slope=negative_slope, out=out, num_threads=num_threads,
+        )[0]  # fmt: skip
+    if not training:
+        return _kernels.normalize(
+            x, running_mean, running_var, False, weight, bias, eps, axis, residual, activation,
+            negative_slope, out, num_threads,
+        )  # fmt: skip
+    channels = _kernels.channels(x, axis)
+    _kernels.check_vector(running_mean, "running_mean", channels, True)
+    _kernels.check_vector(running_var, "running_var", channels, True)
+    momentum = _finite("momentum", momentum)
+    y, mean, var, count = _kernels.forward(
+        x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
+        running_mean, running_var,
+    )  # fmt: skip
+    if count:
+        _kernels.update_running(running_mean, running_var, mean, var, momentum, _correction(count, unbiased))
+    return y
+
+
+def batch_stats(x: Array, *, axis: int = 1, num_threads: int | None = None) -> BatchStats:
+    """Mean and biased variance of each channel.
+
+    Summed in float32 over tiles around a shift near each tile's mean; tiles are pooled in float64 by the
+    formula of Chan, Golub and LeVeque (1983). The result is the same to the bit for any number of threads.
+
+    Parameters
+    ----------
+    x : ndarray of float32, rank >= 2
+    axis : int
+        The channels' axis.
+    num_threads : int or None
+        See :func:`batch_norm`.
+
+    Returns
+    -------
+    BatchStats
+        Of count 0 where `x` is empty.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`.
+    """
+    return BatchStats._wrap(*_kernels.stats(x, axis, num_threads))
+
+
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    stats: BatchStats | None = None,
+    axis: int = 1,
+    residual: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, BatchStats]:
+    """Normalize with the statistics of `x`, or with given ones.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads
+        See :func:`batch_norm`.
+    stats : BatchStats or None
+        Statistics to normalize with in place of those of `x`, such as pooled ones.
+
+    Returns
+    -------
+    y : ndarray of float32, shape of `x`
+    stats : BatchStats
+        What it was normalized with; :func:`batch_norm_backward` wants it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`.
+    """
+    if stats is not None:
+        _check_stats(stats)
+        y = _kernels.normalize(
+            x, stats.mean, stats.var, True, weight, bias, eps, axis, residual, activation, negative_slope,
+            out, num_threads,
+        )  # fmt: skip
+        return y, stats
+    y, mean, var, count = _kernels.forward(
+        x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, None, None
+    )
+    return y, BatchStats._wrap(mean, var, count)
+
+
+def batch_norm_backward(
+    grad_output: Array,
+    x: Array,
+    stats: BatchStats,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    training: bool = True,
+    axis: int = 1,
+    residual: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> BatchNormGrads:
+    """Gradients of batch normalization (Ioffe and Szegedy, 2015, section 3).
+
+    Parameters
+    ----------
+    grad_output : ndarray of float32, shape of `x`
+        Gradient of the loss with respect to the output.
+    x, weight, bias, eps, axis, residual, activation, negative_slope, num_threads
+        Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
+        from them; with `residual` its gradient is returned too.
+    stats : BatchStats
+        What the forward call normalized with.
+    training : bool
+        Whether `stats` are those of `x`, and the gradient goes through them; False takes them as constants.
+    out : ndarray of float32, shape of `x`, or None
+        Where grad_input goes. May overlap no input.
+
+    Returns
+    -------
+    BatchNormGrads
+        grad_input and grad_residual (None without `residual`) of the shape of `x`, grad_weight and grad_bias
+        of shape (C,), all float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`.
+    """
+    _check_stats(stats)
+    return BatchNormGrads(
+        *_kernels.backward(
+            grad_output, x, stats.mean, stats.var, weight, bias, eps, training, axis, residual, activation,
+            negative_slope, out, num_threads,
+        )
+    )  # fmt: skip
+
+
+def update_running(
+    running_mean: Array,
+    running_var: Array,
+    stats: BatchStats,
+    momentum: float = 0.1,
+    *,
+    unbiased: bool = True,
+) -> None:
+    """Move running averages towards the statistics of a batch, in place.
+
+    ``running = (1 - momentum) * running + momentum * batch``, in float64, rounded once. An empty batch
+    (count 0) changes nothing. With a single value per channel the unbiased variance is not defined and the
+    biased one, 0, is taken. A variance beyond the range of float32 is stored as inf.
+
+    Parameters
+    ----------
+    running_mean, running_var : ndarray of float32, shape (C,)
+    stats : BatchStats
+    momentum : float
+        Weight of the batch.
+    unbiased : bool
+        See :func:`batch_norm`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an array is not a writable float32 vector of as many channels as `stats` has.
+    """
+    _check_stats(stats)
+    channels = stats.mean.size
+    _kernels.check_vector(running_mean, "running_mean", channels, True)
+    _kernels.check_vector(running_var, "running_var", channels, True)
+    momentum = _finite("momentum", momentum)
+    if stats.count:
+        _kernels.update_running(
+            running_mean, running_var, stats.mean, stats.var, momentum, _correction(stats.count, unbiased)
+        )
+
+
+def _correction(count: int, unbiased: bool) -> float:
+    return count / (count - 1) if unbiased and count > 1 else 1.0
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _check_stats(stats: BatchStats) -> None:
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"stats must be a BatchStats, got {type(stats).__name__}")
+
+
+def _check_both_absent(running_mean: Array | None, running_var: Array | None, training: bool) -> None:
+    if running_mean is not None or running_var is not None:
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(
+            f"{missing} is None but the other is not; pass running_mean and running_var, or neither"
+        )
+    if not training:
+        raise ValueError("running_mean and running_var are needed unless training=True, got None")

@@ -1,0 +1,212 @@
+"""How many threads, and why.
+
+The default is decided at the first call that is big enough to be shared out, not at import, and then kept.
+Also here: what makes a process that has used its threads safe to fork.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import re
+import warnings
+from pathlib import Path, PurePosixPath
+
+from fastbn import _kernels
+
+# GNU OpenMP ends the process when it cannot start a thread: no setting may ask for that.
+MAX_THREADS = 1024
+
+_SERIAL = (1, "built without OpenMP")
+
+_current: tuple[int, str] | None = None  # the count and why; None until it is asked for
+_fork_hook_registered = False
+
+
+def get_num_threads() -> int:
+    """Number of threads that a call uses which is big enough and gives no ``num_threads=``.
+
+    Unless :func:`set_num_threads` said otherwise it is the least of
+
+    - the CPUs this process may run on: its affinity, which cpusets and ``taskset`` narrow,
+    - the CPU quota of its cgroup (v1 or v2) and of all around it, rounded up: 0.5 gives 1, 1.5 gives 2,
+    - the environment variable ``OMP_NUM_THREADS``, of a list its first number,
+    - the environment variable ``FASTBN_NUM_THREADS``, and
+    - 1024,
+
+    looked up once, when it is first needed. In a build without OpenMP it is 1.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If ``FASTBN_NUM_THREADS`` is not a whole number from 1 to 1024.
+
+    Warns
+    -----
+    RuntimeWarning
+        If ``OMP_NUM_THREADS`` is not a whole number above 0. It is ignored then, as OpenMP itself ignores it.
+    """
+    return explain_num_threads()[0]
+
+
+def explain_num_threads() -> tuple[int, str]:
+    """Number of threads as :func:`get_num_threads` gives it, and what decided it.
+
+    Returns
+    -------
+    count : int
+    reason : str
+        Such as ``"CPU affinity"`` or ``"cgroup CPU quota of 1.5"``.
+    """
+    global _current
+    current = _current
+    if current is None:
+        current = _current = _default()
+    return current
+
+
+def set_num_threads(n: int | None) -> None:
+    """Set the number of threads for all calls of this process that give no ``num_threads=``.
+
+    A build without OpenMP goes on with one thread.
+
+    Parameters
+    ----------
+    n : int or None
+        From 1 to 1024, or None for the default that :func:`get_num_threads` describes, looked up anew.
+
+    Raises
+    ------
+    TypeError
+        If `n` is neither an integer nor None.
+    ValueError
+        If `n` is out of range.
+    """
+    global _current
+    if n is None:
+        _current = None
+        return
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n must be an integer or None, got {type(n).__name__}") from None
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(f"n must be from 1 to {MAX_THREADS}, got {count}")
+    _current = _SERIAL if _kernels.openmp is None else (count, "set_num_threads")
+
+
+def register_fork_hook() -> None:
+    """Make every later ``os.fork`` give up the forking thread's OpenMP pool first.
+
+    In a child the threads of its parent's pool are gone, and GNU OpenMP waits for them for ever. The kernels
+    call this at their first parallel region, because importing fastbn is to change nothing in the process.
+    """
+    global _fork_hook_registered
+    # No lock: if another thread forked meanwhile, the child would find it locked for ever. Threads that race
+    # here register the hook twice, and giving up a pool that is not there does nothing.
+    if not _fork_hook_registered and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=_kernels.release_pool)
+        _fork_hook_registered = True
+
+
+def _default() -> tuple[int, str]:
+    if _kernels.openmp is None:
+        return _SERIAL
+    limits = [(_affinity(), "CPU affinity"), (MAX_THREADS, "upper limit of fastbn")]
+    quota = _cgroup_quota()
+    if quota is not None:
+        limits.append((math.ceil(quota), f"cgroup CPU quota of {quota:g}"))
+    omp, ours = (os.environ.get(name, "").strip() for name in ("OMP_NUM_THREADS", "FASTBN_NUM_THREADS"))
+    if omp:
+        count = _positive(omp.partition(",")[0])
+        if count:
+            limits.append((count, "OMP_NUM_THREADS"))
+        else:
+            warnings.warn(
+                f"OMP_NUM_THREADS={omp!r} is ignored: expected a whole number above 0 or a list of them",
+                RuntimeWarning,
+                stacklevel=1,
+            )
+    if ours:
+        count = _positive(ours)
+        if not 1 <= count <= MAX_THREADS:
+            raise ValueError(
+                f"the environment variable FASTBN_NUM_THREADS must be a whole number from 1 to "
+                f"{MAX_THREADS}, got {ours!r}; correct it or unset it"
+            )
+        limits.append((count, "FASTBN_NUM_THREADS"))
+    return min(limits, key=operator.itemgetter(0))
+
+
+def _positive(text: str) -> int:
+    """The number in `text`, or 0 if there is none."""
+    text = text.strip()
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows do not tell
+
+
+_GROUP = re.compile(r"^\d+:(?P<controllers>[^:\n]*):(?P<path>.*)$", re.MULTILINE)
+_MOUNT = re.compile(
+    r"^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .*?- (?P<type>cgroup2?) \S+ (?P<options>\S+)$", re.MULTILINE
+)
+
+
+def _cgroup_quota(proc: Path = Path("/proc/self")) -> float | None:
+    """Least CPU quota, in CPUs, of the process's cgroup and of all visible ones around it, or None.
+
+    `proc` holds the files ``cgroup``, the process's path in each hierarchy, and ``mountinfo``, what part of
+    which hierarchy is mounted where (man 7 cgroups, man 5 proc).
+    """
+    try:
+        groups, mounts = (
+            (proc / name).read_text("utf-8", "surrogateescape") for name in ("cgroup", "mountinfo")
+        )
+    except OSError:
+        return None
+    paths = {}
+    for group in _GROUP.finditer(groups):
+        if not group["controllers"]:
+            paths["cgroup2"] = group["path"]
+        elif "cpu" in group["controllers"].split(","):
+            paths["cgroup"] = group["path"]
+    quotas = []
+    for mount in _MOUNT.finditer(mounts):
+        is_v2 = mount["type"] == "cgroup2"
+        if mount["type"] not in paths or not (is_v2 or "cpu" in mount["options"].split(",")):
+            continue
+        try:
+            below = PurePosixPath(paths[mount["type"]]).relative_to(_unescape(mount["root"])).parts
+        except ValueError:  # some other part of the hierarchy
+            continue
+        for depth in range(len(below) + 1):
+            quota = _quota(Path(_unescape(mount["point"]), *below[:depth]), is_v2)
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def _unescape(path: str) -> str:
+    """Undo the octal escapes of mountinfo (space, tab, newline, backslash)."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
+
+
+def _quota(directory: Path, is_v2: bool) -> float | None:
+    try:
+        if is_v2:
+            quota, period = (directory / "cpu.max").read_text().split()
+        else:
+            quota, period = ((directory / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        cpus = int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or "max"
+        return None
+    return cpus if cpus > 0 else None  # v1 writes -1 for no limit
