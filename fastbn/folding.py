@@ -1,0 +1,147 @@
+"""Folding a batch norm into the convolution or linear layer right before it; docs/folding.md says when."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastbn import _kernels
+from fastbn.frozen import FrozenBatchNorm
+from fastbn.modules import BatchNorm
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float32]
+    Float64 = NDArray[np.float64]
+
+
+def fold_conv(
+    conv_weight: Array,
+    conv_bias: Array | None,
+    bn: BatchNorm | FrozenBatchNorm,
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+) -> tuple[Array, Array]:
+    """Weight and bias of the convolution that does what a convolution and then `bn` do.
+
+    With ``scale = bn.weight / sqrt(bn.running_var + bn.eps)``, the weight of each output channel is
+    multiplied by its `scale`, and the bias is ``(conv_bias - bn.running_mean) * scale + bn.bias`` (Jacob et
+    al., 2018, section 3.2).
+
+    Parameters
+    ----------
+    conv_weight : float32 ndarray, (out_channels, in_channels / groups, ...)
+        As PyTorch has it, with any number of spatial axes. With `transposed`, of shape
+        (in_channels, out_channels / groups, ...).
+    conv_bias : float32 ndarray of shape (out_channels,), or None
+    bn : BatchNorm or FrozenBatchNorm
+        In evaluation mode, without activation. Its `axis` does not matter.
+    transposed : bool
+        Whether it is a transposed convolution.
+    groups : int
+        Number of groups of the convolution.
+
+    Returns
+    -------
+    weight, bias : float32 ndarray, shapes of `conv_weight` and (out_channels,)
+        New arrays. All arithmetic is in float64 and rounded once.
+
+    Raises
+    ------
+    ValueError
+        If `bn` is in training mode, has no running statistics or an activation, which folding would lose; if
+        `groups` does not divide the channels, or a shape does not fit.
+    TypeError
+        If an array is not float32 or `bn` not a batch norm of fastbn.
+    """
+    weight = _checked_weight("conv_weight", conv_weight)
+    if weight.ndim < 3:
+        raise ValueError(f"conv_weight must have at least 3 axes, got shape {weight.shape}; see fold_linear")
+    groups = operator.index(groups)
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"groups must be at least 1 and divide the first axis of conv_weight, got {groups} for "
+            f"shape {weight.shape}"
+        )
+    out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    scale, bias = _scale_and_bias("conv_bias", conv_bias, out_channels, bn)
+    # Cut into groups, a group's output channels are on the third axis if transposed, on the second if not.
+    by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    in_group = (1, -1) if transposed else (-1, 1)
+    folded = by_group * scale.reshape(groups, *in_group, *[1] * (weight.ndim - 2))
+    return folded.reshape(weight.shape).astype(np.float32), bias
+
+
+def fold_linear(
+    linear_weight: Array, linear_bias: Array | None, bn: BatchNorm | FrozenBatchNorm
+) -> tuple[Array, Array]:
+    """Weight and bias of the linear layer that does what a linear layer and then `bn` do.
+
+    Parameters
+    ----------
+    linear_weight : float32 ndarray of shape (out_features, in_features)
+        As PyTorch has it: the layer computes ``x @ linear_weight.T + linear_bias``.
+    linear_bias : float32 ndarray of shape (out_features,), or None
+    bn : BatchNorm or FrozenBatchNorm
+        As in :func:`fold_conv`.
+
+    Returns
+    -------
+    weight, bias : float32 ndarray, shapes of `linear_weight` and (out_features,)
+        New arrays. All arithmetic is in float64 and rounded once.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`fold_conv`.
+    """
+    weight = _checked_weight("linear_weight", linear_weight)
+    if weight.ndim != 2:
+        raise ValueError(f"linear_weight must have 2 axes, got shape {weight.shape}")
+    scale, bias = _scale_and_bias("linear_bias", linear_bias, weight.shape[0], bn)
+    return (weight * scale[:, np.newaxis]).astype(np.float32), bias
+
+
+def _checked_weight(name: str, weight: Array) -> Array:
+    weight = np.asarray(weight)
+    if weight.dtype != np.float32:
+        raise TypeError(
+            f"{name} must be float32, got {weight.dtype}; convert it with {name}.astype(np.float32)"
+        )
+    return weight
+
+
+def _scale_and_bias(
+    name: str, bias: Array | None, out_channels: int, bn: BatchNorm | FrozenBatchNorm
+) -> tuple[Float64, Array]:
+    """What the weight of each output channel is to be multiplied by, and the folded bias."""
+    if not isinstance(bn, (BatchNorm, FrozenBatchNorm)):
+        raise TypeError(f"bn must be a BatchNorm or FrozenBatchNorm, got {type(bn).__name__}")
+    if isinstance(bn, BatchNorm):
+        if bn.training:
+            raise ValueError(
+                "bn is in training mode, whose statistics are not known beforehand; call bn.eval()"
+            )
+        bn = bn.freeze()
+    if bn.activation is not None:
+        raise ValueError(
+            f"bn has activation={bn.activation!r}, which folding would lose; fold a batch norm without it "
+            f"and apply it to the result"
+        )
+    if bn.num_features != out_channels:
+        raise ValueError(f"bn has {bn.num_features} channels, the weight {out_channels} output channels")
+    if bias is not None:
+        _kernels.check_vector(bias, name, out_channels, False)
+    mean, var = bn.running_mean.astype(np.float64), bn.running_var.astype(np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(var + bn.eps == 0, 0, 1 / np.sqrt(var + bn.eps))  # as the kernels have it
+    if bn.weight is not None:
+        scale *= bn.weight
+    folded = (-mean if bias is None else bias - mean) * scale
+    if bn.bias is not None:
+        folded += bn.bias
+    return scale, folded.astype(np.float32)
