@@ -1,0 +1,227 @@
+"""The build: its flags, its OpenMP probe, what is rebuilt when, and the packages that come out of it."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+
+ROOT = Path(__file__).parents[1]
+X86_64 = sysconfig.get_platform().endswith("x86_64")
+SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")}
+if not X86_64:
+    SOURCES -= {"src_c/kernels_avx2.c", "src_c/kernels_avx512.c"}
+EXTENSION = {"build/objects/fastbn/_kernels.c", "link"}
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
+
+
+def run(*command, cwd, **environment):
+    """Run a command that must succeed; its output is shown if the test fails."""
+    environment = os.environ | {"FASTBN_NO_OPENMP": "0"} | environment
+    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    print(done.stdout, done.stderr, sep="\n")
+    assert done.returncode == 0
+    return done
+
+
+def checkout(folder):
+    """A copy of what a build reads."""
+    folder.mkdir()
+    for name in ("fastbn", "src_c"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, folder)
+    return folder
+
+
+# ---- the build as a compiler sees it that only writes down how it is called
+
+
+class Recorder:
+    """A checkout and a compiler that makes empty files, except where `refuse`, a line of shell, exits."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.checkout = checkout(folder / "checkout")
+
+    def build(self, refuse="", **environment):
+        """What was compiled: the flags by source, and under "link" those of the linker."""
+        log, cc = self.folder / "calls.txt", self.folder / "cc"
+        log.write_text("")
+        cc.write_text(f"""#!/bin/sh
+            {refuse}
+            echo "$@" >> '{log}'
+            while [ "$1" != -o ]; do shift; done
+            mkdir -p "$(dirname "$2")" && : > "$2"
+        """)
+        cc.chmod(0o755)
+        environment = {"CC": str(cc), "LDSHARED": f"{cc} -shared", "CFLAGS": ""} | environment
+        done = run(sys.executable, "setup.py", "build_ext", cwd=self.checkout, **environment)
+        self.warnings = done.stderr
+        calls = [call.split() for call in log.read_text().splitlines() if "probe.c" not in call]
+        return {call[call.index("-c") + 1] if "-c" in call else "link": call for call in calls}
+
+    def touch(self, name):
+        """Make one file newer than all the others, and all of them older than what is built next."""
+        for file in self.checkout.rglob("*"):
+            os.utime(file, (file.stat().st_mtime - 20,) * 2)
+        os.utime(self.checkout / name, (time.time() - 10,) * 2)
+
+
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory):
+    return Recorder(tmp_path_factory.mktemp("recorder"))
+
+
+def test_each_file_has_its_own_flags(recorder):
+    recorder.touch("setup.py")
+    calls = recorder.build()
+    own = {name: flags for name, flags in calls.items() if name.startswith("src_c/")}
+    machine_flags = {name: {flag for flag in flags if flag.startswith("-m")} for name, flags in own.items()}
+    expected = {name: set() for name in SOURCES}
+    if X86_64:
+        avx2 = {"-mavx2", "-mfma"}
+        avx512 = {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"}
+        expected |= {"src_c/kernels_avx2.c": avx2, "src_c/kernels_avx512.c": avx2 | avx512}
+        assert {"-DFASTBN_HAVE_AVX2=1", "-DFASTBN_HAVE_AVX512=1"} <= set(own["src_c/dispatch.c"])
+    assert machine_flags == expected
+    demanded = {"-O3", "-std=c11", "-ffp-contract=off", "-Wall", "-Wextra"}
+    assert all(demanded <= set(flags) for flags in own.values())
+    unsafe = re.compile(r"-ffast-math|-Ofast|-funsafe|-fassociative|-freciprocal|-march|-mtune|-mdaz")
+    for name, flags in calls.items():
+        assert not list(filter(unsafe.match, flags)), name
+        assert ("-fopenmp" in flags) == (name not in own), "the C kernels know nothing of threads"
+
+
+def test_what_is_built_again_when(recorder):
+    recorder.build()
+    assert set(recorder.build()) == set()
+    recorder.touch("src_c/kernels.inc.h")
+    assert set(recorder.build()) == SOURCES | EXTENSION
+    recorder.touch("src_c/kernels_baseline.c")
+    assert set(recorder.build()) == {"src_c/kernels_baseline.c"} | EXTENSION
+    recorder.touch("fastbn/_kernels.pyx")
+    assert set(recorder.build()) == EXTENSION
+    assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
+
+
+@pytest.mark.parametrize(
+    ("refuse", "flags"),
+    [
+        ("", {"-fopenmp"}),
+        ('case "$*" in *-Xp*|*-lomp*) ;; *-fopenmp*) exit 1; esac', {"-Xpreprocessor", "-fopenmp"}),
+        ('case "$*" in *openmp*) exit 1; esac', set()),
+        ('case "$*" in *-shared*-fopenmp*|*-lomp*) exit 1; esac', set()),
+    ],
+    ids=["gcc", "Apple clang with libomp", "no OpenMP", "no OpenMP runtime to link with"],
+)
+def test_openmp_probe(recorder, refuse, flags):
+    recorder.touch("src_c/dispatch.c")
+    calls = recorder.build(refuse)
+    assert {"-Xpreprocessor", "-fopenmp"} & set(calls["build/objects/fastbn/_kernels.c"]) == flags
+    assert ("-lomp" in calls["link"]) == ("-Xpreprocessor" in flags)
+    assert ("WITHOUT OpenMP" in recorder.warnings) == (not flags)
+
+
+def test_openmp_can_be_switched_off(recorder):
+    recorder.build()
+    serial = recorder.build(FASTBN_NO_OPENMP="1")
+    assert set(serial) == EXTENSION
+    assert "openmp" not in str(serial)
+    assert "WITHOUT OpenMP and will use one thread only: FASTBN_NO_OPENMP is set" in recorder.warnings
+    assert "-fopenmp" in recorder.build(FASTBN_NO_OPENMP="0")["link"]
+    assert "WITHOUT OpenMP" not in recorder.warnings
+
+
+# ---- what comes out of the build
+
+# Prints where fastbn is, whether it has OpenMP, and a digest of what every operation answers.
+PROGRAM = """
+import hashlib
+import numpy as np
+import fastbn
+from fastbn import _kernels
+
+digest = hashlib.sha256()
+rng = np.random.default_rng(0)
+for shape, axis in [((4, 6, 9, 9), 1), ((33, 17), 1), ((2, 130, 5), -1), ((1, 2, 300, 300), 1)]:
+    x, grad_output, residual = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
+    weight, bias = (rng.standard_normal(shape[axis], dtype=np.float32) for _ in range(2))
+    fused = dict(axis=axis, residual=residual, activation="relu", num_threads=2)
+    y, stats = fastbn.batch_norm_forward(x, weight, bias, **fused)
+    grads = fastbn.batch_norm_backward(grad_output, x, stats, weight, bias, **fused)
+    for array in (y, stats.mean, stats.var, *grads):
+        digest.update(np.ascontiguousarray(array))
+print(fastbn.__file__, bool(_kernels.openmp), digest.hexdigest(), sep="|")
+"""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """The sdist, and the wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("packages")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
+    run(*build, cwd=checkout(folder / "checkout"))
+    [sdist], [wheel] = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_sources(packages):
+    with tarfile.open(packages[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / "src_c").iterdir()}
+    assert sources | {"setup.py", "LICENSE", "fastbn/_kernels.pyx", "fastbn/py.typed"} <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))}
+
+
+@pytest.mark.slow
+def test_wheel_is_small_and_needs_numpy_only(packages):
+    assert packages[1].stat().st_size < 1_000_000
+    with zipfile.ZipFile(packages[1]) as wheel:
+        names = wheel.namelist()
+        [metadata] = [name for name in names if name.endswith("METADATA")]
+        metadata = email.message_from_bytes(wheel.read(metadata))
+    suffixes = {Path(name).suffix for name in names if name.startswith("fastbn/")}
+    assert suffixes == {".py", ".pyi", ".typed", ".so"}
+    assert all(name.startswith(("fastbn/", "fastbn-")) for name in names)
+    required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
+    assert [re.match(r"\w+", line)[0] for line in required] == ["numpy"]
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+
+
+@pytest.mark.slow
+def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_path):
+    # A new environment that has NumPy and nothing else; --no-deps, so that no network is needed.
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    [site_packages] = (tmp_path / "venv/lib").glob("python*/site-packages")
+    for part in Path(numpy.__file__).parents[1].glob("numpy*"):
+        (site_packages / part.name).symlink_to(part)
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps"]
+    run(*pip, packages[1], cwd=tmp_path)
+    place, openmp, installed = run(python, "-c", PROGRAM, cwd=tmp_path).stdout.strip().split("|")
+    assert Path(place).is_relative_to(site_packages)
+    if sys.platform == "linux" and "clang" not in os.environ.get("CC", ""):
+        assert openmp == "True", "gcc has OpenMP"
+
+    tree = checkout(tmp_path / "serial")
+    if (ROOT / "build/objects").is_dir():  # the C kernels are the same objects with and without OpenMP
+        shutil.copytree(ROOT / "build/objects", tree / "build/objects")
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    assert "WITHOUT OpenMP" in run(*build, cwd=tree, FASTBN_NO_OPENMP="1").stderr
+    place, openmp, serial = run(python, "-c", PROGRAM, cwd=tree).stdout.strip().split("|")
+    assert Path(place).is_relative_to(tree)
+    assert openmp == "False"
+    assert serial == installed

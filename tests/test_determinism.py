@@ -1,0 +1,148 @@
+"""The same bits for every number of threads, cached or streamed, on AVX2 and AVX-512, among many callers."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import THREADS
+from layouts import LAYOUTS
+from operations import ACTIVATIONS, OPERATIONS, UNFUSED, assert_same_bits, kernels, problem, run
+
+import fastbn
+from fastbn import _kernels
+
+# Fewer channels than threads, more of them, numbers that no number of threads divides; one tile and many
+SHAPES = [
+    (2, 1, 90, 100),
+    (3, 3, 50, 41),
+    (84, 17, 7, 7),
+    (5, 130, 14, 14),
+    (1, 1030, 3, 3),
+    (6000, 20),
+    (9, 700),
+]
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+both_axes = pytest.mark.parametrize("axis", [1, -1])
+operations = pytest.mark.parametrize("operation", OPERATIONS)
+
+
+def fusing(operation):
+    """Arguments of `run` that fuse all that can be fused."""
+    return () if operation in UNFUSED else ("leaky_relu", True)
+
+
+@shapes
+@both_axes
+@operations
+def test_every_number_of_threads(isa, shared_out, shape, axis, operation):  # case 23
+    p = problem(shape, axis, offset=10)
+    serial = run(operation, p, *fusing(operation), num_threads=1)
+    for threads in (*THREADS[1:], None):
+        assert_same_bits(
+            run(operation, p, *fusing(operation), num_threads=threads), serial, f"{threads} threads"
+        )
+
+
+@shapes
+@both_axes
+@operations
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streaming(isa, shared_out, shape, axis, operation, threads):
+    p = problem(shape, axis)
+    found = []
+    for streamed in False, True:
+        with kernels(streamed=streamed):
+            found.append(run(operation, p, *fusing(operation), num_threads=threads))
+    assert_same_bits(*found)
+
+
+@pytest.mark.skipif(len(_kernels.supported_isas()) < 3, reason="needs AVX-512")
+@both_axes
+@operations
+@pytest.mark.parametrize("offset", [0, 1e4, 1e20])
+def test_avx2_and_avx512_agree(operation, offset, axis):
+    for shape in (*SHAPES, (3, 3), (2, 5, 4097), (8, 65, 169), (3, 17, 2)):
+        p = problem(shape, axis, offset)
+        if offset == 1e20:
+            p.x[..., ::2] *= -1
+        for activation in ACTIVATIONS if offset == 0 and operation not in UNFUSED else [None]:
+            found = []
+            for isa in "avx2", "avx512":
+                with kernels(isa):
+                    found.append(run(operation, p, activation, activation is not None))
+            assert_same_bits(*found, f"{shape} {activation}")
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("broadcast")])
+def test_elementwise_results_do_not_depend_on_layout(isa, layout):
+    """What is not summed has one right rounding, however the memory is walked."""
+    for shape in (3, 17, 7, 9), (4, 130, 5, 5), (9, 65), (2, 3, 4100):
+        p, q = problem(shape), problem(shape, x=layout, residual=layout, grad_output=layout)
+        for operation in "inference", "forward_given_stats":
+            assert_same_bits(run(operation, q, "relu", True), run(operation, p, "relu", True))
+        gradients = [run("frozen_backward", r, "relu", True) for r in (p, q)]
+        for name in "grad_input", "grad_residual":
+            assert gradients[0][name].tobytes() == gradients[1][name].tobytes()
+
+
+def all_at_once(calls, repeat=10):
+    """Results of calling each of `calls` repeatedly, each in a thread of its own, all starting together."""
+    barrier = threading.Barrier(len(calls))
+    found = [[] for _ in calls]
+
+    def caller(i):
+        barrier.wait()
+        for _ in range(repeat):
+            found[i].append(calls[i]())
+
+    callers = [threading.Thread(target=caller, args=(i,)) for i in range(len(calls))]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert [len(f) for f in found] == [repeat] * len(calls)
+    return found
+
+
+@both_axes
+def test_sixteen_threads_with_one_frozen_layer(isa, axis):  # case 22
+    p = problem((2, 16, 40, 40), axis)
+    frozen = fastbn.FrozenBatchNorm(p.running_mean, p.running_var, p.weight, p.bias, axis=axis)
+    inputs = [np.roll(p.x, i) for i in range(16)]
+    serial = [fastbn.batch_norm(x, *p[5:7], p.weight, p.bias, axis=axis, num_threads=1) for x in inputs]
+    found = all_at_once([lambda x=x: frozen(x) for x in inputs])
+    for results, expected in zip(found, serial, strict=True):
+        for y in results:
+            assert y.tobytes() == expected.tobytes()
+
+
+@both_axes
+def test_sixteen_threads_with_one_layer_in_evaluation(isa, axis):  # case 22
+    p = problem((2, 16, 40, 40), axis)
+    layer = fastbn.BatchNorm2d(16, axis=axis).eval()
+    layer.load_state_dict(
+        {name: getattr(p, name) for name in ("weight", "bias", "running_mean", "running_var")}
+    )
+    inputs = [np.roll(p.x, i) for i in range(16)]
+    serial = [fastbn.batch_norm(x, *p[5:7], p.weight, p.bias, axis=axis, num_threads=1) for x in inputs]
+    found = all_at_once([lambda x=x: layer(x) for x in inputs])
+    for results, expected in zip(found, serial, strict=True):
+        for y in results:
+            assert y.tobytes() == expected.tobytes()
+
+
+@both_axes
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_sixteen_threads_with_every_operation(shared_out, axis, threads):
+    """Other operations, shapes and sizes at once: no state is shared between calls."""
+    problems = [problem((2 + i, 1 + 5 * i, 9, 11), axis, seed=i) for i in range(16)]
+    names = [OPERATIONS[i % len(OPERATIONS)] for i in range(16)]
+    serial = [run(name, p, *fusing(name), num_threads=1) for p, name in zip(problems, names, strict=True)]
+    calls = [
+        lambda p=p, name=name: run(name, p, *fusing(name), num_threads=threads)
+        for p, name in zip(problems, names, strict=True)
+    ]
+    for found, expected, name in zip(all_at_once(calls), serial, names, strict=True):
+        for result in found:
+            assert_same_bits(result, expected, name)

@@ -1,0 +1,171 @@
+"""Parallel calls after a fork: no hang, the same bits, and proof that the cure is what prevents the hang."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fastbn import _kernels
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform"),
+    pytest.mark.skipif(_kernels.openmp is None, reason="built without OpenMP"),
+]
+
+# Every program runs in a fresh interpreter, so that nothing but its own calls has started a pool of threads.
+# Its children have an alarm set, which ends those that hang.
+PRELUDE = """
+import hashlib, os, signal, sys, threading
+import numpy as np
+import fastbn
+from fastbn import threads
+
+x = np.random.default_rng(0).standard_normal((8, 64, 56, 56), dtype=np.float32)
+
+def tasks():
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else None
+
+def digest(_=None):
+    y, stats = fastbn.batch_norm_forward(x, num_threads=2)
+    return hashlib.sha256(y.tobytes() + stats.mean.tobytes() + stats.var.tobytes()).hexdigest()
+
+def first_digest():
+    \"\"\"The digest of a thread's first parallel call, which must start a thread or prove nothing.\"\"\"
+    before = tasks()
+    result = digest()
+    assert before is None or tasks() > before
+    return result
+
+def fork_and_call(expected, seconds=10):
+    \"\"\"Exit status of a child that makes a parallel call; minus SIGALRM if it hangs.\"\"\"
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(seconds)
+            os._exit(0 if digest() == expected else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+
+def run(program):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", PRELUDE + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_fork():
+    program = """
+expected = first_digest()
+print(fork_and_call(expected), digest() == expected, fork_and_call(expected))
+"""
+    assert run(program) == ["0", "True", "0"]
+
+
+def test_fork_of_a_forked_child():
+    program = """
+expected = first_digest()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(3 if digest() != expected else fork_and_call(expected))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(program) == ["0"]
+
+
+def test_fork_before_the_first_parallel_call():
+    program = """
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    expected = first_digest()
+    os._exit(fork_and_call(expected))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(program) == ["0"]
+
+
+def test_fork_from_a_second_thread():
+    """Each Python thread has a pool of its own: one forks with its pool running, one without any."""
+    program = """
+expected = first_digest()
+statuses = []
+def with_pool():
+    first_digest()
+    statuses.append(fork_and_call(expected))
+def without_pool():
+    statuses.append(fork_and_call(expected))
+for target in (with_pool, without_pool):
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+print(*statuses, digest() == expected)
+"""
+    assert run(program) == ["0", "0", "True"]
+
+
+def test_fork_while_other_threads_are_inside_parallel_regions():
+    program = """
+expected = first_digest()
+done = threading.Event()
+wrong = []
+def work():
+    while not done.is_set():
+        if digest() != expected:
+            wrong.append(1)
+workers = [threading.Thread(target=work) for _ in range(2)]
+for worker in workers:
+    worker.start()
+statuses = {fork_and_call(expected) for _ in range(10)}
+done.set()
+for worker in workers:
+    worker.join()
+print(*statuses, len(wrong))
+"""
+    assert run(program) == ["0", "0"]
+
+
+def test_multiprocessing_fork_pool():
+    program = """
+import multiprocessing
+expected = first_digest()
+with multiprocessing.get_context("fork").Pool(2, signal.alarm, (20,)) as pool:
+    digests = pool.map_async(digest, range(4)).get(timeout=20)
+print(set(digests) == {expected}, digest() == expected)
+"""
+    assert run(program) == ["True", "True"]
+
+
+def test_process_pool_executor():
+    program = """
+import concurrent.futures, multiprocessing
+expected = first_digest()
+context = multiprocessing.get_context("fork")
+with concurrent.futures.ProcessPoolExecutor(2, context, signal.alarm, (20,)) as pool:
+    digests = list(pool.map(digest, range(4)))
+print(set(digests) == {expected}, digest() == expected)
+"""
+    assert run(program) == ["True", "True"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_without_the_cure_the_child_hangs():
+    program = """
+threads._fork_hook_registered = True  # so that the kernels do not register it
+expected = first_digest()
+gnu = "/libgomp" in open("/proc/self/maps").read()
+print(gnu, fork_and_call(expected, seconds=2) if gnu else None)
+"""
+    gnu, status = run(program)
+    if gnu == "False":
+        pytest.skip("only GNU OpenMP needs the cure")
+    assert int(status) == -signal.SIGALRM

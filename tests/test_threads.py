@@ -1,0 +1,405 @@
+"""How many threads are used by default, and why; what importing the library does not do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastbn import _kernels, threads
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+needs_openmp = pytest.mark.skipif(_kernels.openmp is None, reason="built without OpenMP")
+
+VARIABLES = ("OMP_NUM_THREADS", "FASTBN_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def nothing_decided(monkeypatch):
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    threads.set_num_threads(None)
+    yield
+    threads.set_num_threads(None)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Set what the machine offers: machine(cpus=..., quota=...)."""
+
+    def describe(cpus=8, quota=None):
+        monkeypatch.setattr(threads, "_kernels", SimpleNamespace(openmp="some runtime"))
+        monkeypatch.setattr(threads, "_affinity", lambda: cpus)
+        monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
+
+    return describe
+
+
+def run_python(code, **environment):
+    """Standard output of `code` in a fresh interpreter that has none of our variables but `environment`."""
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# What decides
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "omp", "ours", "count", "reason"),
+    [
+        (8, None, None, None, 8, "CPU affinity"),
+        (8, 0.5, None, None, 1, "cgroup CPU quota of 0.5"),  # half a CPU of a host of many
+        (8, 1.0, None, None, 1, "cgroup CPU quota of 1"),
+        (8, 1.5, None, None, 2, "cgroup CPU quota of 1.5"),
+        (8, 100.0, None, None, 8, "CPU affinity"),
+        (8, None, "3", None, 3, "OMP_NUM_THREADS"),
+        (8, None, "4,3,2", None, 4, "OMP_NUM_THREADS"),
+        (8, None, " 5 ", None, 5, "OMP_NUM_THREADS"),
+        (8, None, "64", None, 8, "CPU affinity"),
+        (8, None, None, "6", 6, "FASTBN_NUM_THREADS"),
+        (8, None, "3", "6", 3, "OMP_NUM_THREADS"),
+        (8, None, "6", "3", 3, "FASTBN_NUM_THREADS"),
+        (8, 2.0, "6", "3", 2, "cgroup CPU quota of 2"),
+        (8, None, "", " ", 8, "CPU affinity"),  # an empty variable counts as unset
+        (4096, None, None, None, 1024, "upper limit of fastbn"),
+    ],
+)
+def test_the_least_limit_decides(machine, monkeypatch, cpus, quota, omp, ours, count, reason):
+    machine(cpus, quota)
+    for variable, value in zip(VARIABLES, (omp, ours), strict=True):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    assert threads.explain_num_threads() == (count, reason)
+    assert threads.get_num_threads() == count
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-2", "1.5", ",4", "1e3", "9" * 5000])
+def test_senseless_omp_num_threads_is_ignored_with_a_warning(machine, monkeypatch, value):
+    machine(cpus=8)
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    with pytest.warns(RuntimeWarning, match="OMP_NUM_THREADS=.* is ignored"):
+        assert threads.get_num_threads() == 8
+    assert threads.get_num_threads() == 8  # and says so once
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-2", "1.5", "4,2", "1025", "9" * 5000])
+def test_senseless_fastbn_num_threads_is_an_error(machine, monkeypatch, value):
+    machine(cpus=8)
+    monkeypatch.setenv("FASTBN_NUM_THREADS", value)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"FASTBN_NUM_THREADS must be .* from 1 to 1024, got .*unset it"):
+            threads.get_num_threads()
+    monkeypatch.setenv("FASTBN_NUM_THREADS", "4")
+    assert threads.get_num_threads() == 4
+
+
+def test_the_default_is_looked_up_once(machine, monkeypatch):
+    machine(cpus=8)
+    assert threads.get_num_threads() == 8
+    machine(cpus=4)
+    monkeypatch.setenv("FASTBN_NUM_THREADS", "2")
+    assert threads.get_num_threads() == 8
+    threads.set_num_threads(None)
+    assert threads.get_num_threads() == 2
+
+
+def test_a_serial_build_has_one_thread(machine, monkeypatch):
+    machine(cpus=8)
+    monkeypatch.setattr(threads._kernels, "openmp", None)
+    assert threads.explain_num_threads() == (1, "built without OpenMP")
+    threads.set_num_threads(4)
+    assert threads.explain_num_threads() == (1, "built without OpenMP")
+
+
+# set_num_threads
+
+
+def test_set_num_threads_rules_over_everything(machine, monkeypatch):
+    machine(cpus=2, quota=0.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads.set_num_threads(7)
+    assert threads.explain_num_threads() == (7, "set_num_threads")
+    threads.set_num_threads(None)
+    assert threads.explain_num_threads() == (1, "cgroup CPU quota of 0.5")
+
+
+@pytest.mark.parametrize("n", [0, -1, 1025, 2**70])
+def test_set_num_threads_out_of_range(machine, n):
+    machine(cpus=8)
+    threads.set_num_threads(3)
+    with pytest.raises(ValueError, match=f"n must be from 1 to 1024, got {n}"):
+        threads.set_num_threads(n)
+    assert threads.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("n", [2.0, "2", [2]])
+def test_set_num_threads_of_another_type(machine, n):
+    machine(cpus=8)
+    with pytest.raises(TypeError, match=r"n must be an integer or None, got (float|str|list)"):
+        threads.set_num_threads(n)
+    assert threads.get_num_threads() == 8
+
+
+# Quotas of cgroups: trees of files such as the kernel shows, written to tmp_path
+
+V2 = "0::/"
+V1 = "3:cpuset:/other\n4:cpu,cpuacct:/"
+
+
+def v1_files(quota, period=100000):
+    return {"cpu.cfs_quota_us": f"{quota}\n", "cpu.cfs_period_us": f"{period}\n"}
+
+
+def v2_file(text):
+    return {"cpu.max": f"{text}\n"}
+
+
+def quota_of(tmp_path, cgroup, mounts, directories):
+    """_cgroup_quota where /proc/self holds `cgroup` and `mounts` (root, mount point, type, options)."""
+    for directory, files in directories.items():
+        (tmp_path / directory).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / directory / name).write_text(text)
+    lines = ["21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"]
+    for root, point, kind, options in mounts:
+        escaped = str(tmp_path / point).replace("\\", r"\134").replace(" ", r"\040")
+        lines.append(f"30 21 0:26 {root} {escaped} rw,nosuid shared:9 master:2 - {kind} {kind} {options}")
+    (tmp_path / "cgroup").write_text(cgroup + "\n")
+    (tmp_path / "mountinfo").write_text("\n".join(lines) + "\n")
+    return threads._cgroup_quota(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"),
+    [
+        ("50000 100000", 0.5),
+        ("150000 100000", 1.5),
+        ("400000 200000", 2.0),
+        ("max 100000", None),
+        ("", None),
+        ("50000", None),
+        ("0 0", None),
+        ("many 100000", None),
+    ],
+)
+def test_v2_quota(tmp_path, text, quota):
+    assert quota_of(tmp_path, V2, [("/", "cg", "cgroup2", "rw")], {"cg": v2_file(text)}) == quota
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        (v1_files(50000), 0.5),
+        (v1_files(300000, 200000), 1.5),
+        (v1_files(-1), None),
+        (v1_files("nonsense"), None),
+        ({"cpu.cfs_quota_us": "50000\n"}, None),
+        ({}, None),
+    ],
+)
+def test_v1_quota(tmp_path, files, quota):
+    assert quota_of(tmp_path, V1, [("/", "cg/cpu", "cgroup", "rw,cpu,cpuacct")], {"cg/cpu": files}) == quota
+
+
+@pytest.mark.parametrize(
+    ("outer", "middle", "own", "quota"),
+    [("max", "max", "200000", 2), ("max", "100000", "200000", 1), ("50000", "max", "max", 0.5)],
+)
+def test_v2_least_quota_up_to_the_root(tmp_path, outer, middle, own, quota):
+    directories = {
+        "cg": {},  # the real root has no cpu.max
+        "cg/a": v2_file(f"{outer} 100000"),
+        "cg/a/b": v2_file(f"{middle} 100000"),
+        "cg/a/b/c": v2_file(f"{own} 100000"),
+        "cg/a/b/c/d": v2_file("1000 100000"),  # below us: not ours
+        "cg/x": v2_file("1000 100000"),  # beside us: not ours
+    }
+    assert quota_of(tmp_path, "0::/a/b/c", [("/", "cg", "cgroup2", "rw")], directories) == quota
+
+
+@pytest.mark.parametrize(("outer", "own", "quota"), [(-1, 200000, 2), (100000, 200000, 1), (50000, -1, 0.5)])
+def test_v1_least_quota_up_to_the_root(tmp_path, outer, own, quota):
+    directories = {"cg": v1_files(-1), "cg/a": v1_files(outer), "cg/a/b": v1_files(own)}
+    assert quota_of(tmp_path, "4:cpu:/a/b", [("/", "cg", "cgroup", "rw,cpu")], directories) == quota
+
+
+def test_container_without_its_own_cgroup_namespace(tmp_path):
+    """The path is the host's, and the mount shows only the part of the hierarchy below the container."""
+    directories = {"cg": v1_files(250000), "cg/inner": v1_files(-1)}
+    mounts = [("/docker/abc", "cg", "cgroup", "rw,cpu")]
+    assert quota_of(tmp_path, "4:cpu:/docker/abc/inner", mounts, directories) == 2.5
+
+
+def test_mount_of_another_part_of_the_hierarchy(tmp_path):
+    directories = {"own": v2_file("300000 100000"), "other": v2_file("50000 100000")}
+    mounts = [("/docker/other", "other", "cgroup2", "rw"), ("/docker/own", "own", "cgroup2", "rw")]
+    assert quota_of(tmp_path, "0::/docker/own", mounts, directories) == 3
+
+
+def test_a_path_that_is_not_there_leaves_the_groups_around_it(tmp_path):
+    directories = {"cg": v2_file("200000 100000")}
+    assert quota_of(tmp_path, "0::/gone/away", [("/", "cg", "cgroup2", "rw")], directories) == 2
+
+
+def test_hybrid_hierarchies(tmp_path):
+    """Controllers in v1, processes also in an empty v2: the quota is where the cpu controller is."""
+    mounts = [
+        ("/", "cg/cpuset", "cgroup", "rw,cpuset"),  # cpuset is not cpu
+        ("/", "cg/cpu", "cgroup", "rw,cpu"),
+        ("/", "cg/unified", "cgroup2", "rw"),
+    ]
+    directories = {
+        "cg/cpuset/c": v1_files(1000),
+        "cg/cpu/c": v1_files(50000),
+        "cg/unified/u": {"cgroup.procs": ""},
+    }
+    assert quota_of(tmp_path, "2:cpu:/c\n3:cpuset:/s\n0::/u", mounts, directories) == 0.5
+    assert quota_of(tmp_path, "2:cpu:/c", mounts, directories) == 0.5
+
+
+def test_mount_point_with_a_space_and_a_backslash(tmp_path):
+    directories = {"c g\\x": v2_file("50000 100000")}
+    assert quota_of(tmp_path, V2, [("/", "c g\\x", "cgroup2", "rw")], directories) == 0.5
+
+
+@pytest.mark.parametrize("missing", ["cgroup", "mountinfo"])
+def test_no_proc(tmp_path, missing):
+    assert quota_of(tmp_path, V2, [("/", "cg", "cgroup2", "rw")], {"cg": v2_file("50000 100000")}) == 0.5
+    (tmp_path / missing).unlink()
+    assert threads._cgroup_quota(tmp_path) is None
+
+
+def test_files_of_another_kind(tmp_path):
+    (tmp_path / "cgroup").write_bytes(b"\xff\xfe nonsense\n\n0::\n")
+    (tmp_path / "mountinfo").write_bytes(b"\n1 2 3\n - cgroup2\n\xff - cgroup2 a b\n")
+    assert threads._cgroup_quota(tmp_path) is None
+
+
+# The same for real
+
+COUNT = "from fastbn import threads; print(*threads.explain_num_threads())"
+
+
+@linux_only
+@needs_openmp
+def test_real_affinity():
+    pin = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert run_python(pin + COUNT) == "1 CPU affinity"
+
+
+def test_without_affinity_all_cpus_count(monkeypatch):
+    """As on macOS and Windows."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for count, expected in (12, 12), (None, 1):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert threads._affinity() == expected
+
+
+@needs_openmp
+def test_real_environment():
+    assert run_python(COUNT, OMP_NUM_THREADS="1,2", FASTBN_NUM_THREADS="1") in (
+        "1 OMP_NUM_THREADS",
+        "1 CPU affinity",
+    )
+    assert run_python("import fastbn, os; os.environ['FASTBN_NUM_THREADS'] = '1'\n" + COUNT).startswith("1 ")
+
+
+@linux_only
+@needs_openmp
+@pytest.mark.parametrize(
+    ("quota", "expected"), [(50000, "1 cgroup CPU quota of 0.5"), (100000, "1 cgroup CPU quota of 1")]
+)
+def test_real_cgroup(quota, expected):
+    """A group of our own with a quota, and a process in it."""
+    v1 = Path("/sys/fs/cgroup/cpu")
+    group = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"fastbn-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made: {error}")
+    try:
+        try:
+            if v1.is_dir():
+                (group / "cpu.cfs_quota_us").write_text(str(quota))
+            else:
+                (group / "cpu.max").write_text(f"{quota} 100000")
+            join = f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+            run_python(join)
+        except OSError as error:
+            pytest.skip(f"no quota can be set: {error}")
+        assert run_python(join + COUNT) == expected
+    finally:
+        group.rmdir()
+
+
+# What importing does not do, and what the kernels make of the count
+
+TASKS = "import os\ndef tasks(): return len(os.listdir('/proc/self/task'))\n"
+BIG_CALL = """
+import numpy as np
+x = np.ones((8, 64, 56, 56), np.float32)
+mean, var = np.zeros(64, np.float32), np.ones(64, np.float32)
+def big_call(**keywords): return fastbn.batch_norm(x, mean, var, **keywords)
+"""
+
+
+@linux_only
+def test_importing_starts_no_thread_and_hooks_nothing():
+    code = """
+import numpy
+before, hooks = tasks(), []
+os.register_at_fork = lambda **hook: hooks.append(hook)
+import fastbn
+print(tasks() - before, len(hooks))
+"""
+    assert run_python(TASKS + code) == "0 0"
+
+
+@linux_only
+@needs_openmp
+def test_the_count_is_what_the_kernels_start():
+    code = f"""
+import fastbn
+hooks, register = [], os.register_at_fork
+os.register_at_fork = lambda **hook: (hooks.append(hook), register(**hook))
+{BIG_CALL}
+before = tasks()
+fastbn.set_num_threads(1); big_call(); print(tasks() - before, len(hooks))
+fastbn.set_num_threads(3); big_call(); print(tasks() - before, len(hooks))
+big_call(); big_call(num_threads=4); print(tasks() - before, len(hooks))
+"""
+    assert run_python(TASKS + code).split("\n") == ["0 1", "2 1", "3 1"]
+
+
+@needs_openmp
+def test_a_senseless_setting_is_told_by_the_call_that_needs_it():
+    code = f"""
+import fastbn
+{BIG_CALL}
+fastbn.batch_norm(x[:1, :, :1, :1], mean, var)
+big_call(num_threads=2)
+try: big_call()
+except ValueError as error: print(error)
+"""
+    assert "FASTBN_NUM_THREADS must be" in run_python(code, FASTBN_NUM_THREADS="lots")
+
+
+def test_the_fork_hook_is_registered_once(monkeypatch):
+    hooks = []
+    monkeypatch.setattr(threads, "_fork_hook_registered", False)
+    monkeypatch.setattr(os, "register_at_fork", lambda **hook: hooks.append(hook), raising=False)
+    threads.register_fork_hook()
+    threads.register_fork_hook()
+    assert hooks == [{"before": _kernels.release_pool}]
+
+
+def test_no_fork_hook_where_there_is_no_fork(monkeypatch):
+    monkeypatch.setattr(threads, "_fork_hook_registered", False)
+    monkeypatch.delattr(os, "register_at_fork", raising=False)
+    threads.register_fork_hook()
