@@ -1,0 +1,67 @@
+/* The memory limit: kernels that move the least traffic an operation can move and compute next to nothing.
+   copy: 1 read + 1 write. add: 2 reads + 1 write. Each with ordinary and with non-temporal stores, which the caller
+   tries in turn to take the fastest. Pointers are 64-byte aligned; a tail of less than a line is plain C. */
+#include <immintrin.h>
+#include <omp.h>
+#include <stddef.h>
+
+enum { LINE = 64, FLOATS = LINE / sizeof(float) };
+
+/* One range function per ISA, operation and kind of store; n is in floats, a multiple of FLOATS. The prefetch is worth
+   up to a tenth beyond the caches, where the hardware's own stops at every page. */
+#define RANGE(NAME, TARGET, LANES, VALUE, STORE)                                                                       \
+    __attribute__((target(TARGET))) static void NAME(const float *a, const float *b, float *y, size_t n) {             \
+        (void)b;                                                                                                       \
+        for (size_t i = 0; i < n; i += FLOATS) {                                                                       \
+            AHEAD(a + i);                                                                                              \
+            for (size_t j = i; j < i + FLOATS; j += LANES)                                                             \
+                STORE(y + j, VALUE);                                                                                   \
+        }                                                                                                              \
+    }
+#define AHEAD(p) _mm_prefetch((const char *)(p) + 4096, _MM_HINT_T1)
+
+#define COPY512 _mm512_load_ps(a + j)
+#define ADD512  _mm512_add_ps(_mm512_load_ps(a + j), _mm512_load_ps(b + j))
+#define COPY256 _mm256_load_ps(a + j)
+#define ADD256  _mm256_add_ps(_mm256_load_ps(a + j), _mm256_load_ps(b + j))
+#define COPY128 _mm_load_ps(a + j)
+#define ADD128  _mm_add_ps(_mm_load_ps(a + j), _mm_load_ps(b + j))
+
+RANGE(copy128, "sse2", 4, COPY128, _mm_store_ps)
+RANGE(copy128_nt, "sse2", 4, COPY128, _mm_stream_ps)
+RANGE(add128, "sse2", 4, ADD128, _mm_store_ps)
+RANGE(add128_nt, "sse2", 4, ADD128, _mm_stream_ps)
+RANGE(copy256, "avx2", 8, COPY256, _mm256_store_ps)
+RANGE(copy256_nt, "avx2", 8, COPY256, _mm256_stream_ps)
+RANGE(add256, "avx2", 8, ADD256, _mm256_store_ps)
+RANGE(add256_nt, "avx2", 8, ADD256, _mm256_stream_ps)
+RANGE(copy512, "avx512f", 16, COPY512, _mm512_store_ps)
+RANGE(copy512_nt, "avx512f", 16, COPY512, _mm512_stream_ps)
+RANGE(add512, "avx512f", 16, ADD512, _mm512_store_ps)
+RANGE(add512_nt, "avx512f", 16, ADD512, _mm512_stream_ps)
+
+typedef void range_fn(const float *, const float *, float *, size_t);
+
+/* [isa][add][nt] */
+static range_fn *const table[3][2][2] = {{{copy128, copy128_nt}, {add128, add128_nt}},
+                                         {{copy256, copy256_nt}, {add256, add256_nt}},
+                                         {{copy512, copy512_nt}, {add512, add512_nt}}};
+
+/* The widest isa of the table that this CPU has: 0 SSE2, 1 AVX2, 2 AVX-512. */
+int memory_limit_isa(void) { return __builtin_cpu_supports("avx512f") ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0; }
+
+/* y = a, or a + b where b is given. */
+void memory_limit(const float *a, const float *b, float *y, size_t n, int isa, int nt, int threads) {
+    range_fn *range = table[isa][b != NULL][nt];
+    const size_t lines = n / FLOATS;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const size_t t = omp_get_thread_num(), team = omp_get_num_threads();
+        const size_t start = lines * t / team * FLOATS, stop = lines * (t + 1) / team * FLOATS;
+        range(a + start, b ? b + start : NULL, y + start, stop - start);
+        if (nt)
+            _mm_sfence();
+    }
+    for (size_t i = lines * FLOATS; i < n; i++)
+        y[i] = b ? a[i] + b[i] : a[i];
+}

@@ -1,0 +1,182 @@
+// Batch normalization by oneDNN's own primitive behind a C interface for ctypes, in plain, channels-last and blocked
+// memory. Memory belongs to the object; `set` and `get` reorder from and to plain (N, C, spatial) arrays, outside of
+// what is timed.
+#include <dnnl.hpp>
+
+#include <map>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+using namespace dnnl;
+using tag = memory::format_tag;
+using args = std::unordered_map<int, memory>;
+
+namespace {
+
+enum op_t { inference, training, backward };
+enum format_t { nchw, nhwc, blocked16, blocked8 };
+enum relu_t {
+    no_relu,
+    relu_flag,
+    relu_post_op,
+    relu_after
+}; // in the primitive, by attribute, by a primitive of its own
+
+std::string last_error;
+
+const std::map<std::string, int> arguments = {{"x", DNNL_ARG_SRC},
+                                              {"y", DNNL_ARG_DST},
+                                              {"residual", DNNL_ARG_SRC_1},
+                                              {"weight", DNNL_ARG_SCALE},
+                                              {"bias", DNNL_ARG_SHIFT},
+                                              {"mean", DNNL_ARG_MEAN},
+                                              {"var", DNNL_ARG_VARIANCE},
+                                              {"grad_output", DNNL_ARG_DIFF_DST},
+                                              {"grad_input", DNNL_ARG_DIFF_SRC},
+                                              {"grad_weight", DNNL_ARG_DIFF_SCALE},
+                                              {"grad_bias", DNNL_ARG_DIFF_SHIFT}};
+
+tag data_tag(int format, size_t ndims) {
+    static const tag tags[4][4] = {{tag::nc, tag::ncw, tag::nchw, tag::ncdhw},
+                                   {tag::nc, tag::nwc, tag::nhwc, tag::ndhwc},
+                                   {tag::nc, tag::nCw16c, tag::nChw16c, tag::nCdhw16c},
+                                   {tag::nc, tag::nCw8c, tag::nChw8c, tag::nCdhw8c}};
+    return tags[format][ndims - 2];
+}
+
+struct batch_norm {
+    engine cpu{engine::kind::cpu, 0};
+    stream queue{cpu};
+    memory::desc plain, channels;
+    args mem;
+    std::vector<std::pair<primitive, args>> before, steps; // `before` runs once, `steps` are what is timed
+    std::string implementation;
+
+    batch_norm(op_t op, const memory::dims &dims, int format, relu_t relu, bool residual, float eps)
+        : plain(dims, memory::data_type::f32, data_tag(nchw, dims.size())),
+          channels({dims[1]}, memory::data_type::f32, tag::a) {
+        const memory::desc data(dims, memory::data_type::f32, data_tag(format, dims.size()));
+        auto flags = normalization_flags::use_scale | normalization_flags::use_shift;
+        if (op == inference)
+            flags = flags | normalization_flags::use_global_stats;
+        if (relu == relu_flag)
+            flags = flags | normalization_flags::fuse_norm_relu;
+        primitive_attr relu_attr;
+        post_ops relu_ops;
+        relu_ops.append_eltwise(1.f, algorithm::eltwise_relu, 0.f, 0.f);
+        relu_attr.set_post_ops(relu_ops);
+
+        using forward_t = batch_normalization_forward;
+        const auto kind = op == inference ? prop_kind::forward_inference : prop_kind::forward_training;
+        const forward_t::primitive_desc forward({kind, data, eps, flags},
+                                                relu == relu_post_op && !residual ? relu_attr : primitive_attr(), cpu);
+        implementation = forward.impl_info_str();
+        for (int arg : {DNNL_ARG_SRC, DNNL_ARG_DST})
+            mem[arg] = memory(data, cpu);
+        for (int arg : {DNNL_ARG_SCALE, DNNL_ARG_SHIFT, DNNL_ARG_MEAN, DNNL_ARG_VARIANCE})
+            mem[arg] = memory(channels, cpu);
+        if (forward.workspace_desc().get_size())
+            mem[DNNL_ARG_WORKSPACE] = memory(forward.workspace_desc(), cpu);
+        (op == backward ? before : steps).emplace_back(forward_t(forward), mem);
+
+        if (op != backward) {
+            const memory y = mem[DNNL_ARG_DST];
+            if (residual) {
+                mem[DNNL_ARG_SRC_1] = memory(data, cpu);
+                const binary::primitive_desc add({algorithm::binary_add, data, data, data},
+                                                 relu ? relu_attr : primitive_attr(), cpu);
+                steps.push_back(
+                    {binary(add), {{DNNL_ARG_SRC_0, y}, {DNNL_ARG_SRC_1, mem[DNNL_ARG_SRC_1]}, {DNNL_ARG_DST, y}}});
+            } else if (relu == relu_after) {
+                const eltwise_forward::primitive_desc after({kind, algorithm::eltwise_relu, data, 0.f, 0.f}, cpu);
+                steps.push_back({eltwise_forward(after), {{DNNL_ARG_SRC, y}, {DNNL_ARG_DST, y}}});
+            }
+            return;
+        }
+
+        // The forward runs before, for the statistics, y and the workspace that the backward reads.
+        for (int arg : {DNNL_ARG_DIFF_DST, DNNL_ARG_DIFF_SRC})
+            mem[arg] = memory(data, cpu);
+        for (int arg : {DNNL_ARG_DIFF_SCALE, DNNL_ARG_DIFF_SHIFT})
+            mem[arg] = memory(channels, cpu);
+        args bn_args = mem;
+        if (relu == relu_after) {
+            bn_args[DNNL_ARG_DIFF_DST] = memory(data, cpu);
+            const auto alg = algorithm::eltwise_relu_use_dst_for_bwd;
+            const eltwise_forward::primitive_desc hint({prop_kind::forward_training, alg, data, 0.f, 0.f}, cpu);
+            const eltwise_backward::primitive_desc mask({alg, data, data, 0.f, 0.f}, cpu, hint);
+            before.push_back(
+                {eltwise_forward(hint), {{DNNL_ARG_SRC, mem[DNNL_ARG_DST]}, {DNNL_ARG_DST, mem[DNNL_ARG_DST]}}});
+            steps.push_back({eltwise_backward(mask),
+                             {{DNNL_ARG_DST, mem[DNNL_ARG_DST]},
+                              {DNNL_ARG_DIFF_DST, mem[DNNL_ARG_DIFF_DST]},
+                              {DNNL_ARG_DIFF_SRC, bn_args[DNNL_ARG_DIFF_DST]}}});
+        }
+        const batch_normalization_backward::primitive_desc desc({prop_kind::backward, data, data, eps, flags}, cpu,
+                                                                forward);
+        implementation = desc.impl_info_str();
+        steps.emplace_back(batch_normalization_backward(desc), bn_args);
+    }
+
+    void reorder_between(memory from, memory to) {
+        reorder(from, to).execute(queue, from, to);
+        queue.wait();
+    }
+    memory user(const char *name, float *values) {
+        const bool per_channel = mem.at(arguments.at(name)).get_desc().dims().size() == 1;
+        return memory(per_channel ? channels : plain, cpu, values);
+    }
+    void run(std::vector<std::pair<primitive, args>> &list) {
+        for (auto &step : list)
+            step.first.execute(queue, step.second);
+        queue.wait();
+    }
+};
+
+template <typename F> int guarded(F f) {
+    try {
+        f();
+        return 0;
+    } catch (const std::exception &e) {
+        last_error = e.what();
+        return 1;
+    }
+}
+
+} // namespace
+
+extern "C" {
+
+const char *onednn_version() {
+    static const auto *v = dnnl_version();
+    static const std::string text =
+        std::to_string(v->major) + "." + std::to_string(v->minor) + "." + std::to_string(v->patch);
+    return text.c_str();
+}
+
+const char *onednn_error() { return last_error.c_str(); }
+
+batch_norm *onednn_create(int op, int ndims, const int64_t *dims, int format, int relu, int residual, float eps) {
+    batch_norm *bn = nullptr;
+    guarded(
+        [&] { bn = new batch_norm(op_t(op), memory::dims(dims, dims + ndims), format, relu_t(relu), residual, eps); });
+    return bn;
+}
+
+const char *onednn_implementation(const batch_norm *bn) { return bn->implementation.c_str(); }
+int onednn_set(batch_norm *bn, const char *name, float *values) {
+    return guarded([&] { bn->reorder_between(bn->user(name, values), bn->mem.at(arguments.at(name))); });
+}
+int onednn_get(batch_norm *bn, const char *name, float *values) {
+    return guarded([&] { bn->reorder_between(bn->mem.at(arguments.at(name)), bn->user(name, values)); });
+}
+int onednn_run_before(batch_norm *bn) {
+    return guarded([&] { bn->run(bn->before); });
+}
+int onednn_run(batch_norm *bn) {
+    return guarded([&] { bn->run(bn->steps); });
+}
+void onednn_destroy(batch_norm *bn) { delete bn; }
+}
