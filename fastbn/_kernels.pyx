@@ -15,7 +15,7 @@ from cython.parallel cimport prange
 from libc.math cimport isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset, strcpy
+from libc.string cimport memset, strcpy
 from cpython.pycapsule cimport PyCapsule_New
 
 cnp.import_array()
@@ -61,6 +61,8 @@ cdef extern from "kernels.h":
                           double *, double *) noexcept nogil
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, const float *,
                      const float *, double, const bn_coef *) noexcept nogil
+        void (*running_coef)(const bn_problem *, const float *, const float *, const float *, const float *, double,
+                             const bn_coef *) noexcept nogil
         void (*backward_coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *,
                               const bn_coef *) noexcept nogil
 
@@ -205,7 +207,7 @@ cdef int check_float32(a, str name) except -1:
             f"{name} must have dtype float32 in native byte order, got {a.dtype!s} ({a.dtype.str}); "
             f"convert it with {name}.astype(numpy.float32)"
         )
-    if type(a) is not np.ndarray and isinstance(a, np.ma.MaskedArray):
+    if not cnp.PyArray_CheckExact(a) and isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
     return 0
 
@@ -726,12 +728,21 @@ cdef Py_ssize_t coef_width(Py_ssize_t C) noexcept:
     return (C * K.fold(C) + 16 + 15) // 16 * 16
 
 
+cdef enum:
+    ROOM = 3 * (1024 + 16)  # floats: coefficients that need no allocation
+
+
 cdef float *allocate_coef(bn_coef *k, Py_ssize_t C, bint backward) except NULL:
     """Where k's arrays lie; to be freed."""
-    cdef Py_ssize_t width = coef_width(C)
-    cdef float *block = <float *> malloc(<size_t> (width * (8 if backward else 3)) * sizeof(float))
+    cdef float *block = <float *> malloc(<size_t> (coef_width(C) * (8 if backward else 3)) * sizeof(float))
     if block == NULL:
         raise MemoryError(f"no memory for the coefficients of {C} channels")
+    lay_out_coef(k, block, C, backward)
+    return block
+
+
+cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t C, bint backward) noexcept:
+    cdef Py_ssize_t width = coef_width(C)
     memset(k, 0, sizeof(bn_coef))
     k.mean = block
     k.scale = block + width
@@ -742,7 +753,6 @@ cdef float *allocate_coef(bn_coef *k, Py_ssize_t C, bint backward) except NULL:
         k.g_mean = block + 5 * width
         k.g_proj = block + 6 * width
         k.g_shift = block + 7 * width
-    return block
 
 
 cdef int check_eps(double eps) except -1:
@@ -752,7 +762,7 @@ cdef int check_eps(double eps) except -1:
 
 
 cdef object contiguous(a, str name, Py_ssize_t C):
-    """A checked weight or bias, or a copy of it without gaps."""
+    """A checked vector, or a copy of it without gaps."""
     if a is None:
         return None
     check_vector(a, name, C, False)
@@ -765,23 +775,18 @@ cdef inline float *data32(a) noexcept:
     return NULL if a is None else <float *> cnp.PyArray_DATA(a)
 
 
-cdef inline float float_at(cnp.ndarray a, Py_ssize_t c) noexcept:
-    """Element c of a float32 vector, whatever its stride and alignment."""
-    cdef float value
-    memcpy(&value, <char *> cnp.PyArray_DATA(a) + c * cnp.PyArray_STRIDE(a, 0), sizeof(float))
-    return value
+cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, mean, var, bint float64, weight, bias,
+                           double eps) except NULL:
+    """Coefficients from float32 running statistics, or from the float64 ones of a BatchStats.
 
-
-cdef float *inference_coef(bn_coef *k, Py_ssize_t C, mean, var, bint float64, weight, bias, double eps) except NULL:
-    """Coefficients from float32 running statistics, or from the float64 ones of a BatchStats."""
+    They are in `room`, of ROOM floats, if that is not NULL and is enough; otherwise in memory to be freed.
+    """
     cdef bn_problem p
-    cdef Py_ssize_t c
-    cdef float *block
-    cdef double *wide
+    cdef float *block = room
     check_eps(eps)
     if not float64:
-        check_vector(mean, "running_mean", C, False)
-        check_vector(var, "running_var", C, False)
+        mean = contiguous(mean, "running_mean", C)
+        var = contiguous(var, "running_var", C)
     elif cnp.PyArray_DIM(mean, 0) != C:
         raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
     weight = contiguous(weight, "weight", C)
@@ -789,19 +794,14 @@ cdef float *inference_coef(bn_coef *k, Py_ssize_t C, mean, var, bint float64, we
     memset(&p, 0, sizeof(p))
     p.C = C
     p.fold = K.fold(C)
-    block = allocate_coef(k, C, False)
+    if room != NULL and 3 * coef_width(C) <= ROOM:
+        lay_out_coef(k, room, C, False)
+    else:
+        block = allocate_coef(k, C, False)
     if float64:
         K.coef(&p, 0, C, data64(mean), data64(var), data32(weight), data32(bias), eps, k)
-        return block
-    wide = <double *> malloc(<size_t> (2 * C + 1) * sizeof(double))
-    if wide == NULL:
-        free(block)
-        raise MemoryError(f"no memory for the statistics of {C} channels")
-    for c in range(C):
-        wide[c] = float_at(mean, c)
-        wide[C + c] = float_at(var, c)
-    K.coef(&p, 0, C, wide, wide + C, data32(weight), data32(bias), eps, k)
-    free(wide)
+    else:
+        K.running_coef(&p, data32(mean), data32(var), data32(weight), data32(bias), eps, k)
     return block
 
 
@@ -948,7 +948,8 @@ def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residu
     check_float32(x, "x")
     cdef bn_coef k
     cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
-    cdef float *block = inference_coef(&k, C, mean, var, float64, weight, bias, eps)
+    cdef float room[ROOM]
+    cdef float *block = inference_coef(&k, room, C, mean, var, float64, weight, bias, eps)
     try:
         if out is not None and isinstance(out, cnp.ndarray):
             check_clear(out, weight, "weight")
@@ -957,7 +958,8 @@ def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residu
             check_clear(out, var, "running_var")
         return infer(&k, x, axis, residual, code, negative_slope, out, num_threads)
     finally:
-        free(block)
+        if block != room:
+            free(block)
 
 
 cdef class Frozen:
@@ -983,7 +985,7 @@ cdef class Frozen:
         check_slope(negative_slope)
         self.negative_slope = negative_slope
         self.eps = eps
-        self.block = inference_coef(&self.k, self.num_features, running_mean, running_var, False, weight, bias, eps)
+        self.block = inference_coef(&self.k, NULL, self.num_features, running_mean, running_var, False, weight, bias, eps)
 
     def __dealloc__(self):
         free(self.block)

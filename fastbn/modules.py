@@ -189,8 +189,9 @@ class BatchNorm:
         TypeError
             If an array is not float32.
         """
-        if self._ranks is not None and getattr(x, "ndim", self._ranks[0]) not in self._ranks:
-            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+        ranks = self._ranks
+        if ranks is not None and isinstance(x, np.ndarray) and x.ndim not in ranks:
+            expected = " or ".join(f"{rank}D" for rank in ranks)
             raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
         if self.training or self.running_mean is None:
             return self._normalize_by_batch(x, residual, out)

@@ -80,36 +80,36 @@ typedef struct {
 enum { FORWARD, BACKWARD };
 
 INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
-    vcoef v;
-    memset(&v, 0, sizeof v);
-    v.mean = vset1(k->mean[c]);
-    v.scale = vset1(k->scale[c]);
-    v.shift = vset1(k->shift[c]);
-    v.slope = vset1(p->negative_slope);
-    if (direction == BACKWARD) {
-        v.invstd = vset1(k->invstd[c]);
-        v.offset = vset1(k->offset[c]);
-        v.g_mean = vset1(k->g_mean[c]);
-        v.g_proj = vset1(k->g_proj[c]);
-        v.g_shift = vset1(k->g_shift[c]);
-    }
+    const int b = direction == BACKWARD;
+    const vf none = vset1(0.0f);
+    const vcoef v = {
+        vset1(k->mean[c]),
+        vset1(k->scale[c]),
+        vset1(k->shift[c]),
+        vset1(p->negative_slope),
+        b ? vset1(k->invstd[c]) : none,
+        b ? vset1(k->offset[c]) : none,
+        b ? vset1(k->g_mean[c]) : none,
+        b ? vset1(k->g_proj[c]) : none,
+        b ? vset1(k->g_shift[c]) : none,
+    };
     return v;
 }
 
 INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
-    vcoef v;
-    memset(&v, 0, sizeof v);
-    v.mean = vload(k->mean + c);
-    v.scale = vload(k->scale + c);
-    v.shift = vload(k->shift + c);
-    v.slope = vset1(p->negative_slope);
-    if (direction == BACKWARD) {
-        v.invstd = vload(k->invstd + c);
-        v.offset = vload(k->offset + c);
-        v.g_mean = vload(k->g_mean + c);
-        v.g_proj = vload(k->g_proj + c);
-        v.g_shift = vload(k->g_shift + c);
-    }
+    const int b = direction == BACKWARD;
+    const vf none = vset1(0.0f);
+    const vcoef v = {
+        vload(k->mean + c),
+        vload(k->scale + c),
+        vload(k->shift + c),
+        vset1(p->negative_slope),
+        b ? vload(k->invstd + c) : none,
+        b ? vload(k->offset + c) : none,
+        b ? vload(k->g_mean + c) : none,
+        b ? vload(k->g_proj + c) : none,
+        b ? vload(k->g_shift + c) : none,
+    };
     return v;
 }
 
@@ -853,42 +853,44 @@ static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
             v[f + c] = v[c];
 }
 
-static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
-                 const float *weight, const float *bias, double eps, const bn_coef *k) {
-    /* a block at a time through arrays of its own, which the compiler knows not to overlap */
-    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
-        const ptrdiff_t cols = min_z(LANES, c1 - cb);
-        double invstd[LANES], lo[LANES];
-        float hi[LANES], scale[LANES], shift[LANES];
-        for (ptrdiff_t c = 0; c < cols; c++) {
-            const double v = var[cb + c] + eps, r = 1.0 / sqrt(v);
-            invstd[c] = v == 0.0 ? 0.0 : r;
-            hi[c] = (float)mean[cb + c];
-            lo[c] = mean[cb + c] - hi[c];
-        }
-        if (weight)
-            for (ptrdiff_t c = 0; c < cols; c++)
-                scale[c] = (float)(weight[cb + c] * invstd[c]);
-        else
-            for (ptrdiff_t c = 0; c < cols; c++)
-                scale[c] = (float)invstd[c];
-        if (bias)
-            for (ptrdiff_t c = 0; c < cols; c++)
-                shift[c] = (float)(bias[cb + c] - lo[c] * scale[c]);
-        else
-            for (ptrdiff_t c = 0; c < cols; c++)
-                shift[c] = (float)(0.0 - lo[c] * scale[c]);
-        memcpy(k->mean + cb, hi, (size_t)cols * sizeof(float));
-        memcpy(k->scale + cb, scale, (size_t)cols * sizeof(float));
-        memcpy(k->shift + cb, shift, (size_t)cols * sizeof(float));
-        if (k->invstd)
-            for (ptrdiff_t c = 0; c < cols; c++) {
-                k->invstd[cb + c] = (float)invstd[c];
-                k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
-                /* no batch terms, unless backward_coef puts them in */
-                k->g_mean[cb + c] = k->g_proj[cb + c] = k->g_shift[cb + c] = 0.0f;
-            }
+/* 1 / sqrt(v), and 0 for 0: a float32 estimate and one step of Newton's are as good in the end as float64's own square
+ * root and division, which take three times as long. */
+INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
+    int beyond = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double a = 1.0f / sqrtf((float)v[i]);
+        r[i] = a * (1.5 - 0.5 * v[i] * (a * a));
+        beyond |= !(v[i] >= FLT_MIN) | !(v[i] <= FLT_MAX);
     }
+    if (beyond)
+        for (ptrdiff_t i = 0; i < n; i++)
+            if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX))
+                r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
+}
+
+/* Of n <= LANES channels from cb on, from their means hi + lo and v = var + eps. */
+INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
+                       const float *weight, const float *bias, const bn_coef *k) {
+    float *restrict mean = k->mean + cb, *restrict scale = k->scale + cb, *restrict shift = k->shift + cb;
+    double invstd[LANES];
+    inverse_deviation(v, n, invstd);
+    for (ptrdiff_t c = 0; c < n; c++) {
+        const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
+        scale[c] = (float)a;
+        shift[c] = (float)((bias ? bias[cb + c] : 0.0) - lo[c] * a);
+    }
+    for (ptrdiff_t c = 0; c < n; c++)
+        mean[c] = hi[c];
+    if (k->invstd)
+        for (ptrdiff_t c = 0; c < n; c++) {
+            k->invstd[cb + c] = (float)invstd[c];
+            k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
+            /* no batch terms, unless backward_coef puts them in */
+            k->g_mean[cb + c] = k->g_proj[cb + c] = k->g_shift[cb + c] = 0.0f;
+        }
+}
+
+static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_coef *k) {
     repeat(p, c0, c1, k->mean);
     repeat(p, c0, c1, k->scale);
     repeat(p, c0, c1, k->shift);
@@ -899,6 +901,35 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *
         repeat(p, c0, c1, k->g_proj);
         repeat(p, c0, c1, k->g_shift);
     }
+}
+
+static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
+                 const float *weight, const float *bias, double eps, const bn_coef *k) {
+    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
+        const ptrdiff_t n = min_z(LANES, c1 - cb);
+        double lo[LANES], v[LANES];
+        float hi[LANES];
+        for (ptrdiff_t c = 0; c < n; c++) {
+            hi[c] = (float)mean[cb + c];
+            lo[c] = mean[cb + c] - hi[c];
+            v[c] = var[cb + c] + eps;
+        }
+        coef_block(cb, n, hi, lo, v, weight, bias, k);
+    }
+    repeat_coef(p, c0, c1, k);
+}
+
+static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
+                         const float *bias, double eps, const bn_coef *k) {
+    const double lo[LANES] = {0.0};
+    for (ptrdiff_t cb = 0; cb < p->C; cb += LANES) {
+        const ptrdiff_t n = min_z(LANES, p->C - cb);
+        double v[LANES];
+        for (ptrdiff_t c = 0; c < n; c++)
+            v[c] = var[cb + c] + eps;
+        coef_block(cb, n, mean + cb, lo, v, weight, bias, k);
+    }
+    repeat_coef(p, 0, p->C, k);
 }
 
 static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
@@ -927,5 +958,6 @@ static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const
         pool_stats,                                                                                                    \
         pool_sums,                                                                                                     \
         coef,                                                                                                          \
+        running_coef,                                                                                                  \
         backward_coef,                                                                                                 \
     };

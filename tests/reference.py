@@ -26,9 +26,10 @@ def batch_stats(x, axis=1):
 
 
 def inverse_deviation(var, eps):
-    """1 / sqrt(var + eps), and 0 where there is no deviation at all, so that the output is `bias` there."""
+    """1 / sqrt(var + eps): 0 where there is no deviation at all, so that the output is `bias`; NaN below."""
     v = np.asarray(var, np.float64) + eps
-    return np.divide(1.0, np.sqrt(v), out=np.zeros_like(v), where=v > 0)
+    with np.errstate(invalid="ignore"):
+        return np.divide(1.0, np.sqrt(v), out=np.zeros_like(v), where=v != 0)
 
 
 def normalize(x, mean, var, eps=1e-5, axis=1):
