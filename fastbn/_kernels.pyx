@@ -111,28 +111,27 @@ cdef extern from *:
     int FASTBN_OPENMP
     void fastbn_release_pool() nogil
 
-cdef extern from *:
-    """
-    #ifndef _WIN32
-    #include <unistd.h>
-    #endif
-    /* 0 or less: unknown */
-    static Py_ssize_t fastbn_cache_bytes(int level) {
-    #ifdef _SC_LEVEL3_CACHE_SIZE
-        return (Py_ssize_t)sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
-    #else
-        return 0 * level;
-    #endif
-    }
-    """
-    Py_ssize_t fastbn_cache_bytes(int level)
 
-cdef Py_ssize_t L2_BYTES = fastbn_cache_bytes(2)
-cdef Py_ssize_t LLC_BYTES = fastbn_cache_bytes(3)
-if L2_BYTES <= 0:
-    L2_BYTES = 1 << 20
-if LLC_BYTES <= 0:
-    LLC_BYTES = max(L2_BYTES, 8 << 20)
+def caches():
+    """Bytes of a core's L2 and of the last-level cache, and how many CPUs share the latter; a guess if not on Linux."""
+    found = {2: (1 << 20, 1), 3: (8 << 20, 1)}
+    for i in range(1, 8):
+        facts = []
+        try:
+            for fact in "level", "type", "size", "shared_cpu_list":
+                with open(f"/sys/devices/system/cpu/cpu0/cache/index{i}/{fact}") as file:
+                    facts.append(file.read().strip())
+            if facts[1] == "Unified":
+                spans = [span.partition("-") for span in facts[3].split(",")]
+                sharing = sum([int(end or first) - int(first) + 1 for first, _, end in spans])
+                found[int(facts[0])] = int(facts[2].removesuffix("K")) << 10, sharing
+        except (OSError, ValueError):
+            break
+    return found[2][0], *found[max(found)]
+
+
+cdef Py_ssize_t L2_BYTES, LLC_BYTES, LLC_CPUS
+L2_BYTES, LLC_BYTES, LLC_CPUS = caches()
 
 openmp = FASTBN_OPENMP or None  # the OpenMP version as yyyymm, None in a serial build
 
@@ -840,12 +839,13 @@ cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, 
 cdef bint past_cache(const bn_problem *p, int tensors, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is most of a last-level cache, but not of the huge sliced ones of servers: those are shared with others, and
-    were measured to be no faster than streaming to memory from about the size of all threads' L2 on.
+    That is the last-level cache, or all of those that the threads are spread over; but not the huge sliced ones of
+    some servers: those are shared with others, and were measured to be no faster than streaming to memory from about
+    the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     if limit == 0:
-        limit = LLC_BYTES // 4 * 3 if LLC_BYTES <= 64 << 20 else threads * L2_BYTES
+        limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) if LLC_BYTES <= 64 << 20 else threads * L2_BYTES
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
