@@ -195,20 +195,40 @@ def check_activation(activation, double negative_slope):
     check_slope(negative_slope)
 
 
-cdef int check_float32(a, str name) except -1:
-    if not isinstance(a, cnp.ndarray):
+cdef object foreign(a, str name):
+    """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
+    reason = ""
+    try:
+        if isinstance(a, np.generic):
+            reason = " (a scalar)"
+        elif hasattr(a, "__array_interface__"):
+            return np.asarray(a)
+        elif not hasattr(a, "__dlpack__"):
+            return np.asarray(memoryview(a))
+        elif a.__dlpack_device__()[0] == 1:  # kDLCPU
+            return np.from_dlpack(a)
+        else:
+            reason = " (not in the memory of the CPU)"
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        if hasattr(a, "__dlpack__"):
+            reason = f" ({error})"
+    raise TypeError(
+        f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; "
+        f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+    )
+
+
+cpdef cnp.ndarray array32(a, str name):
+    """`a` as an array of float32 that shares its memory; raises where it is none."""
+    b = a if cnp.PyArray_Check(a) else foreign(a, name)
+    if cnp.PyArray_TYPE(b) != cnp.NPY_FLOAT32 or not cnp.PyArray_ISNOTSWAPPED(b):
         raise TypeError(
-            f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}; "
-            f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+            f"{name} must have dtype float32 in native byte order, got {type(a).__name__} of {b.dtype!s} "
+            f"({b.dtype.str}); convert it with numpy.asarray({name}, dtype=numpy.float32)"
         )
-    if cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT32 or not cnp.PyArray_ISNOTSWAPPED(a):
-        raise TypeError(
-            f"{name} must have dtype float32 in native byte order, got {a.dtype!s} ({a.dtype.str}); "
-            f"convert it with {name}.astype(numpy.float32)"
-        )
-    if not cnp.PyArray_CheckExact(a) and isinstance(a, np.ma.MaskedArray):
+    if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
-    return 0
+    return b
 
 
 cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1:
@@ -235,14 +255,14 @@ cdef Py_ssize_t check_axis(cnp.ndarray x, axis, str name) except -1:
     return i + nd if i < 0 else i
 
 
-cpdef int check_vector(a, str name, Py_ssize_t C, bint writable) except -1:
-    """Raise unless `a` is a float32 vector of C values."""
-    check_float32(a, name)
-    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C:
-        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {a.shape}")
-    if writable and not cnp.PyArray_ISWRITEABLE(a):
+cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
+    """`a` as a float32 vector of C values."""
+    cdef cnp.ndarray v = array32(a, name)
+    if cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != C:
+        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {(<object> v).shape}")
+    if writable and not cnp.PyArray_ISWRITEABLE(v):
         raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
-    return 0
+    return v
 
 
 cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
@@ -282,30 +302,31 @@ cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
-cdef int check_out(out, cnp.ndarray x, bint in_place) except -1:
-    check_float32(out, "out")
+cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
+    """`a` as an array that the result for x may be written into."""
+    cdef cnp.ndarray out = array32(a, "out")
     check_shape(out, x, "out", "the input")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out is read-only; pass a writable array")
     if in_place and same_memory(out, x):
-        return 0
+        return out
     if not cnp.PyArray_IS_C_CONTIGUOUS(out):
         # each stride must step over all that the smaller ones reach, or two elements may lie in one place
         reach = 4
-        for s, d in sorted((abs(s), d) for s, d in zip(out.strides, out.shape) if d > 1):
+        for s, d in sorted((abs(s), d) for s, d in zip((<object> out).strides, (<object> out).shape) if d > 1):
             if s < reach:
-                raise ValueError(f"out has elements that share memory (strides {out.strides}); pass an array without")
+                raise ValueError(f"out has elements that share memory (strides {(<object> out).strides}); pass an array without")
             reach = s * d
     if overlap(out, x):
         raise ValueError(
             "out overlaps x; pass x itself (in place) or memory of its own" if in_place else
             "out overlaps x; pass memory of its own"
         )
-    return 0
+    return out
 
 
-cdef int check_clear(out, a, str name) except -1:
-    if a is not None and isinstance(a, cnp.ndarray) and overlap(out, a):
+cdef int check_clear(cnp.ndarray out, a, str name) except -1:
+    if a is not None and overlap(out, a if cnp.PyArray_Check(a) else foreign(a, name)):
         raise ValueError(f"out overlaps {name}; pass memory of its own")
     return 0
 
@@ -764,7 +785,7 @@ cdef object contiguous(a, str name, Py_ssize_t C):
     """A checked vector, or a copy of it without gaps."""
     if a is None:
         return None
-    check_vector(a, name, C, False)
+    a = vector(a, name, C, False)
     if C > 1 and cnp.PyArray_STRIDE(a, 0) != 4 or not cnp.PyArray_ISALIGNED(a):
         return np.array(a)
     return a
@@ -806,7 +827,7 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, mean, var, bin
 
 def channels(x, axis):
     """The number of channels of x, checked."""
-    check_float32(x, "x")
+    x = array32(x, "x")
     return cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
 
 
@@ -860,7 +881,7 @@ def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1):
 
 def stats(x, axis, num_threads):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
-    check_float32(x, "x")
+    x = array32(x, "x")
     cdef int ax = check_axis(x, axis, "x"), threads
     cdef Plan plan
     memset(&plan, 0, sizeof(plan))
@@ -886,7 +907,7 @@ def stats(x, axis, num_threads):
 def forward(x, weight, bias, double eps, axis, residual, activation, double negative_slope, out, num_threads,
             running_mean, running_var):
     """Training forward: (y, mean, var, count). The running statistics must only be clear of out."""
-    check_float32(x, "x")
+    x = array32(x, "x")
     check_eps(eps)
     cdef int ax = check_axis(x, axis, "x"), threads
     cdef Plan plan
@@ -900,10 +921,11 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     plan.weight = data32(flat_weight)
     plan.bias = data32(flat_bias)
     if residual is not None:
-        check_float32(residual, "residual")
+        residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
+    given = out
     if out is not None:
-        check_out(out, x, True)
+        out = output(out, x, True)
         check_clear(out, residual, "residual")
         check_clear(out, weight, "weight")
         check_clear(out, bias, "bias")
@@ -912,7 +934,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     threads = ask_threads(num_threads, C * m)
     cdef cnp.ndarray mean = np.zeros(C), var = np.zeros(C)
     if C * m == 0:
-        return (empty_for(&plan.p, x, ax) if out is None else out), mean, var, 0
+        return (empty_for(&plan.p, x, ax) if out is None else given), mean, var, 0
     if m == 1:
         raise ValueError(
             f"training needs more than 1 value per channel, got x of shape {x.shape} with axis={axis}; "
@@ -937,7 +959,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         free(plan.k.mean)
     if out is not None and y is not out:
         out[...] = y
-    return (y if out is None else out), mean, var, m
+    return (y if out is None else given), mean, var, m
 
 
 def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residual, activation, double negative_slope,
@@ -945,17 +967,18 @@ def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residu
     """y from running statistics, or with float64 those of a BatchStats."""
     cdef int code = activation_code(activation)
     check_slope(negative_slope)
-    check_float32(x, "x")
+    x = array32(x, "x")
     cdef bn_coef k
     cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
     cdef float room[ROOM]
     cdef float *block = inference_coef(&k, room, C, mean, var, float64, weight, bias, eps)
     try:
-        if out is not None and isinstance(out, cnp.ndarray):
-            check_clear(out, weight, "weight")
-            check_clear(out, bias, "bias")
-            check_clear(out, mean, "running_mean")
-            check_clear(out, var, "running_var")
+        if out is not None:
+            to = array32(out, "out")
+            check_clear(to, weight, "weight")
+            check_clear(to, bias, "bias")
+            check_clear(to, mean, "running_mean")
+            check_clear(to, var, "running_var")
         return infer(&k, x, axis, residual, code, negative_slope, out, num_threads)
     finally:
         if block != room:
@@ -975,7 +998,7 @@ cdef class Frozen:
 
     def __cinit__(self, running_mean, running_var, weight=None, bias=None, double eps=1e-5, *, axis=1, activation=None,
                   double negative_slope=0.01):
-        check_float32(running_mean, "running_mean")
+        running_mean = array32(running_mean, "running_mean")
         if cnp.PyArray_NDIM(running_mean) != 1:
             raise ValueError(f"running_mean must have shape (C,), one value a channel, got {running_mean.shape}")
         self.num_features = cnp.PyArray_DIM(running_mean, 0)
@@ -1009,7 +1032,7 @@ cdef class Frozen:
         TypeError, ValueError
             As :func:`fastbn.batch_norm`.
         """
-        check_float32(x, "x")
+        x = array32(x, "x")
         if cnp.PyArray_DIM(x, check_axis(x, self.axis, "x")) != self.num_features:
             raise ValueError(f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}")
         return infer(&self.k, x, self.axis, residual, self.activation_code, self.negative_slope, out, None)
@@ -1025,14 +1048,15 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     plan.p.activation = activation
     plan.p.negative_slope = negative_slope
     if residual is not None:
-        check_float32(residual, "residual")
+        residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
+    given = out
     if out is not None:
-        check_out(out, x, True)
+        out = output(out, x, True)
         check_clear(out, residual, "residual")
     threads = ask_threads(num_threads, elements)
     if elements == 0:
-        return empty_for(&plan.p, x, ax) if out is None else out
+        return empty_for(&plan.p, x, ax) if out is None else given
     x0 = x
     x = readable(&plan.p.x, &plan.p, x, ax)
     if residual is not None:
@@ -1052,14 +1076,14 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
         return y
     if y is not out:
         out[...] = y
-    return out
+    return given
 
 
 def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, double eps, bint training, axis,
              residual, activation, double negative_slope, out, num_threads):
     """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,)."""
-    check_float32(x, "x")
-    check_float32(grad_output, "grad_output")
+    x = array32(x, "x")
+    grad_output = array32(grad_output, "grad_output")
     check_eps(eps)
     cdef int ax = check_axis(x, axis, "x"), threads
     check_shape(grad_output, x, "grad_output", "x")
@@ -1074,10 +1098,11 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     plan.weight = data32(flat_weight)
     plan.bias = data32(flat_bias)
     if residual is not None:
-        check_float32(residual, "residual")
+        residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
+    given = out
     if out is not None:
-        check_out(out, x, False)
+        out = output(out, x, False)
         check_clear(out, grad_output, "grad_output")
         check_clear(out, residual, "residual")
         check_clear(out, weight, "weight")
@@ -1088,7 +1113,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     cdef cnp.ndarray sums = np.zeros((2, C)), grad_weight = np.zeros(C, np.float32)
     cdef cnp.ndarray grad_bias = np.zeros(C, np.float32)
     if C * m == 0:
-        return (empty_for(&plan.p, x, ax) if out is None else out), grad_weight, grad_bias, (
+        return (empty_for(&plan.p, x, ax) if out is None else given), grad_weight, grad_bias, (
             None if residual is None else empty_for(&plan.p, x, ax))
     x0 = x
     x = readable(&plan.p.x, &plan.p, x, ax)
@@ -1120,7 +1145,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
             gw[c] = <float> plan.gx[c]
     if out is not None and dx is not out:
         out[...] = dx
-    return (dx if out is None else out), grad_weight, grad_bias, grad_residual
+    return (dx if out is None else given), grad_weight, grad_bias, grad_residual
 
 
 def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var, double momentum, double factor):

@@ -135,7 +135,7 @@ def _scale_and_bias(
     if bn.num_features != out_channels:
         raise ValueError(f"bn has {bn.num_features} channels, the weight {out_channels} output channels")
     if bias is not None:
-        _kernels.check_vector(bias, name, out_channels, False)
+        _kernels.vector(bias, name, out_channels, False)
     mean, var = bn.running_mean.astype(np.float64), bn.running_var.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.where(var + bn.eps == 0, 0, 1 / np.sqrt(var + bn.eps))  # as the kernels have it

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastbn import _kernels
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
@@ -61,7 +62,7 @@ class FrozenBatchNorm(_kernels.Frozen):
     ) -> None:
         arrays = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         for name, array in arrays.items():
-            copy = None if array is None else array.copy()
+            copy = None if array is None else np.array(_kernels.vector(array, name, self.num_features, False))
             if copy is not None:
                 copy.setflags(write=False)
             object.__setattr__(self, name, copy)

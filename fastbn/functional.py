@@ -91,6 +91,12 @@ def batch_norm(
     ValueError
         If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
         channel has one value only or a running array is read-only. Nothing has been written then.
+
+    Notes
+    -----
+    Here and in all of fastbn an array may also be one of another library, if it can be used in place: a
+    ``torch.Tensor`` on the CPU that is detached, a JAX array, whatever offers the buffer protocol,
+    ``__array_interface__`` or DLPack. New arrays are NumPy's.
     """
     if running_mean is None or running_var is None:
         _check_both_absent(running_mean, running_var, training)
@@ -104,8 +110,8 @@ def batch_norm(
             negative_slope, out, num_threads,
         )  # fmt: skip
     channels = _kernels.channels(x, axis)
-    _kernels.check_vector(running_mean, "running_mean", channels, True)
-    _kernels.check_vector(running_var, "running_var", channels, True)
+    running_mean = _kernels.vector(running_mean, "running_mean", channels, True)
+    running_var = _kernels.vector(running_var, "running_var", channels, True)
     momentum = _finite("momentum", momentum)
     y, mean, var, count = _kernels.forward(
         x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
@@ -272,8 +278,8 @@ def update_running(
     """
     _check_stats(stats)
     channels = stats.mean.size
-    _kernels.check_vector(running_mean, "running_mean", channels, True)
-    _kernels.check_vector(running_var, "running_var", channels, True)
+    running_mean = _kernels.vector(running_mean, "running_mean", channels, True)
+    running_var = _kernels.vector(running_var, "running_var", channels, True)
     momentum = _finite("momentum", momentum)
     if stats.count:
         _kernels.update_running(

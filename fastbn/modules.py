@@ -189,9 +189,10 @@ class BatchNorm:
         TypeError
             If an array is not float32.
         """
-        ranks = self._ranks
-        if ranks is not None and isinstance(x, np.ndarray) and x.ndim not in ranks:
-            expected = " or ".join(f"{rank}D" for rank in ranks)
+        if not isinstance(x, np.ndarray):
+            x = _kernels.array32(x, "x")
+        if self._ranks is not None and x.ndim not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
         if self.training or self.running_mean is None:
             return self._normalize_by_batch(x, residual, out)
@@ -211,8 +212,8 @@ class BatchNorm:
         update = self.track_running_stats and self.running_mean is not None
         running_mean, running_var = (self.running_mean, self.running_var) if update else (None, None)
         if update:  # all that could stop the update must come before the first write
-            _kernels.check_vector(running_mean, "running_mean", channels, True)
-            _kernels.check_vector(running_var, "running_var", channels, True)
+            _kernels.vector(running_mean, "running_mean", channels, True)
+            _kernels.vector(running_var, "running_var", channels, True)
             momentum = 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
             _finite("momentum", momentum)
         y, mean, var, count = _kernels.forward(
@@ -253,7 +254,7 @@ class BatchNorm:
                 "backward() needs a call of the layer first, since its state was last set or copied"
             )
         x, residual, out, stats = self._saved
-        if out is not None and np.shares_memory(x, out):
+        if out is not None and np.shares_memory(x, _kernels.array32(out, "out")):
             raise RuntimeError(
                 "backward() needs the x of the latest call, which its result has replaced (out=x); "
                 "call the layer without out= or with an array of its own"
