@@ -9,7 +9,8 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 C_SOURCES = $(wildcard src_c/*.[ch] bench/*.c bench/*.cpp tests/*/*.c)
 
-.PHONY: help demo test test-arm test-noavx lint format bench bench-peers sanitize wheel build torch emulators
+.PHONY: help demo serve load test test-arm test-noavx test-service lint format bench bench-peers sanitize wheel \
+    build torch emulators chromium wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -20,6 +21,12 @@ demo: $(VENV)/demo.stamp build ## run the example programs: tables here, picture
 	$(PY) examples/first_layer.py
 	$(PY) examples/digits_mlp.py
 
+serve: $(VENV)/service.stamp build ## start the reference service: draw a digit at http://127.0.0.1:8000
+	cd examples/service && exec gunicorn
+
+load: $(VENV)/service.stamp build wrk ## load the reference service, with fastbn and with NumPy: latencies, requests/s
+	$(PY) examples/service/load.py $(LOAD)
+
 test: $(VENV)/test.stamp torch build ## run the test suite and print the coverage of the Python layer
 	$(PY) -m pytest --cov --cov-report=term
 
@@ -28,6 +35,10 @@ test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64
 
 test-noavx: $(VENV)/test.stamp build emulators ## run a part of the test suite on a CPU without AVX (emulated)
 	$(PY) -m pytest tests/emulated/check_noavx.py
+
+test-service: $(VENV)/service.stamp build ## test the reference service, under load and in a browser
+	@$(MAKE) --no-print-directory -k chromium wrk || echo "The tests that need them will be SKIPPED"
+	$(PY) -m pytest tests/service/check_service.py
 
 lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
 	ruff check
@@ -74,12 +85,22 @@ build: $(VENV)/python.stamp
 	@mkdir -p build
 	@$(PY) setup.py --quiet build_ext --inplace >build/build.log || { cat build/build.log; exit 1; }
 
-EMULATORS := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
-emulators:
-	@{ command -v aarch64-linux-gnu-gcc && command -v qemu-aarch64 && command -v qemu-x86_64; } >/dev/null || \
+# $(call debian,PROGRAMS,PACKAGES): what pip does not bring. Installed where that is possible, else asked for.
+define debian
+	@( for program in $(1); do command -v $$program || exit 1; done ) >/dev/null || \
 	{ test "$$(id -u)" = 0 && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(EMULATORS) >/dev/null; } || \
-	{ echo "Please install these packages of Debian and Ubuntu: $(EMULATORS)"; exit 1; }
+	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(2) >/dev/null; } || \
+	{ echo "Please install these packages of Debian and Ubuntu: $(2)"; exit 1; }
+endef
+
+emulators:
+	$(call debian,aarch64-linux-gnu-gcc qemu-aarch64 qemu-x86_64,gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+
+chromium:
+	$(call debian,chromium chromedriver,chromium chromium-driver)
+
+wrk:
+	$(call debian,wrk,wrk)
 
 torch:
 	@$(MAKE) --no-print-directory $(VENV)/interop.stamp || \

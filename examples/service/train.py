@@ -97,7 +97,8 @@ def train(images, labels, epochs):
         order = rng.permutation(len(images))
         for start in range(0, len(images) - BATCH + 1, BATCH):
             batch = order[start : start + BATCH]
-            network.backward(network.forward(images[batch]), labels[batch])
+            shifted = np.roll(images[batch], rng.integers(-1, 2), axis=2)  # sideways, by a pixel at most
+            network.backward(network.forward(shifted), labels[batch])
             for name, parameter in network.parameters.items():
                 velocity = velocities[name]
                 velocity *= MOMENTUM

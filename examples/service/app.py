@@ -1,0 +1,112 @@
+"""A service that reads digits: the network of network.py behind FastAPI.
+
+POST /predict takes images and answers with digits, GET / is a page to draw one, GET /healthz says that the
+service lives, GET /metrics tells Prometheus about latencies. The environment variable BATCH_NORM=numpy puts
+the NumPy baseline in the place of fastbn. From this folder, with workers and without:
+
+    gunicorn
+    uvicorn app:app
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import network
+import numpy as np
+from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import Histogram
+from prometheus_fastapi_instrumentator import Instrumentator
+from pydantic import BaseModel, Field
+from threadpoolctl import threadpool_limits
+
+import fastbn
+
+MAX_IMAGES = 64
+MAX_BODY = 256 * 1024  # bytes; MAX_IMAGES written with eight digits and spaces are half of it
+
+BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)  # seconds
+BATCH_NORM_SECONDS = Histogram(
+    "batch_norm_seconds",
+    "Seconds that a request spent in batch norm and ReLU",
+    buckets=(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2),
+)
+
+Pixel = Annotated[float, Field(strict=True, ge=0, le=16, allow_inf_nan=False)]
+Row = Annotated[list[Pixel], Field(min_length=8, max_length=8)]
+Image = Annotated[list[Row], Field(min_length=8, max_length=8)]
+Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
+
+
+class Question(BaseModel, extra="forbid"):
+    images: Images
+
+
+class Answer(BaseModel):
+    digits: list[int]
+    probabilities: list[list[float]]
+    batch_norm_seconds: float
+
+
+class BodyLimit:
+    """ASGI middleware: 413 as soon as a body has grown too large, whatever length it announced."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        received = 0
+
+        async def limited_receive():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY:
+                raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
+            return message
+
+        await self.app(scope, limited_receive, send)
+
+
+# One thread per request and one request at a time: the workers are what keeps the CPUs busy.
+fastbn.set_num_threads(1)
+threadpool_limits(limits=1, user_api="blas")
+one_at_a_time = anyio.CapacityLimiter(1)
+
+read_digits = network.load(os.environ.get("BATCH_NORM", "fastbn"))
+app = FastAPI(title="Digits by fastbn")
+app.add_middleware(BodyLimit)
+Instrumentator(excluded_handlers=["/metrics"]).instrument(app, latency_lowr_buckets=BUCKETS).expose(app)
+
+
+@app.exception_handler(RequestValidationError)
+async def refuse(request, error):
+    """The first thing that is wrong, and where. (The whole list may be long, and holds NaN, not JSON.)"""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+@app.post("/predict")
+async def predict(question: Question) -> Answer:
+    images = np.array(question.images, np.float32)
+    probabilities, seconds = await anyio.to_thread.run_sync(read_digits, images, limiter=one_at_a_time)
+    BATCH_NORM_SECONDS.observe(seconds)
+    return Answer(
+        digits=probabilities.argmax(1).tolist(),
+        probabilities=probabilities.tolist(),
+        batch_norm_seconds=seconds,
+    )
+
+
+@app.get("/healthz")
+async def healthz() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@app.get("/", include_in_schema=False)
+async def page():
+    return FileResponse(Path(__file__).with_name("index.html"))
