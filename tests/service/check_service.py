@@ -255,10 +255,12 @@ def test_wrong_answers_and_server_errors_are_counted(data, monkeypatch):
     assert run["wrong"] == run["answers"] == 50  # and the number of requests is bounded
 
 
-def test_gunicorn_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_gunicorn_preloads_and_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with load.serve() as (process, _):
         workers = two_workers(process)
+        loaded = [Path(mapped.path).name for mapped in psutil.Process(process.pid).memory_maps()]
+        assert any(name.startswith("_kernels") for name in loaded)  # before the workers were forked
         assert list(tmp_path.glob("fastbn-metrics-*/*.db"))
     assert process.returncode == 0
     assert not any(worker.is_running() for worker in workers)
