@@ -107,9 +107,26 @@ cdef extern from *:
     #else
     #define fastbn_release_pool() ((void)0)
     #endif
+    #if FASTBN_OPENMP
+    #define fastbn_openmp_threads() omp_get_max_threads()
+    #else
+    #define fastbn_openmp_threads() 1
+    #endif
+    /* the library that our OpenMP calls reach; NULL: unknown */
+    #if FASTBN_OPENMP && !defined(_WIN32)
+    #include <dlfcn.h>
+    static const char *fastbn_openmp_library(void) {
+        Dl_info info;
+        return dladdr((void *)omp_get_max_threads, &info) ? info.dli_fname : NULL;
+    }
+    #else
+    #define fastbn_openmp_library() NULL
+    #endif
     """
     int FASTBN_OPENMP
     void fastbn_release_pool() nogil
+    int fastbn_openmp_threads()
+    const char *fastbn_openmp_library()
 
 
 def caches():
@@ -739,6 +756,17 @@ def release_pool():
     """Give up this thread's OpenMP pool; it is made again when it is needed."""
     with nogil:
         fastbn_release_pool()
+
+
+def openmp_threads():
+    """What OpenMP allows the calling thread, and threadpoolctl sets; 1 in a serial build."""
+    return fastbn_openmp_threads()
+
+
+def openmp_library():
+    """The file of the OpenMP runtime that the kernels use, None if that is unknown."""
+    cdef const char *file = fastbn_openmp_library()
+    return None if file == NULL else os.fsdecode(file)
 
 
 # ---- coefficients ---------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import operator
 import os
 import re
 import warnings
-from pathlib import Path, PurePosixPath
 
 from fastbn import _kernels
 
@@ -20,7 +19,8 @@ MAX_THREADS = 1024
 
 _SERIAL = (1, "built without OpenMP")
 
-_current: tuple[int, str] | None = None  # the count and why; None until it is asked for
+_chosen: tuple[int, str] | None = None  # by set_num_threads: the count and why
+_default: tuple[int, str] | None = None  # None until it is asked for
 _fork_hook_registered = False
 
 
@@ -35,7 +35,11 @@ def get_num_threads() -> int:
     - the environment variable ``FASTBN_NUM_THREADS``, and
     - 1024,
 
-    looked up once, when it is first needed. In a build without OpenMP it is 1.
+    all looked up once, when it is first needed, and
+
+    - what OpenMP allows the calling thread, looked up at each call: threadpoolctl sets it.
+
+    In a build without OpenMP it is 1.
 
     Returns
     -------
@@ -63,17 +67,21 @@ def explain_num_threads() -> tuple[int, str]:
     reason : str
         Such as ``"CPU affinity"`` or ``"cgroup CPU quota of 1.5"``.
     """
-    global _current
-    current = _current
-    if current is None:
-        current = _current = _default()
-    return current
+    global _default
+    if _chosen is not None:
+        return _chosen
+    default = _default
+    if default is None:
+        default = _default = _look_up()
+    allowed = _kernels.openmp_threads()
+    return (allowed, "OpenMP's limit for this thread") if allowed < default[0] else default
 
 
 def set_num_threads(n: int | None) -> None:
     """Set the number of threads for all calls of this process that give no ``num_threads=``.
 
-    A build without OpenMP goes on with one thread.
+    It is taken as it is, as ``num_threads=`` is: nothing that limits the default limits it. A build without
+    OpenMP goes on with one thread.
 
     Parameters
     ----------
@@ -87,9 +95,9 @@ def set_num_threads(n: int | None) -> None:
     ValueError
         If `n` is out of range.
     """
-    global _current
+    global _chosen, _default
     if n is None:
-        _current = None
+        _chosen = _default = None
         return
     try:
         count = operator.index(n)
@@ -97,7 +105,7 @@ def set_num_threads(n: int | None) -> None:
         raise TypeError(f"n must be an integer or None, got {type(n).__name__}") from None
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(f"n must be from 1 to {MAX_THREADS}, got {count}")
-    _current = _SERIAL if _kernels.openmp is None else (count, "set_num_threads")
+    _chosen = _SERIAL if _kernels.openmp is None else (count, "set_num_threads")
 
 
 def register_fork_hook() -> None:
@@ -114,7 +122,7 @@ def register_fork_hook() -> None:
         _fork_hook_registered = True
 
 
-def _default() -> tuple[int, str]:
+def _look_up() -> tuple[int, str]:
     if _kernels.openmp is None:
         return _SERIAL
     limits = [(_affinity(), "CPU affinity"), (MAX_THREADS, "upper limit of fastbn")]
@@ -155,44 +163,47 @@ def _affinity() -> int:
     return os.cpu_count() or 1  # macOS and Windows do not tell
 
 
-_GROUP = re.compile(r"^\d+:(?P<controllers>[^:\n]*):(?P<path>.*)$", re.MULTILINE)
-_MOUNT = re.compile(
-    r"^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .*?- (?P<type>cgroup2?) \S+ (?P<options>\S+)$", re.MULTILINE
-)
+# Strings, because importing fastbn is not to wait for their compilation, nor for pathlib.
+_GROUP = r"(?m)^\d+:(?P<controllers>[^:\n]*):(?P<path>.*)$"
+_MOUNT = r"(?m)^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .*?- (?P<type>cgroup2?) \S+ (?P<options>\S+)$"
 
 
-def _cgroup_quota(proc: Path = Path("/proc/self")) -> float | None:
+def _cgroup_quota(proc: str = "/proc/self") -> float | None:
     """Least CPU quota, in CPUs, of the process's cgroup and of all visible ones around it, or None.
 
     `proc` holds the files ``cgroup``, the process's path in each hierarchy, and ``mountinfo``, what part of
     which hierarchy is mounted where (man 7 cgroups, man 5 proc).
     """
     try:
-        groups, mounts = (
-            (proc / name).read_text("utf-8", "surrogateescape") for name in ("cgroup", "mountinfo")
-        )
+        groups, mounts = _read(proc, "cgroup"), _read(proc, "mountinfo")
     except OSError:
         return None
     paths = {}
-    for group in _GROUP.finditer(groups):
+    for group in re.finditer(_GROUP, groups):
         if not group["controllers"]:
             paths["cgroup2"] = group["path"]
         elif "cpu" in group["controllers"].split(","):
             paths["cgroup"] = group["path"]
     quotas = []
-    for mount in _MOUNT.finditer(mounts):
+    for mount in re.finditer(_MOUNT, mounts):
         is_v2 = mount["type"] == "cgroup2"
         if mount["type"] not in paths or not (is_v2 or "cpu" in mount["options"].split(",")):
             continue
-        try:
-            below = PurePosixPath(paths[mount["type"]]).relative_to(_unescape(mount["root"])).parts
-        except ValueError:  # some other part of the hierarchy
+        path, root = paths[mount["type"]], _unescape(mount["root"]).rstrip("/")
+        if not f"{path}/".startswith(f"{root}/"):  # some other part of the hierarchy
             continue
-        for depth in range(len(below) + 1):
-            quota = _quota(Path(_unescape(mount["point"]), *below[:depth]), is_v2)
+        directory = _unescape(mount["point"])
+        for part in path[len(root) :].split("/"):  # "" to begin with
+            directory = os.path.join(directory, part)
+            quota = _quota(directory, is_v2)
             if quota is not None:
                 quotas.append(quota)
     return min(quotas, default=None)
+
+
+def _read(directory: str, name: str) -> str:
+    with open(os.path.join(directory, name), encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
 
 
 def _unescape(path: str) -> str:
@@ -200,12 +211,12 @@ def _unescape(path: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)
 
 
-def _quota(directory: Path, is_v2: bool) -> float | None:
+def _quota(directory: str, is_v2: bool) -> float | None:
     try:
         if is_v2:
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = _read(directory, "cpu.max").split()
         else:
-            quota, period = ((directory / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (_read(directory, f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         cpus = int(quota) / int(period)
     except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or "max"
         return None

@@ -27,10 +27,11 @@ def nothing_decided(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Set what the machine offers: machine(cpus=..., quota=...)."""
+    """Set what the machine offers: machine(cpus=..., quota=...), and what OpenMP allows."""
 
-    def describe(cpus=8, quota=None):
-        monkeypatch.setattr(threads, "_kernels", SimpleNamespace(openmp="some runtime"))
+    def describe(cpus=8, quota=None, openmp=4096):
+        kernels = SimpleNamespace(openmp="some runtime", openmp_threads=lambda: openmp)
+        monkeypatch.setattr(threads, "_kernels", kernels)
         monkeypatch.setattr(threads, "_affinity", lambda: cpus)
         monkeypatch.setattr(threads, "_cgroup_quota", lambda: quota)
 
@@ -54,7 +55,7 @@ def run_python(code, **environment):
     ("cpus", "quota", "omp", "ours", "count", "reason"),
     [
         (8, None, None, None, 8, "CPU affinity"),
-        (8, 0.5, None, None, 1, "cgroup CPU quota of 0.5"),  # half a CPU of a host of many
+        (8, 0.5, None, None, 1, "cgroup CPU quota of 0.5"),  # case 25
         (8, 1.0, None, None, 1, "cgroup CPU quota of 1"),
         (8, 1.5, None, None, 2, "cgroup CPU quota of 1.5"),
         (8, 100.0, None, None, 8, "CPU affinity"),
@@ -107,6 +108,16 @@ def test_the_default_is_looked_up_once(machine, monkeypatch):
     assert threads.get_num_threads() == 8
     threads.set_num_threads(None)
     assert threads.get_num_threads() == 2
+
+
+def test_the_limit_of_openmp_is_looked_up_at_each_call(machine):
+    for openmp, expected in [(3, 3), (8, 8), (1, 1), (64, 8)]:
+        machine(cpus=8, openmp=openmp)
+        assert threads.get_num_threads() == expected
+    machine(cpus=8, openmp=3)
+    assert threads.explain_num_threads() == (3, "OpenMP's limit for this thread")
+    threads.set_num_threads(5)
+    assert threads.get_num_threads() == 5
 
 
 def test_a_serial_build_has_one_thread(machine, monkeypatch):
@@ -316,7 +327,7 @@ def test_real_environment():
     ("quota", "expected"), [(50000, "1 cgroup CPU quota of 0.5"), (100000, "1 cgroup CPU quota of 1")]
 )
 def test_real_cgroup(quota, expected):
-    """A group of our own with a quota, and a process in it."""
+    """A group of our own with a quota, and a process in it: case 25."""
     v1 = Path("/sys/fs/cgroup/cpu")
     group = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"fastbn-test-{os.getpid()}"
     try:
@@ -388,6 +399,34 @@ try: big_call()
 except ValueError as error: print(error)
 """
     assert "FASTBN_NUM_THREADS must be" in run_python(code, FASTBN_NUM_THREADS="lots")
+
+
+@linux_only
+@needs_openmp
+def test_threadpoolctl_sees_and_limits_them():
+    pytest.importorskip("threadpoolctl")
+    code = f"""
+import fastbn
+from fastbn import threads
+from threadpoolctl import threadpool_info, threadpool_limits
+threads._affinity, threads._cgroup_quota = lambda: 8, lambda: None
+{BIG_CALL}
+print([os.path.realpath(pool["filepath"]) for pool in threadpool_info() if pool["user_api"] == "openmp"])
+print(os.path.realpath(fastbn._kernels.openmp_library()))
+before = tasks()
+with threadpool_limits(3, user_api="openmp"):
+    with threadpool_limits(1):
+        big_call(); print(*threads.explain_num_threads(), tasks() - before)
+    with threadpool_limits(1, user_api="openmp"):
+        big_call(); print(*threads.explain_num_threads(), tasks() - before)
+    with threadpool_limits(1, user_api="blas"):
+        print(*threads.explain_num_threads())
+    big_call(); print(*threads.explain_num_threads(), tasks() - before)
+"""
+    pools, ours, *counts = run_python(TASKS + code).split("\n")
+    assert ours in pools
+    reason = "OpenMP's limit for this thread"
+    assert counts == [f"1 {reason} 0", f"1 {reason} 0", f"3 {reason}", f"3 {reason} 2"]
 
 
 def test_the_fork_hook_is_registered_once(monkeypatch):
