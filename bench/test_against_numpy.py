@@ -8,12 +8,12 @@ spinning after the other's calls.
 
 from functools import lru_cache
 
-import baseline
 import numpy as np
 import pytest
 from shapes import SHAPES, channels_last, label, values_per_channel
 
 import fastbn
+from fastbn import baseline
 
 BURSTS = 3
 CASES = [

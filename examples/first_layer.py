@@ -9,7 +9,6 @@ picture.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,9 +26,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 
 import fastbn
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
-import baseline
+from fastbn import baseline
 
 CHANNELS = 16
 

@@ -1,5 +1,6 @@
 """fastbn: batch normalization for CPUs. NumPy arrays in, NumPy arrays out."""
 
+from fastbn.config import show_config
 from fastbn.folding import fold_conv, fold_linear
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
@@ -35,5 +36,6 @@ __all__ = [
     "get_num_threads",
     "set_num_threads",
     "set_output_cache",
+    "show_config",
     "update_running",
 ]

@@ -1,0 +1,214 @@
+"""The command line: what fastbn does with this machine, and whether it pays there.
+
+python -m fastbn info [--json]
+python -m fastbn bench [--shape 32x64x56x56 ...] [--threads 1 4 ...] [--seconds 0.5] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from statistics import geometric_mean, median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fastbn
+from fastbn import baseline
+from fastbn.config import show_config
+from fastbn.threads import MAX_THREADS
+
+Shape = tuple[int, ...]
+Call = Callable[[], object]
+
+# A single image, batches that fit and do not fit into most caches, a table, and a tiny call.
+SHAPES = [(1, 64, 112, 112), (8, 64, 28, 28), (32, 64, 56, 56), (4096, 256), (1, 16, 8, 8)]
+
+PAUSE = 0.02  # seconds in which the OpenMP threads of the call before, which go on spinning, fall asleep
+SAMPLE = 0.005  # seconds of calls that are timed as one, and of calls before them that warm up
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parse(arguments)
+    try:
+        config = show_config("dicts")
+    except ValueError as error:  # in the environment
+        sys.exit(f"python -m fastbn {args.command}: {error}")
+    if args.command == "bench":
+        _bench(args, config)
+    elif args.json:
+        print(json.dumps(config, indent=2))
+    else:
+        show_config()
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fastbn", description="Batch normalization for CPUs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="instruction set, OpenMP, threads, caches, output memory")
+    bench = commands.add_parser("bench", help="time fastbn against NumPy on this machine")
+    bench.add_argument(
+        "--shape", nargs="+", type=_shape, default=SHAPES, metavar="NxCx...", help="such as 32x64x56x56"
+    )
+    bench.add_argument(
+        "--threads", nargs="+", type=_threads, metavar="N", help="default: 1 and what fastbn takes by itself"
+    )
+    bench.add_argument("--seconds", type=float, default=0.5, help="for each row (default: %(default)s)")
+    for command in (info, bench):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(arguments)
+
+
+def _shape(text: str) -> Shape:
+    lengths = text.split("x")
+    if len(lengths) < 2 or not all(length.isdecimal() and int(length) for length in lengths):
+        raise argparse.ArgumentTypeError(
+            f"expected two or more lengths of at least 1, such as 32x64x56x56, got {text!r}"
+        )
+    return tuple(map(int, lengths))
+
+
+def _threads(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= MAX_THREADS):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {MAX_THREADS}, got {text!r}")
+    return int(text)
+
+
+def _bench(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    threads = list(dict.fromkeys(args.threads or (1, config["threads"]["count"])))
+    rows = _rows(args.shape, threads, args.seconds)
+    if args.json:
+        print(json.dumps({"config": config, "results": list(rows)}, indent=2))
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import track
+        from rich.table import Table
+    except ImportError:
+        sys.exit("python -m fastbn bench draws its table with rich: `pip install rich`, or ask for --json")
+
+    table = Table(
+        title="Batch norm: microseconds, and how many times faster than NumPy",
+        caption=f"fastbn {config['version']}, {config['isa']}; NumPy {config['numpy']}",
+    )
+    for heading in ("N x C x spatial", "operation"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("NumPy", *(f"fastbn, {n} thread{'s' * (n > 1)}" for n in threads)):
+        table.add_column(heading, justify="right")
+    total = sum(len(_operations(shape)) for shape in args.shape)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    speedups = []
+    for row in track(rows, "Timing", total, console=Console(stderr=True), transient=True):
+        times = [f"{entry['us']:,.1f} [bold]{entry['speedup']:5.1f}[/]" for entry in row["fastbn"]]
+        table.add_row("x".join(map(str, row["shape"])), row["operation"], f"{row['numpy_us']:,.1f}", *times)
+        speedups.append([entry["speedup"] for entry in row["fastbn"]])
+    means = [f"[bold]{geometric_mean(found):5.1f}[/]" for found in zip(*speedups, strict=True)]
+    table.add_section()
+    table.add_row("geometric mean", "", "", *means)
+    console.print(table)
+
+
+def _operations(shape: Shape) -> list[str]:
+    one_value_per_channel = math.prod(shape) == shape[1]
+    return ["inference+relu", *([] if one_value_per_channel else ["training", "backward"])]
+
+
+def _rows(shapes: Iterable[Shape], threads: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """What was measured, a shape and an operation at a time."""
+    for shape in shapes:
+        problem = _Problem(shape)
+        for operation in _operations(shape):
+            problem.check(operation)
+            ours = [problem.call(operation, n) for n in threads]
+            numpy_time, *our_times = _medians([problem.call(operation), *ours], seconds)
+            yield {
+                "shape": shape,
+                "operation": operation,
+                "numpy_us": round(1e6 * numpy_time, 3),
+                "fastbn": [
+                    {"threads": n, "us": round(1e6 * our_time, 3), "speedup": round(numpy_time / our_time, 3)}
+                    for n, our_time in zip(threads, our_times, strict=True)
+                ],
+            }
+
+
+class _Problem:
+    """Arrays of one shape, and what NumPy and fastbn do with them, both writing to the same output."""
+
+    def __init__(self, shape: Shape) -> None:
+        rng = np.random.default_rng(0)
+        c = shape[1]
+        self.x, self.grad_output = (rng.standard_normal(shape, np.float32) for _ in range(2))
+        self.weight, self.bias, self.mean = rng.standard_normal((3, c), np.float32)
+        self.var = rng.random(c, np.float32) + np.float32(0.5)
+        self.stats = fastbn.batch_stats(self.x)
+        invstd = 1 / np.sqrt(self.stats.var + 1e-5)
+        self.batch = self.stats.mean.astype(np.float32), invstd.astype(np.float32)
+        self.out = np.empty_like(self.x)
+
+    def call(self, operation: str, num_threads: int | None = None) -> Call:
+        """By fastbn with `num_threads`, or by NumPy."""
+        affine = self.weight, self.bias
+        inputs = self.x, self.mean.copy(), self.var.copy(), *affine
+        how: dict[str, Any] = {"out": self.out}
+        if num_threads is None:
+            return {
+                "inference+relu": lambda: baseline.inference(*inputs, relu=True, **how),
+                "training": lambda: baseline.training_forward(*inputs, **how),
+                "backward": lambda: baseline.backward(
+                    self.grad_output, self.x, *self.batch, self.weight, **how
+                ),
+            }[operation]
+        how["num_threads"] = num_threads
+        return {
+            "inference+relu": lambda: fastbn.batch_norm(*inputs, activation="relu", **how),
+            "training": lambda: fastbn.batch_norm(*inputs, training=True, **how),
+            "backward": lambda: fastbn.batch_norm_backward(
+                self.grad_output, self.x, self.stats, *affine, **how
+            ),
+        }[operation]
+
+    def check(self, operation: str) -> None:
+        """Both compute the same, or there is nothing to compare."""
+
+        def result(num_threads: int | None) -> NDArray[np.float32]:
+            self.out.fill(np.nan)
+            self.call(operation, num_threads)()
+            return self.out[[0, -1]]
+
+        np.testing.assert_allclose(
+            result(1), result(None), 1e-3, 1e-3, err_msg=f"{operation} of {self.x.shape}: fastbn and NumPy"
+        )
+
+
+def _medians(calls: list[Call], seconds: float) -> list[float]:
+    """Seconds of each call. They take turns, so that a slow moment of the machine hits them alike."""
+    counts = [max(1, round(SAMPLE / _timed(call, 1))) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    deadline = time.perf_counter() + seconds
+    while len(samples[0]) < 3 or time.perf_counter() < deadline:
+        for call, count, found in zip(calls, counts, samples, strict=True):
+            time.sleep(PAUSE)
+            _timed(call, count)
+            found.append(_timed(call, count))
+    return [median(found) for found in samples]
+
+
+def _timed(call: Call, count: int) -> float:
+    """Seconds a call, over `count` calls."""
+    start = time.perf_counter()
+    for _ in repeat(None, count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+if __name__ == "__main__":
+    main()

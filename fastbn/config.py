@@ -1,0 +1,75 @@
+"""What this installation of fastbn is, and what it does with this machine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from fastbn import _kernels
+from fastbn.threads import explain_num_threads
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+
+
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+
+
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
+    """Tell instruction set, OpenMP runtime, threads and why that many, cache sizes and output memory held.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print it, or return it. As in :func:`numpy.show_config`.
+
+    Returns
+    -------
+    dict or None
+        With ``mode="dicts"``: the strings ``"version"``, ``"numpy"`` and ``"isa"``, the list
+        ``"supported_isas"``, and the dicts ``"openmp"`` (None in a build without it), ``"threads"`` (of the
+        calling thread), ``"caches"`` and ``"output_memory"``. Sizes are in bytes; all can be written as JSON.
+
+    Raises
+    ------
+    ValueError
+        If `mode` is another, or the environment variable ``FASTBN_NUM_THREADS`` is senseless.
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f'mode must be "stdout" or "dicts", got {mode!r}')
+    from fastbn import __version__
+
+    count, reason = explain_num_threads()
+    l2, l3 = _kernels.cache_bytes
+    held, limit = _kernels.output_memory()
+    config = {
+        "version": __version__,
+        "numpy": np.__version__,
+        "isa": _kernels.get_isa(),
+        "supported_isas": list(_kernels.supported_isas()),
+        "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
+        "threads": {"count": count, "reason": reason},
+        "caches": {"L2": l2, "L3": l3, "assumed": not _kernels.caches_known},
+        "output_memory": {"held": held, "limit": limit},
+    }
+    if mode == "dicts":
+        return config
+    assumed = "" if _kernels.caches_known else " (assumed: the system does not tell)"
+    openmp = f"{_kernels.openmp}, {_kernels.openmp_library() or 'of an unknown library'}"
+    print(
+        f"fastbn           {__version__}, NumPy {np.__version__}",
+        f"instruction set  {config['isa']}, of {', '.join(_kernels.supported_isas())}",
+        f"OpenMP           {openmp if _kernels.openmp else 'none'}",
+        f"threads          {count}: {reason}",
+        f"caches           L2 {_mebibytes(l2)}, L3 {_mebibytes(l3)}{assumed}",
+        f"output memory    {_mebibytes(held)} held for the next outputs, {_mebibytes(limit)} at most",
+        sep="\n",
+    )
+    return None
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.4g} MiB"

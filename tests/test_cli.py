@@ -1,0 +1,204 @@
+"""fastbn.show_config, and the command line that prints it and times fastbn against NumPy."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import __main__ as cli
+from fastbn import _kernels, baseline, config, threads
+
+
+@pytest.fixture(autouse=True)
+def default_threads():
+    fastbn.set_num_threads(None)
+    yield
+    fastbn.set_num_threads(None)
+
+
+def python(*arguments, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "FASTBN_NUM_THREADS"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        env=inherited | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+# show_config
+
+
+def test_show_config_as_dicts():
+    fastbn.empty_output_cache()
+    y = fastbn.FrozenBatchNorm(*np.ones((2, 4), np.float32))(np.ones((1, 4, 1 << 16), np.float32))
+    size = y.nbytes
+    assert fastbn.show_config("dicts")["output_memory"] == {"held": 0, "limit": 256 << 20}
+    del y
+    found = json.loads(json.dumps(fastbn.show_config(mode="dicts")))
+    assert size <= found["output_memory"].pop("held") < 2 * size
+    assert found == {
+        "version": fastbn.__version__,
+        "numpy": np.__version__,
+        "isa": _kernels.get_isa(),
+        "supported_isas": list(_kernels.supported_isas()),
+        "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
+        "threads": dict(zip(("count", "reason"), threads.explain_num_threads(), strict=True)),
+        "caches": dict(zip(("L2", "L3"), _kernels.cache_bytes, strict=True))
+        | {"assumed": not _kernels.caches_known},
+        "output_memory": {"limit": 256 << 20},
+    }
+    fastbn.empty_output_cache()
+
+
+def test_show_config_prints(capsys, monkeypatch):
+    fastbn.empty_output_cache()
+    monkeypatch.setattr(config, "explain_num_threads", lambda: (3, "CPU affinity"))
+    monkeypatch.setattr(_kernels, "cache_bytes", (512 << 10, 6 << 20))
+    monkeypatch.setattr(_kernels, "caches_known", True)
+    monkeypatch.setattr(_kernels, "openmp", 201511)
+    monkeypatch.setattr(_kernels, "openmp_library", lambda: "/lib/libgomp.so.1")
+    assert fastbn.show_config() is None
+    expected = f"""\
+fastbn           {fastbn.__version__}, NumPy {np.__version__}
+instruction set  {_kernels.get_isa()}, of {", ".join(_kernels.supported_isas())}
+OpenMP           201511, /lib/libgomp.so.1
+threads          3: CPU affinity
+caches           L2 0.5 MiB, L3 6 MiB
+output memory    0 MiB held for the next outputs, 256 MiB at most
+"""
+    assert capsys.readouterr().out == expected
+
+    monkeypatch.setattr(_kernels, "openmp", None)
+    monkeypatch.setattr(_kernels, "caches_known", False)
+    fastbn.show_config()
+    expected = expected.replace("201511, /lib/libgomp.so.1", "none")
+    expected = expected.replace("L3 6 MiB", "L3 6 MiB (assumed: the system does not tell)")
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.skipif(_kernels.openmp is None, reason="built without OpenMP")
+def test_the_openmp_library_is_a_file_of_that_kind():
+    assert os.path.exists(_kernels.openmp_library())
+    assert "omp" in os.path.basename(_kernels.openmp_library())
+
+
+def test_show_config_in_another_mode():
+    with pytest.raises(ValueError, match=r'mode must be "stdout" or "dicts", got \'yaml\''):
+        fastbn.show_config("yaml")
+
+
+# python -m fastbn
+
+
+def test_info():
+    done = python("-m", "fastbn", "info", FASTBN_NUM_THREADS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"fastbn           {fastbn.__version__}, NumPy")
+    assert json.loads(python("-m", "fastbn", "info", "--json").stdout)["isa"] in _kernels.supported_isas()
+
+
+@pytest.mark.skipif(_kernels.openmp is None, reason="built without OpenMP")
+@pytest.mark.parametrize("command", ["info", "bench"])
+def test_a_senseless_environment_is_told_in_a_line(command):
+    done = python("-m", "fastbn", command, FASTBN_NUM_THREADS="lots")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"python -m fastbn {command}: the environment variable FASTBN_NUM_THREADS")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "--shape", "32"], "two or more lengths of at least 1, such as 32x64x56x56, got '32'"),
+        (["bench", "--shape", "8x0x2"], "got '8x0x2'"),
+        (["bench", "--shape", "8x-1"], "got '8x-1'"),
+        (["bench", "--threads", "0"], "expected a number from 1 to 1024, got '0'"),
+        (["bench", "--threads", "1", "1025"], "got '1025'"),
+        (["bench", "--threads", "two"], "got 'two'"),
+        ([], "required: command"),
+    ],
+)
+def test_senseless_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+QUICK = ["bench", "--seconds", "0", "--shape", "2x3x4x5", "1x6"]
+
+
+@pytest.fixture
+def no_pause(monkeypatch):
+    monkeypatch.setattr(cli, "PAUSE", 0)
+    monkeypatch.setattr(cli, "SAMPLE", 1e-4)
+
+
+def test_bench_as_json(capsys, no_pause):
+    cli.main([*QUICK, "--threads", "1", "3", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["version"] == fastbn.__version__
+    rows = [(row["shape"], row["operation"]) for row in found["results"]]
+    of_first = [([2, 3, 4, 5], operation) for operation in ("inference+relu", "training", "backward")]
+    assert rows == [*of_first, ([1, 6], "inference+relu")]  # one value per channel cannot be trained on
+    for row in found["results"]:
+        assert [entry["threads"] for entry in row["fastbn"]] == [1, 3]
+        for entry in row["fastbn"]:
+            assert math.isclose(entry["speedup"], row["numpy_us"] / entry["us"], rel_tol=0.01)
+
+
+def test_bench_as_a_table(capsys, no_pause):
+    pytest.importorskip("rich")
+    fastbn.set_num_threads(2)
+    cli.main(QUICK)
+    printed = capsys.readouterr().out
+    headings = "NumPy", "fastbn, 1 thread", "fastbn, 2 threads" if _kernels.openmp else ""
+    for part in (*headings, "2x3x4x5", "1x6", "backward", "geometric mean"):
+        assert part in printed
+
+
+def test_bench_without_rich(monkeypatch, capsys, no_pause):
+    for module in [name for name in sys.modules if name.split(".")[0] == "rich"] + ["rich", "rich.console"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(cli, "_medians", None)  # is not reached
+    with pytest.raises(SystemExit, match="`pip install rich`, or ask for --json"):
+        cli.main(QUICK)
+    cli.main(["info"])
+
+
+def test_bench_with_disagreeing_results(monkeypatch, no_pause):
+    right = baseline.training_forward
+
+    def wrong(x, *args, out, **how):
+        right(x, *args, out=out, **how)
+        out[-1, -1] += 0.01
+
+    monkeypatch.setattr(baseline, "training_forward", wrong)
+    with pytest.raises(AssertionError, match=r"training of \(2, 3, 4, 5\): fastbn and NumPy"):
+        cli.main([*QUICK, "--json"])
+
+
+def test_calls_take_turns_and_warm_up(monkeypatch):
+    """The clock advances by what the calls say they take; sleeping takes none."""
+    now, made = 0.0, []
+
+    def call(name, seconds):
+        def made_call():
+            nonlocal now
+            now += seconds.pop(0) if isinstance(seconds, list) else seconds
+            made.append(name)
+
+        return made_call
+
+    monkeypatch.setattr(cli.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: made.append("pause"))
+    monkeypatch.setattr(cli, "SAMPLE", 2.0)
+    # of a: the first call, and three times a call that warms up and the one that counts
+    a = [2.0, 9.0, 3.0, 9.0, 5.0, 9.0, 1.0]
+    assert cli._medians([call("a", a), call("b", 1.0)], 0) == [3.0, 1.0]
+    turn = ["pause", "a", "a", "pause", "b", "b", "b", "b"]
+    assert made == ["a", "b", *turn, *turn, *turn]
