@@ -1,6 +1,7 @@
 """The same bits for every number of threads, cached or streamed, on AVX2 and AVX-512, among many callers."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -89,20 +90,13 @@ def test_elementwise_results_do_not_depend_on_layout(isa, layout):
 def all_at_once(calls, repeat=10):
     """Results of calling each of `calls` repeatedly, each in a thread of its own, all starting together."""
     barrier = threading.Barrier(len(calls))
-    found = [[] for _ in calls]
 
-    def caller(i):
-        barrier.wait()
-        for _ in range(repeat):
-            found[i].append(calls[i]())
+    def caller(call):
+        barrier.wait(timeout=60)
+        return [call() for _ in range(repeat)]
 
-    callers = [threading.Thread(target=caller, args=(i,)) for i in range(len(calls))]
-    for thread in callers:
-        thread.start()
-    for thread in callers:
-        thread.join()
-    assert [len(f) for f in found] == [repeat] * len(calls)
-    return found
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(caller, calls))
 
 
 @both_axes

@@ -1,9 +1,11 @@
 """Parallel calls after a fork: no hang, the same bits, and proof that the cure is what prevents the hang."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from urllib.request import urlopen
 
 import pytest
 
@@ -155,6 +157,64 @@ with concurrent.futures.ProcessPoolExecutor(2, context, signal.alarm, (20,)) as 
 print(set(digests) == {expected}, digest() == expected)
 """
     assert run(program) == ["True", "True"]
+
+
+# A module whose import makes a parallel call, as that of a service which warms up when it is loaded.
+SERVICE = (
+    PRELUDE
+    + """
+expected, importer = first_digest(), os.getpid()
+
+def answer(_=None):
+    return digest() == expected, "forked" if os.getpid() != importer else "imported here"
+
+def application(environ, start_response):
+    start_response("200 OK", [])
+    return [repr(answer()).encode()]
+"""
+)
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    """The module `service` can be imported, here and in all processes that are started."""
+    (tmp_path / "service.py").write_text(SERVICE)
+    path = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+@pytest.mark.parametrize(("method", "how"), [("spawn", "imported here"), ("forkserver", "forked")])
+def test_multiprocessing_by_other_methods(service, method, how):
+    """What is preloaded into a fork server has used its threads before it forks."""
+    program = f"""
+import concurrent.futures, multiprocessing
+import service
+context = multiprocessing.get_context({method!r})
+context.set_forkserver_preload(["service"])
+with context.Pool(2, signal.alarm, (30,)) as pool:
+    answers = pool.map_async(service.answer, range(4)).get(timeout=30)
+with concurrent.futures.ProcessPoolExecutor(2, context, signal.alarm, (30,)) as pool:
+    answers += pool.map(service.answer, range(4))
+print(*set(answers), sep="|")
+"""
+    assert " ".join(run(program)) == str((True, how))
+
+
+def test_gunicorn_preload(service):
+    """The master imports the service, its workers are forks."""
+    pytest.importorskip("gunicorn")
+    options = ["--preload", "--workers=2", "--bind=127.0.0.1:0", "--timeout=60", "service:application"]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "gunicorn", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as master:
+        try:
+            log = iter(master.stderr.readline, "")
+            address = next(filter(None, (re.search(r"Listening at: (\S+)", line) for line in log)))[1]
+            for _ in range(4):
+                with urlopen(address, timeout=20) as response:
+                    assert response.read().decode() == str((True, "forked"))
+        finally:
+            master.terminate()
+            master.communicate(timeout=60)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

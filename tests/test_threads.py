@@ -38,12 +38,13 @@ def machine(monkeypatch):
     return describe
 
 
-def run_python(code, **environment):
+def run_python(code, *options, **environment):
     """Standard output of `code` in a fresh interpreter that has none of our variables but `environment`."""
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, *options, "-c", code],
+        env=inherited | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -370,6 +371,19 @@ import fastbn
 print(tasks() - before, len(hooks))
 """
     assert run_python(TASKS + code) == "0 0"
+
+
+def test_importing_loads_nothing_that_numpy_has_not_loaded():
+    """Which is what makes importing slow. -S: an editable installation may load more at the start."""
+    code = """
+import sys, numpy
+before = set(sys.modules)
+import fastbn
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    path = os.pathsep.join([str(Path(threads.__file__).parents[1]), *filter(None, sys.path)])
+    found = set(run_python(code, "-S", PYTHONPATH=path).split())
+    assert {name for name in found if "cython" not in name} - {"__future__"} == {"fastbn"}
 
 
 @linux_only
