@@ -1,5 +1,6 @@
 """The same bits for every number of threads, cached or streamed, on AVX2 and AVX-512, among many callers."""
 
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -140,3 +141,36 @@ def test_sixteen_threads_with_every_operation(shared_out, axis, threads):
     for found, expected, name in zip(all_at_once(calls), serial, names, strict=True):
         for result in found:
             assert_same_bits(result, expected, name)
+
+
+@pytest.mark.parametrize("operation", ["batch_stats", "forward", "backward", "inference", "frozen"])
+def test_other_threads_run_meanwhile(operation):
+    """The GIL is released: with this switch interval another thread gets it in no other way."""
+    p = problem((4, 16, 64, 64))
+    running, out = (p.running_mean, p.running_var), np.empty_like(p.x)
+    stats, frozen = fastbn.batch_stats(p.x), fastbn.FrozenBatchNorm(*running)
+    call = {
+        "batch_stats": lambda: fastbn.batch_stats(p.x),
+        "forward": lambda: fastbn.batch_norm_forward(p.x, out=out),
+        "backward": lambda: fastbn.batch_norm_backward(p.grad_output, p.x, stats, out=out),
+        "inference": lambda: fastbn.batch_norm(p.x, *running, out=out),
+        "frozen": lambda: frozen(p.x, out=out),
+    }[operation]
+    started, ran = threading.Event(), threading.Event()
+
+    def other():
+        started.wait()
+        ran.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    fastbn.set_num_threads(1)
+    try:
+        started.set()
+        assert any(ran.is_set() for _ in range(1000) if call() is not None)
+    finally:
+        fastbn.set_num_threads(None)
+        sys.setswitchinterval(interval)
+        thread.join()

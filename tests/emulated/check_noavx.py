@@ -37,7 +37,7 @@ def test_this_cpu_has_no_avx(tmp_path):
     assert emulated(tmp_path / "avx", "now").returncode == -signal.SIGILL
 
 
-def test_baseline_is_taken():
+def test_baseline_is_taken():  # case 24
     code = "from fastbn import _kernels; print(_kernels.get_isa(), _kernels.supported_isas())"
     assert emulated(sys.executable, "-c", code, FASTBN_ISA="").stdout == "baseline ('baseline',)\n"
 
