@@ -43,7 +43,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     from fastbn import __version__
 
     count, reason = explain_num_threads()
-    l2, l3 = _kernels.cache_bytes
+    l2, last, sharing = _kernels.caches()
     held, limit = _kernels.output_memory()
     config = {
         "version": __version__,
@@ -52,19 +52,18 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "supported_isas": list(_kernels.supported_isas()),
         "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
         "threads": {"count": count, "reason": reason},
-        "caches": {"L2": l2, "L3": l3, "assumed": not _kernels.caches_known},
+        "caches": {"L2": l2, "last_level": last, "last_level_cpus": sharing},
         "output_memory": {"held": held, "limit": limit},
     }
     if mode == "dicts":
         return config
-    assumed = "" if _kernels.caches_known else " (assumed: the system does not tell)"
     openmp = f"{_kernels.openmp}, {_kernels.openmp_library() or 'of an unknown library'}"
     print(
         f"fastbn           {__version__}, NumPy {np.__version__}",
         f"instruction set  {config['isa']}, of {', '.join(_kernels.supported_isas())}",
         f"OpenMP           {openmp if _kernels.openmp else 'none'}",
         f"threads          {count}: {reason}",
-        f"caches           L2 {_mebibytes(l2)}, L3 {_mebibytes(l3)}{assumed}",
+        f"caches           L2 {_mebibytes(l2)}, last level {_mebibytes(last)} for {sharing} CPU{'s' * (sharing > 1)}",
         f"output memory    {_mebibytes(held)} held for the next outputs, {_mebibytes(limit)} at most",
         sep="\n",
     )

@@ -47,8 +47,7 @@ def test_show_config_as_dicts():
         "supported_isas": list(_kernels.supported_isas()),
         "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
         "threads": dict(zip(("count", "reason"), threads.explain_num_threads(), strict=True)),
-        "caches": dict(zip(("L2", "L3"), _kernels.cache_bytes, strict=True))
-        | {"assumed": not _kernels.caches_known},
+        "caches": dict(zip(("L2", "last_level", "last_level_cpus"), _kernels.caches(), strict=True)),
         "output_memory": {"limit": 256 << 20},
     }
     fastbn.empty_output_cache()
@@ -57,8 +56,7 @@ def test_show_config_as_dicts():
 def test_show_config_prints(capsys, monkeypatch):
     fastbn.empty_output_cache()
     monkeypatch.setattr(config, "explain_num_threads", lambda: (3, "CPU affinity"))
-    monkeypatch.setattr(_kernels, "cache_bytes", (512 << 10, 6 << 20))
-    monkeypatch.setattr(_kernels, "caches_known", True)
+    monkeypatch.setattr(_kernels, "caches", lambda: (512 << 10, 6 << 20, 4))
     monkeypatch.setattr(_kernels, "openmp", 201511)
     monkeypatch.setattr(_kernels, "openmp_library", lambda: "/lib/libgomp.so.1")
     assert fastbn.show_config() is None
@@ -67,16 +65,16 @@ fastbn           {fastbn.__version__}, NumPy {np.__version__}
 instruction set  {_kernels.get_isa()}, of {", ".join(_kernels.supported_isas())}
 OpenMP           201511, /lib/libgomp.so.1
 threads          3: CPU affinity
-caches           L2 0.5 MiB, L3 6 MiB
+caches           L2 0.5 MiB, last level 6 MiB for 4 CPUs
 output memory    0 MiB held for the next outputs, 256 MiB at most
 """
     assert capsys.readouterr().out == expected
 
     monkeypatch.setattr(_kernels, "openmp", None)
-    monkeypatch.setattr(_kernels, "caches_known", False)
+    monkeypatch.setattr(_kernels, "caches", lambda: (512 << 10, 6 << 20, 1))
     fastbn.show_config()
     expected = expected.replace("201511, /lib/libgomp.so.1", "none")
-    expected = expected.replace("L3 6 MiB", "L3 6 MiB (assumed: the system does not tell)")
+    expected = expected.replace("4 CPUs", "1 CPU")
     assert capsys.readouterr().out == expected
 
 

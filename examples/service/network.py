@@ -5,7 +5,6 @@ a linear layer -> the probabilities of ten digits. Arrays of pixels are (N, H, W
 batch are one matrix product then. Weights have the shapes of PyTorch.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -14,9 +13,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 import fastbn
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-import baseline
+from fastbn import baseline
 
 WEIGHTS = Path(__file__).with_name("weights.npz")
 BRIGHTEST = np.float32(16)  # of scikit-learn's pixels; the network sees values from 0 to 1
