@@ -57,13 +57,14 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     }
     if mode == "dicts":
         return config
+    cpus = f"{sharing} CPU{'s' * (sharing > 1)}"
     openmp = f"{_kernels.openmp}, {_kernels.openmp_library() or 'of an unknown library'}"
     print(
         f"fastbn           {__version__}, NumPy {np.__version__}",
         f"instruction set  {config['isa']}, of {', '.join(_kernels.supported_isas())}",
         f"OpenMP           {openmp if _kernels.openmp else 'none'}",
         f"threads          {count}: {reason}",
-        f"caches           L2 {_mebibytes(l2)}, last level {_mebibytes(last)} for {sharing} CPU{'s' * (sharing > 1)}",
+        f"caches           L2 {_mebibytes(l2)}, last level {_mebibytes(last)} for {cpus}",
         f"output memory    {_mebibytes(held)} held for the next outputs, {_mebibytes(limit)} at most",
         sep="\n",
     )
