@@ -332,7 +332,9 @@ cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
         reach = 4
         for s, d in sorted((abs(s), d) for s, d in zip((<object> out).strides, (<object> out).shape) if d > 1):
             if s < reach:
-                raise ValueError(f"out has elements that share memory (strides {(<object> out).strides}); pass an array without")
+                raise ValueError(
+                    f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
+                )
             reach = s * d
     if overlap(out, x):
         raise ValueError(
@@ -1036,7 +1038,8 @@ cdef class Frozen:
         check_slope(negative_slope)
         self.negative_slope = negative_slope
         self.eps = eps
-        self.block = inference_coef(&self.k, NULL, self.num_features, running_mean, running_var, False, weight, bias, eps)
+        self.block = inference_coef(
+            &self.k, NULL, self.num_features, running_mean, running_var, False, weight, bias, eps)
 
     def __dealloc__(self):
         free(self.block)
