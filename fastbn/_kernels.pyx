@@ -57,8 +57,8 @@ cdef extern from "kernels.h":
         void (*backward[2])(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*pool_stats)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, Py_ssize_t,
                            double *, double *) noexcept nogil
-        void (*pool_sums)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, Py_ssize_t,
-                          double *, double *) noexcept nogil
+        void (*pool_sums)(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, const double *, const double *,
+                          Py_ssize_t, double *, double *) noexcept nogil
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, const float *,
                      const float *, double, const bn_coef *) noexcept nogil
         void (*running_coef)(const bn_problem *, const float *, const float *, const float *, const float *, double,
@@ -599,7 +599,7 @@ cdef void backward_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
     cdef double *a = plan.tile_a + c0 * plan.T
     cdef double *b = plan.tile_b + c0 * plan.T
     plan.K.sums[BN_PLANES](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
-    plan.K.pool_sums(&plan.p, c0, c1, a, b, c1 - c0, plan.g, plan.gx)
+    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, c1 - c0, plan.g, plan.gx)
     if plan.frozen:
         return
     plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
@@ -647,7 +647,7 @@ cdef void pool_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
             plan.K.coef(&plan.p, plan.first + c0, plan.first + c1, plan.mean, plan.var, plan.weight, plan.bias,
                         plan.eps, &plan.k)
     else:
-        plan.K.pool_sums(&plan.p, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld,
+        plan.K.pool_sums(&plan.p, &plan.k, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld,
                          plan.g, plan.gx)
         if not plan.frozen:
             plan.K.backward_coef(&plan.p, plan.first + c0, plan.first + c1, plan.g, plan.gx, &plan.k)

@@ -23,6 +23,8 @@
 #define ROW_TILE   256        /* rows */
 #define CHAIN      64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
 #define PANEL      512        /* columns at a time in sums over rows */
+#define STATS_ROWS 8          /* rows at a time */
+#define SUMS_ROWS  4
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -67,7 +69,7 @@ INLINE vf activate_backward(vf dy, vf z, int activation, vf slope) {
 /* One channel's coefficients in all lanes (planes), or those of VL channels that follow one another (rows). */
 typedef struct {
     vf mean, scale, shift, slope; /* what a direction does not use, the compiler drops */
-    vf invstd, offset, g_mean, g_proj, g_shift;
+    vf g_mean, g_proj, g_shift;
 } vcoef;
 
 /* Where a run of values lies in each operand. */
@@ -87,8 +89,6 @@ INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         vset1(k->scale[c]),
         vset1(k->shift[c]),
         vset1(p->negative_slope),
-        b ? vset1(k->invstd[c]) : none,
-        b ? vset1(k->offset[c]) : none,
         b ? vset1(k->g_mean[c]) : none,
         b ? vset1(k->g_proj[c]) : none,
         b ? vset1(k->g_shift[c]) : none,
@@ -104,8 +104,6 @@ INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         vload(k->scale + c),
         vload(k->shift + c),
         vset1(p->negative_slope),
-        b ? vload(k->invstd + c) : none,
-        b ? vload(k->offset + c) : none,
         b ? vload(k->g_mean + c) : none,
         b ? vload(k->g_proj + c) : none,
         b ? vload(k->g_shift + c) : none,
@@ -135,7 +133,7 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
     } else {
         const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
         const vf g = masked_grad(k, d, r, dy, act, res);
-        v = vfnma(vmul(d, k->invstd), k->g_proj, vfma(vsub(g, k->g_mean), k->scale, k->g_shift));
+        v = vfma(d, k->g_proj, vfma(vsub(g, k->g_mean), k->scale, k->g_shift));
         if (res) {
             if (whole)
                 vstore(a->gr + i, g);
@@ -587,22 +585,21 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
 /* Column 0 of a row of x, of the kernel's width: `fold` rows of memory, or one row anywhere. */
 INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
 
-/* Adds rows to the columns' sums, in order; those arrays hold whole vectors. */
-static void add_rows(const float *x, ptrdiff_t ld, ptrdiff_t rows, ptrdiff_t cols, const float *shift, float *s,
-                     float *q) {
+/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. Several rows at a time, because a sum
+ * in memory costs more than the value that is added to it. */
+INLINE void add_rows(const float *const *x, int rows, ptrdiff_t cols, const float *shift, float *s, float *q) {
     const vt t = vtail(cols % VL);
-    for (ptrdiff_t r = 0; r < rows; r++, x += ld) {
-        ptrdiff_t c = 0;
-        for (; c + VL <= cols; c += VL) {
-            const vf d = vsub(vload(x + c), vload(shift + c));
-            vstore(s + c, vadd(vload(s + c), d));
-            vstore(q + c, vfma(d, d, vload(q + c)));
+    ptrdiff_t c = 0;
+    for (; c < cols; c += VL) {
+        const vf k = vload(shift + c);
+        vf sum = vload(s + c), sq = vload(q + c);
+        for (int r = 0; r < rows; r++) {
+            const vf d = vsub(c + VL <= cols ? vload(x[r] + c) : vload_tail(x[r] + c, t), k);
+            sum = vadd(sum, d);
+            sq = vfma(d, d, sq);
         }
-        if (c < cols) {
-            const vf d = vsub(vload_tail(x + c, t), vload(shift + c));
-            vstore(s + c, vadd(vload(s + c), d));
-            vstore(q + c, vfma(d, d, vload(q + c)));
-        }
+        vstore(s + c, sum);
+        vstore(q + c, sq);
     }
 }
 
@@ -648,11 +645,17 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
             memset(sq, 0, sizeof sq);
             for (ptrdiff_t r = 0, n; r < rows; r += n) {
                 n = min_z(CHAIN, rows - r);
-                if (p->packed || p->N == 1)
-                    add_rows(row_at(p, row0 + r) + c, p->fold > 1 ? p->C * p->fold : p->x.inner, n, cols, shift, s, q);
-                else
-                    for (ptrdiff_t i = 0; i < n; i++)
-                        add_rows(row_at(p, row0 + r + i) + c, 0, 1, cols, shift, s, q);
+                for (ptrdiff_t i = 0; i < n;) {
+                    const float *at[STATS_ROWS];
+                    const int some = n - i < STATS_ROWS ? 1 : STATS_ROWS;
+                    for (int j = 0; j < some; j++)
+                        at[j] = row_at(p, row0 + r + i + j) + c;
+                    if (some == 1)
+                        add_rows(at, 1, cols, shift, s, q);
+                    else
+                        add_rows(at, STATS_ROWS, cols, shift, s, q);
+                    i += some;
+                }
                 carry(cols, s, q, sum, sq);
             }
             if (settle((double)rows, cols, shift, sum, sq, mean_t, m2_t))
@@ -669,20 +672,19 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
 
 /* ---- the backward pass's sums -------------------------------------------------------------------------------- */
 
-/* g and g * xhat at offset i into the sums; in frozen mode grad_input and grad_residual too. */
+/* g and g * (x - mean) at offset i into the sums; in frozen mode grad_input and grad_residual too. */
 INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int frozen, int act, int res,
-                   vf *g_sum, vf *gx_sum) {
+                   vf *g_sum, vf *gd_sum) {
     vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
     if (!whole)
-        d = vkeep(d, t); /* 0 * xhat must be 0 there */
+        d = vkeep(d, t); /* 0 * d must be 0 there */
     const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
     vf r = d;
     if (res && act != BN_IDENTITY)
         r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
     const vf g = masked_grad(k, d, r, dy, act, res);
-    const vf xhat = vfma(d, k->invstd, k->offset);
     *g_sum = vadd(*g_sum, g);
-    *gx_sum = vfma(g, xhat, *gx_sum);
+    *gd_sum = vfma(g, d, *gd_sum);
     if (frozen) {
         const vf v = vmul(g, k->scale);
         if (whole)
@@ -704,7 +706,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
         const tile b = plane_tile(p, tt);
         const ptrdiff_t rest = b.len % LANES, full = b.len - rest;
         for (ptrdiff_t c = c0; c < c1; c++) {
-            const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
+            const vcoef k = coef_of_channel(p, coef, c, FORWARD);
             vf s[LANES / VL], q[LANES / VL];
             for (int lane = 0; lane < LANES; lane += PASS) {
                 vf sa[ACC], qa[ACC];
@@ -733,6 +735,29 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
     }
 }
 
+/* As add_rows does. */
+INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, ptrdiff_t c,
+                          ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res) {
+    const vt tail = vtail(cols % VL);
+    ptrdiff_t i = 0;
+    for (; i + VL <= cols; i += VL) {
+        const vcoef k = coef_of_columns(p, coef, c + i, FORWARD);
+        vf s = vload(sum + i), q = vload(sq + i);
+        for (int r = 0; r < rows; r++)
+            sum_at(&k, &a[r], c + i, tail, 1, frozen, act, res, &s, &q);
+        vstore(sum + i, s);
+        vstore(sq + i, q);
+    }
+    if (i < cols) {
+        const vcoef k = coef_of_columns(p, coef, c + i, FORWARD);
+        vf s = vload(sum + i), q = vload(sq + i);
+        for (int r = 0; r < rows; r++)
+            sum_at(&k, &a[r], c + i, tail, 0, frozen, act, res, &s, &q);
+        vstore(sum + i, s);
+        vstore(sq + i, q);
+    }
+}
+
 INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
                      double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
     float sum[PANEL] = {0.0f}, sq[PANEL] = {0.0f};
@@ -743,27 +768,20 @@ INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptr
         for (ptrdiff_t c = c0; c < end; c += PANEL) {
             const ptrdiff_t cols = min_z(PANEL, end - c);
             const ptrdiff_t at = (t - t0) * ld + (c - c0), n = rows ? rows : 1;
-            const vt tail = vtail(cols % VL);
             memset(g + at, 0, (size_t)cols * sizeof *g);
             memset(gx + at, 0, (size_t)cols * sizeof *gx);
-            for (ptrdiff_t r = 0; r < n; r++) {
-                const cursor a = row_cursor(p, row0 + r, BACKWARD);
-                ptrdiff_t i = 0;
-                for (; i + VL <= cols; i += VL) {
-                    const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
-                    vf s = vload(sum + i), q = vload(sq + i);
-                    sum_at(&k, &a, c + i, tail, 1, frozen, act, res, &s, &q);
-                    vstore(sum + i, s);
-                    vstore(sq + i, q);
-                }
-                if (i < cols) {
-                    const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
-                    vf s = vload(sum + i), q = vload(sq + i);
-                    sum_at(&k, &a, c + i, tail, 0, frozen, act, res, &s, &q);
-                    vstore(sum + i, s);
-                    vstore(sq + i, q);
-                }
-                if (r % CHAIN == CHAIN - 1 || r == n - 1)
+            for (ptrdiff_t r = 0; r < n;) {
+                cursor a[SUMS_ROWS];
+                const ptrdiff_t left = min_z(n, r / CHAIN * CHAIN + CHAIN) - r;
+                const int some = left < SUMS_ROWS ? 1 : SUMS_ROWS;
+                for (int j = 0; j < some; j++)
+                    a[j] = row_cursor(p, row0 + r + j, BACKWARD);
+                if (some == 1)
+                    sum_some_rows(p, coef, a, 1, c, cols, sum, sq, frozen, act, res);
+                else
+                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res);
+                r += some;
+                if (r % CHAIN == 0 || r == n)
                     carry(cols, sum, sq, g + at, gx + at);
             }
         }
@@ -828,8 +846,9 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
     }
 }
 
-static void pool_sums(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g, const double *tile_gx,
-                      ptrdiff_t ld, double *g, double *gx) {
+/* g * xhat, of which xhat = (x - mean) * invstd + offset, from g and g * (x - mean). */
+static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
+                      const double *tile_gd, ptrdiff_t ld, double *g, double *gx) {
     const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
     for (ptrdiff_t c = c0; c < c1; c++)
         g[c] = gx[c] = 0.0;
@@ -839,9 +858,11 @@ static void pool_sums(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const dou
             if (tile_weight(p, t, f) != 0.0)
                 for (ptrdiff_t c = c0; c < c1; c++) {
                     g[c] += tile_g[at + c];
-                    gx[c] += tile_gx[at + c];
+                    gx[c] += tile_gd[at + c];
                 }
         }
+    for (ptrdiff_t c = c0; c < c1; c++)
+        gx[c] = gx[c] * k->invstd[c] + g[c] * k->offset[c];
 }
 
 /* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
@@ -895,8 +916,6 @@ static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const b
     repeat(p, c0, c1, k->scale);
     repeat(p, c0, c1, k->shift);
     if (k->invstd) {
-        repeat(p, c0, c1, k->invstd);
-        repeat(p, c0, c1, k->offset);
         repeat(p, c0, c1, k->g_mean);
         repeat(p, c0, c1, k->g_proj);
         repeat(p, c0, c1, k->g_shift);
@@ -938,8 +957,9 @@ static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const
     for (ptrdiff_t c = c0; c < c1; c++) {
         const double g_mean = g[c] / m, scale = k->scale[c];
         k->g_mean[c] = (float)g_mean;
-        k->g_proj[c] = (float)(scale * (gx[c] / m));
-        k->g_shift[c] = (float)(-scale * (g_mean - k->g_mean[c]) - (double)k->g_proj[c] * k->offset[c]);
+        const double proj = scale * (gx[c] / m);
+        k->g_proj[c] = (float)(-proj * k->invstd[c]);
+        k->g_shift[c] = (float)(-scale * (g_mean - k->g_mean[c]) - proj * k->offset[c]);
     }
     repeat(p, c0, c1, k->g_mean);
     repeat(p, c0, c1, k->g_proj);

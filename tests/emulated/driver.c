@@ -149,7 +149,7 @@ static void run(const bn_kernels *K, const header *h) {
     write_values(b, T * width, sizeof *b);
     for (ptrdiff_t j = 0; j < n; j++) {
         const ptrdiff_t c = p.C * j / n;
-        K->pool_sums(&p, c, p.C * (j + 1) / n, a + c, b + c, width, g, gx);
+        K->pool_sums(&p, &k, c, p.C * (j + 1) / n, a + c, b + c, width, g, gx);
         if (!h->frozen)
             K->backward_coef(&p, c, p.C * (j + 1) / n, g, gx, &k);
     }
