@@ -709,8 +709,11 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         plan.first = plan.p.C if plan.p.C >= 16 * threads else plan.p.C // threads * threads
     if plan.first:
         bytes_of_channel = plan.p.N * plan.p.S * 4
-        groups = (plan.first * bytes_of_channel + GROUP_BYTES - 1) // GROUP_BYTES
-        groups = min(plan.first, (groups + threads - 1) // threads * threads)
+        groups = threads
+        if plan.p.stream:
+            groups = (plan.first * bytes_of_channel + GROUP_BYTES - 1) // GROUP_BYTES
+            groups = (groups + threads - 1) // threads * threads
+        groups = min(plan.first, groups)
         plan.items = groups
         for_each(forward_group if plan.need_stats else backward_group, plan, groups, threads)
     if plan.first == plan.p.C:
@@ -900,9 +903,11 @@ cdef bint past_cache(const bn_problem *p, int tensors, int threads) noexcept:
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
-def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1):
+def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group=-1):
     """Move the sizes from which outputs are streamed and work is shared out, so that tests reach all paths."""
-    global STREAM_BYTES, SERIAL
+    global STREAM_BYTES, SERIAL, GROUP_BYTES
+    if group > 0:
+        GROUP_BYTES = group
     if stream_bytes >= 0:
         STREAM_BYTES = stream_bytes
     if serial >= 0:
@@ -927,6 +932,7 @@ def stats(x, axis, num_threads):
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.need_stats = True
+    plan.p.stream = past_cache(&plan.p, 1, threads)
     allocate_tiles(&plan)
     with nogil:
         two_passes(&plan, threads)

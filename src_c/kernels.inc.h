@@ -506,8 +506,8 @@ INLINE float sum_lanes(vf *v) {
 
 /* Sums of (x - shift) and of its square; value i of a run goes to lane i % LANES. Where the registers hold the sums
  * of PASS lanes only, each pass takes other cache lines of the tile. */
-static void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, double *sum,
-                         double *sq) {
+INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
+                         int prefetch, double *sum, double *sq) {
     const ptrdiff_t rest = len % LANES, full = len - rest;
     vf s[LANES / VL], q[LANES / VL];
     for (int lane = 0; lane < LANES; lane += PASS) {
@@ -521,12 +521,16 @@ static void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
             const float *a = x + r * stride + lane;
             for (ptrdiff_t i = 0; i < full; i += LANES)
                 for (int j = 0; j < ACC; j++) {
+                    if (prefetch && j * VL % LINE == 0)
+                        vprefetch(a + i + j * VL + ahead);
                     const vf d = vsub(vload(a + i + j * VL), k);
                     sa[j] = vadd(sa[j], d);
                     qa[j] = vfma(d, d, qa[j]);
                 }
             if (rest > lane)
                 for (int j = 0; j < ACC; j++) {
+                    if (prefetch && j * VL % LINE == 0)
+                        vprefetch(a + full + j * VL + ahead);
                     const vf d = vkeep(vsub(vload_tail(a + full + j * VL, t[j]), k), t[j]);
                     sa[j] = vadd(sa[j], d);
                     qa[j] = vfma(d, d, qa[j]);
@@ -572,7 +576,10 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
                     v[i] = vset1(x[sample[i]]);
                 const vf k = ninther(v);
                 shift[c] = vfirst(k);
-                shifted_sums(x, p->x.outer, a.runs, a.len, k, &sum[c], &sq[c]);
+                if (p->stream)
+                    shifted_sums(x, p->x.outer, a.runs, a.len, k, p->x.inner, 1, &sum[c], &sq[c]);
+                else
+                    shifted_sums(x, p->x.outer, a.runs, a.len, k, 0, 0, &sum[c], &sq[c]);
             }
             if (settle(n, cols, shift, sum, sq, mean_t, m2_t))
                 for (ptrdiff_t c = 0; c < cols; c++)
@@ -718,11 +725,21 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
                 for (ptrdiff_t r = 0; r < b.runs; r++) {
                     const cursor a = cursor_at(p, b.n + r, c, b.s + lane, BACKWARD);
                     for (ptrdiff_t i = 0; i < full; i += LANES)
-                        for (int j = 0; j < ACC; j++)
+                        for (int j = 0; j < ACC; j++) {
+                            if (p->stream && j * VL % LINE == 0) {
+                                vprefetch(a.x + i + j * VL + p->x.inner);
+                                vprefetch(a.dy + i + j * VL + p->grad_output.inner);
+                            }
                             sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
+                        }
                     if (rest > lane)
-                        for (int j = 0; j < ACC; j++)
+                        for (int j = 0; j < ACC; j++) {
+                            if (p->stream && j * VL % LINE == 0) {
+                                vprefetch(a.x + full + j * VL + p->x.inner);
+                                vprefetch(a.dy + full + j * VL + p->grad_output.inner);
+                            }
                             sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
+                        }
                 }
                 for (int j = 0; j < ACC; j++) {
                     s[lane / VL + j] = sa[j];
