@@ -497,10 +497,19 @@ static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
     *m2 = ((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]));
 }
 
+INLINE void add_halves(vf *v, int half) {
+    for (int i = 0; i < half; i++)
+        v[i] = vadd(v[i], v[i + half]);
+}
+
+/* As a tree. Not one loop over the halves: the compiler would keep v in memory for it. */
 INLINE float sum_lanes(vf *v) {
-    for (int w = LANES / VL / 2; w; w /= 2)
-        for (int i = 0; i < w; i++)
-            v[i] = vadd(v[i], v[i + w]);
+    if (LANES / VL >= 16)
+        add_halves(v, 8);
+    if (LANES / VL >= 8)
+        add_halves(v, 4);
+    add_halves(v, 2);
+    add_halves(v, 1);
     return vsum(v[0]);
 }
 
