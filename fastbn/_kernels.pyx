@@ -572,9 +572,9 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
     while e > e0:
         e = max(e0, (e - 1) // BLOCK * BLOCK)
         if backward:
-            plan.K.backward[plan.p.layout](&plan.p, &plan.k, e, e1, 0)
+            plan.K.backward[plan.p.layout](&plan.p, &plan.k, e, e1, -BLOCK)
         else:
-            plan.K.forward[plan.p.layout](&plan.p, &plan.k, e, e1, 0)
+            plan.K.forward[plan.p.layout](&plan.p, &plan.k, e, e1, -BLOCK)
         e1 = e
 
 

@@ -278,6 +278,7 @@ INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, 
  * seen rotated, so that its vectors keep to the lines of the output. */
 typedef struct {
     ptrdiff_t from, rows, phase;
+    ptrdiff_t ahead; /* from x and dy to the same row of the next rowset; 0: not worth it */
 } rowset;
 
 INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
@@ -295,6 +296,14 @@ INLINE void work_panel(const bn_problem *p, const bn_coef *coef, const rowset *b
     }
     for (ptrdiff_t r = 0; r < b->rows; r++) {
         const cursor a = row_of(p, b, r, direction);
+        if (b->ahead)
+            for (int j = 0; j < vecs * VL; j += LINE) {
+                vprefetch(a.x + c + j + b->ahead);
+                if (direction == BACKWARD)
+                    vprefetch(a.dy + c + j + b->ahead);
+                if (res && (direction == FORWARD || act != BN_IDENTITY))
+                    vprefetch(a.r + c + j + b->ahead);
+            }
         for (int j = 0; j < vecs; j++)
             work_at(&k[j], &a, c + j * VL, vtail(VL), 1, direction, act, res, stream);
     }
@@ -313,8 +322,8 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
     }
 }
 
-INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int direction, int act,
-                      int res, int stream) {
+INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
+                      int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
     const int panel = direction == FORWARD ? FORWARD_PANEL : BACKWARD_PANEL;
     const int rotate = p->packed && K % LINE == 0;
@@ -334,7 +343,9 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             e0 += end - c;
             continue;
         }
-        rowset b = {rotate || p->packed ? e0 : row, min_z((e1 - e0) / K, block), c};
+        rowset b = {rotate || p->packed ? e0 : row, min_z((e1 - e0) / K, block), c, 0};
+        if (p->packed && p->stream && K > panel * VL) /* narrower rows are read in order */
+            b.ahead = ahead ? ahead : b.rows * K;
         ptrdiff_t i = 0;
         for (; i + panel * VL <= K; i += panel * VL)
             if (stream && rotate)
@@ -362,7 +373,6 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
 
 #define WORK(layout, direction, name)                                                                                  \
     static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead) {             \
-        (void)ahead;                                                                                                   \
         if (p->stream) {                                                                                               \
             SPECIALIZE(p, WORK_STREAM_##layout##_##direction);                                                         \
             vfence();                                                                                                  \
@@ -374,10 +384,10 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
 #define WORK_CACHED_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 0)
 #define WORK_STREAM_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
 #define WORK_CACHED_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
-#define WORK_STREAM_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, FORWARD, act, res, 1)
-#define WORK_CACHED_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, FORWARD, act, res, 0)
-#define WORK_STREAM_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, BACKWARD, act, res, 1)
-#define WORK_CACHED_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, BACKWARD, act, res, 0)
+#define WORK_STREAM_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, ahead, FORWARD, act, res, 1)
+#define WORK_CACHED_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, ahead, FORWARD, act, res, 0)
+#define WORK_STREAM_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
+#define WORK_CACHED_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
 WORK(planes, FORWARD, forward_planes)
 WORK(planes, BACKWARD, backward_planes)
 WORK(rows, FORWARD, forward_rows)
