@@ -25,6 +25,7 @@
 #define PANEL      512        /* columns at a time in sums over rows */
 #define STATS_ROWS 8          /* rows at a time */
 #define SUMS_ROWS  4
+#define ROWS_AHEAD 4096       /* elements that are read before they are needed, from beyond the cache */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -613,13 +614,16 @@ INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_curs
 
 /* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. Several rows at a time, because a sum
  * in memory costs more than the value that is added to it. */
-INLINE void add_rows(const float *const *x, int rows, ptrdiff_t cols, const float *shift, float *s, float *q) {
+INLINE void add_rows(const float *const *x, int rows, ptrdiff_t cols, const float *shift, float *s, float *q,
+                     int prefetch) {
     const vt t = vtail(cols % VL);
     ptrdiff_t c = 0;
     for (; c < cols; c += VL) {
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
         for (int r = 0; r < rows; r++) {
+            if (prefetch && c % LINE == 0)
+                vprefetch(x[r] + c + ROWS_AHEAD);
             const vf d = vsub(c + VL <= cols ? vload(x[r] + c) : vload_tail(x[r] + c, t), k);
             sum = vadd(sum, d);
             sq = vfma(d, d, sq);
@@ -677,9 +681,11 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
                     for (int j = 0; j < some; j++)
                         at[j] = row_at(p, row0 + r + i + j) + c;
                     if (some == 1)
-                        add_rows(at, 1, cols, shift, s, q);
+                        add_rows(at, 1, cols, shift, s, q, 0);
+                    else if (p->stream)
+                        add_rows(at, STATS_ROWS, cols, shift, s, q, 1);
                     else
-                        add_rows(at, STATS_ROWS, cols, shift, s, q);
+                        add_rows(at, STATS_ROWS, cols, shift, s, q, 0);
                     i += some;
                 }
                 carry(cols, s, q, sum, sq);
@@ -773,14 +779,19 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
 
 /* As add_rows does. */
 INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, ptrdiff_t c,
-                          ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res) {
+                          ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res, int prefetch) {
     const vt tail = vtail(cols % VL);
     ptrdiff_t i = 0;
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(p, coef, c + i, FORWARD);
         vf s = vload(sum + i), q = vload(sq + i);
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            if (prefetch && i % LINE == 0) {
+                vprefetch(a[r].x + c + i + ROWS_AHEAD);
+                vprefetch(a[r].dy + c + i + ROWS_AHEAD);
+            }
             sum_at(&k, &a[r], c + i, tail, 1, frozen, act, res, &s, &q);
+        }
         vstore(sum + i, s);
         vstore(sq + i, q);
     }
@@ -813,9 +824,11 @@ INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptr
                 for (int j = 0; j < some; j++)
                     a[j] = row_cursor(p, row0 + r + j, BACKWARD);
                 if (some == 1)
-                    sum_some_rows(p, coef, a, 1, c, cols, sum, sq, frozen, act, res);
+                    sum_some_rows(p, coef, a, 1, c, cols, sum, sq, frozen, act, res, 0);
+                else if (p->stream)
+                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res, 1);
                 else
-                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res);
+                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res, 0);
                 r += some;
                 if (r % CHAIN == 0 || r == n)
                     carry(cols, sum, sq, g + at, gx + at);
