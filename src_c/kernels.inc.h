@@ -25,7 +25,8 @@
 #define PANEL      512        /* columns at a time in sums over rows */
 #define STATS_ROWS 8          /* rows at a time */
 #define SUMS_ROWS  4
-#define ROWS_AHEAD 4096       /* elements that are read before they are needed, from beyond the cache */
+#define WORK_ROWS  4
+#define ROWS_AHEAD 4096 /* elements that are read before they are needed, from beyond the cache */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -273,13 +274,13 @@ INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, 
 #define FORWARD_PANEL  4
 #define BACKWARD_PANEL 2
 #endif
-#define ROW_BLOCK 16384 /* values whose rows all panels go over before the next ones do */
+#define ROW_BLOCK 16384 /* values whose rows all panels go over before the next ones do: that fits in cache */
 
 /* `rows` rows of the kernel's width. Those of a packed tensor may begin at any element (`from`): then every row is
  * seen rotated, so that its vectors keep to the lines of the output. */
 typedef struct {
     ptrdiff_t from, rows, phase;
-    ptrdiff_t ahead; /* from x and dy to the same row of the next rowset; 0: not worth it */
+    ptrdiff_t ahead; /* where to prefetch, from what is read */
 } rowset;
 
 INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
@@ -288,7 +289,7 @@ INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int dire
 }
 
 INLINE void work_panel(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t c, int vecs, int direction,
-                       int act, int res, int stream) {
+                       int act, int res) {
     const ptrdiff_t K = p->C * p->fold;
     vcoef k[FORWARD_PANEL];
     for (int j = 0; j < vecs; j++) {
@@ -297,16 +298,33 @@ INLINE void work_panel(const bn_problem *p, const bn_coef *coef, const rowset *b
     }
     for (ptrdiff_t r = 0; r < b->rows; r++) {
         const cursor a = row_of(p, b, r, direction);
-        if (b->ahead)
-            for (int j = 0; j < vecs * VL; j += LINE) {
-                vprefetch(a.x + c + j + b->ahead);
-                if (direction == BACKWARD)
-                    vprefetch(a.dy + c + j + b->ahead);
-                if (res && (direction == FORWARD || act != BN_IDENTITY))
-                    vprefetch(a.r + c + j + b->ahead);
-            }
         for (int j = 0; j < vecs; j++)
-            work_at(&k[j], &a, c + j * VL, vtail(VL), 1, direction, act, res, stream);
+            work_at(&k[j], &a, c + j * VL, vtail(VL), 1, direction, act, res, 0);
+    }
+}
+
+/* Past the cache memory is gone through in order, a few rows at a time for the coefficients' sake. */
+INLINE void stream_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int direction,
+                        int act, int res) {
+    const ptrdiff_t K = p->C * p->fold;
+    cursor a[WORK_ROWS];
+    for (int j = 0; j < rows; j++)
+        a[j] = row_of(p, b, r + j, direction);
+    for (ptrdiff_t c = 0; c < K; c += LINE) {
+        vcoef k[LINE / VL];
+        for (int v = 0; v < LINE / VL; v++) {
+            const ptrdiff_t at = b->phase + c + v * VL;
+            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+        }
+        for (int j = 0; j < rows; j++) {
+            vprefetch(a[j].x + c + b->ahead);
+            if (direction == BACKWARD)
+                vprefetch(a[j].dy + c + b->ahead);
+            if (res && (direction == FORWARD || act != BN_IDENTITY))
+                vprefetch(a[j].r + c + b->ahead);
+            for (int v = 0; v < LINE / VL; v++)
+                work_at(&k[v], &a[j], c + v * VL, vtail(VL), 1, direction, act, res, 1);
+        }
     }
 }
 
@@ -344,25 +362,24 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             e0 += end - c;
             continue;
         }
-        rowset b = {rotate || p->packed ? e0 : row, min_z((e1 - e0) / K, block), c, 0};
-        if (p->packed && p->stream && K > panel * VL) /* narrower rows are read in order */
-            b.ahead = ahead ? ahead : b.rows * K;
+        rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
+        if (stream && rotate) {
+            ptrdiff_t r = 0;
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                stream_rows(p, coef, &b, r, WORK_ROWS, direction, act, res);
+            for (; r < b.rows; r++)
+                stream_rows(p, coef, &b, r, 1, direction, act, res);
+            e0 += b.rows * K;
+            continue;
+        }
+        b.rows = min_z(b.rows, block);
         ptrdiff_t i = 0;
         for (; i + panel * VL <= K; i += panel * VL)
-            if (stream && rotate)
-                work_panel(p, coef, &b, i, panel, direction, act, res, 1);
-            else
-                work_panel(p, coef, &b, i, panel, direction, act, res, 0);
+            work_panel(p, coef, &b, i, panel, direction, act, res);
         for (; i + panel / 2 * VL <= K; i += panel / 2 * VL)
-            if (stream && rotate)
-                work_panel(p, coef, &b, i, panel / 2, direction, act, res, 1);
-            else
-                work_panel(p, coef, &b, i, panel / 2, direction, act, res, 0);
+            work_panel(p, coef, &b, i, panel / 2, direction, act, res);
         for (; i + LINE <= K; i += LINE)
-            if (stream && rotate)
-                work_panel(p, coef, &b, i, LINE / VL, direction, act, res, 1);
-            else
-                work_panel(p, coef, &b, i, LINE / VL, direction, act, res, 0);
+            work_panel(p, coef, &b, i, LINE / VL, direction, act, res);
         if (i < K)
             for (ptrdiff_t r = 0; r < b.rows; r++) {
                 const cursor a = row_of(p, &b, r, direction);
