@@ -890,16 +890,21 @@ cdef int allocate_scratch(Plan *plan, bint backward) except -1:
 cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests
 
 
-cdef bint past_cache(const bn_problem *p, int tensors, int threads) noexcept:
+cdef bint past_cache(const bn_problem *p, int tensors, int passes, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is the last-level cache, or all of those that the threads are spread over; but not the huge sliced ones of
-    some servers: those are shared with others, and were measured to be no faster than streaming to memory from about
-    the size of all threads' L2 on.
+    That is the last-level cache, or all of those that the threads are spread over; less of it where rows are gone
+    through, because a second pass finds in L2 what planes have left there, but of rows nothing. And it is not the huge
+    sliced cache of some servers: those are shared with others, and were measured to be no faster than streaming to
+    memory from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     if limit == 0:
-        limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) if LLC_BYTES <= 64 << 20 else threads * L2_BYTES
+        limit = threads * L2_BYTES
+        if LLC_BYTES <= 64 << 20:
+            limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
+            if p.layout == BN_ROWS:
+                limit = limit // 4 * 3 if passes == 1 else limit // 2
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
@@ -932,7 +937,7 @@ def stats(x, axis, num_threads):
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.need_stats = True
-    plan.p.stream = past_cache(&plan.p, 1, threads)
+    plan.p.stream = past_cache(&plan.p, 1, 1, threads)
     allocate_tiles(&plan)
     with nogil:
         two_passes(&plan, threads)
@@ -982,7 +987,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 2, threads)
+    plan.p.stream = past_cache(&plan.p, 2, 2, threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
@@ -1100,7 +1105,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 2, threads)
+    plan.p.stream = past_cache(&plan.p, 2, 1, threads)
     plan.K = K
     plan.k = k[0]
     if threads == 1 and elements < SERIAL:
@@ -1161,7 +1166,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
         grad_residual = writable(&plan.p.grad_residual, &plan.p, None, x0, ax)
     dx = writable(&plan.p.grad_input, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 3, threads)
+    plan.p.stream = past_cache(&plan.p, 3, 2, threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)

@@ -151,13 +151,15 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
         vstore(a->out + i, v);
 }
 
+#define LONG_RUN 128 /* values from which on a run is worth being aligned */
+
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
  * last goes through the cache. Prefetching lets reads go on while the stores drain. */
 INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream,
                      int prefetch) {
     const vt all = vtail(VL);
     ptrdiff_t i = 0;
-    if (stream) {
+    if (stream || len >= LONG_RUN) {
         const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % LINE));
         for (; i + VL <= head; i += VL)
             work_at(k, a, i, all, 1, direction, act, res, 0);
