@@ -411,7 +411,10 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
         p.layout = BN_ROWS
     else:
         p.layout = BN_ROWS if axis == nd - 1 else BN_PLANES
-    p.fold = K.fold(p.C) if p.layout == BN_ROWS else 1
+    p.fold = 1
+    if p.layout == BN_ROWS and (not s.walkable or (
+            (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
+        p.fold = K.fold(p.C)  # rows with gaps are walked one by one; what is not walkable will be copied
 
 
 cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
@@ -647,8 +650,8 @@ cdef void pool_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
             plan.K.coef(&plan.p, plan.first + c0, plan.first + c1, plan.mean, plan.var, plan.weight, plan.bias,
                         plan.eps, &plan.k)
     else:
-        plan.K.pool_sums(&plan.p, &plan.k, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld,
-                         plan.g, plan.gx)
+        plan.K.pool_sums(&plan.p, &plan.k, plan.first + c0, plan.first + c1, plan.tile_a + at + c0,
+                         plan.tile_b + at + c0, ld, plan.g, plan.gx)
         if not plan.frozen:
             plan.K.backward_coef(&plan.p, plan.first + c0, plan.first + c1, plan.g, plan.gx, &plan.k)
 

@@ -1,5 +1,7 @@
 """Operands in every memory layout, alike and mixed; where outputs go, and what may lie in one place."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from layouts import LAYOUTS, WRITABLE, arrange
@@ -138,3 +140,21 @@ def test_parameters_may_be_inputs_twice():
         p.x, p.bias.copy(), p.weight**2, p.bias.copy(), p.bias.copy(), residual=p.x.copy()
     )
     assert np.array_equal(y, expected)
+
+
+@both_axes
+@pytest.mark.parametrize("shape", [(40, 3, 30, 30), (40, 17, 30, 30), (40, 64, 20, 20), (900, 100)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_batch", "sliced_channels", "second_float"])
+def test_what_is_walked_without_a_copy(shape, axis, layout):
+    p = problem(shape, axis, x=layout)
+    running = p.running_mean, p.running_var
+    out = arrange(np.zeros_like(p.x), layout, axis)
+    fastbn.empty_output_cache()
+    tracemalloc.start()
+    try:
+        fastbn.batch_norm(p.x, *running, p.weight, p.bias, out=out, axis=axis)
+        fastbn.batch_norm(p.x, *running, p.weight, p.bias, True, out=out, axis=axis)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < p.x.nbytes / 4
