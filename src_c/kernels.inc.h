@@ -264,20 +264,6 @@ INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, 
     }
 }
 
-/* Coefficients that stay in registers: with those in memory, loads of them wait for stores of the output that lie in
- * the same place of another page (4K aliasing), which costs up to half the speed. In vectors of channels. */
-#if VL == 16
-#define FORWARD_PANEL  8
-#define BACKWARD_PANEL 4
-#elif VL == 8
-#define FORWARD_PANEL  4
-#define BACKWARD_PANEL 2
-#else
-#define FORWARD_PANEL  4
-#define BACKWARD_PANEL 2
-#endif
-#define ROW_BLOCK 16384 /* values whose rows all panels go over before the next ones do: that fits in cache */
-
 /* `rows` rows of the kernel's width. Those of a packed tensor may begin at any element (`from`): then every row is
  * seen rotated, so that its vectors keep to the lines of the output. */
 typedef struct {
@@ -288,46 +274,6 @@ typedef struct {
 INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
     return p->packed ? cursor_at(p, 0, 0, b->from + r * p->C * p->fold, direction)
                      : row_cursor(p, b->from + r, direction);
-}
-
-INLINE void work_panel(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t c, int vecs, int direction,
-                       int act, int res) {
-    const ptrdiff_t K = p->C * p->fold;
-    vcoef k[FORWARD_PANEL];
-    for (int j = 0; j < vecs; j++) {
-        ptrdiff_t at = b->phase + c + j * VL;
-        k[j] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
-    }
-    for (ptrdiff_t r = 0; r < b->rows; r++) {
-        const cursor a = row_of(p, b, r, direction);
-        for (int j = 0; j < vecs; j++)
-            work_at(&k[j], &a, c + j * VL, vtail(VL), 1, direction, act, res, 0);
-    }
-}
-
-/* Past the cache memory is gone through in order, a few rows at a time for the coefficients' sake. */
-INLINE void stream_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int direction,
-                        int act, int res) {
-    const ptrdiff_t K = p->C * p->fold;
-    cursor a[WORK_ROWS];
-    for (int j = 0; j < rows; j++)
-        a[j] = row_of(p, b, r + j, direction);
-    for (ptrdiff_t c = 0; c < K; c += LINE) {
-        vcoef k[LINE / VL];
-        for (int v = 0; v < LINE / VL; v++) {
-            const ptrdiff_t at = b->phase + c + v * VL;
-            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
-        }
-        for (int j = 0; j < rows; j++) {
-            vprefetch(a[j].x + c + b->ahead);
-            if (direction == BACKWARD)
-                vprefetch(a[j].dy + c + b->ahead);
-            if (res && (direction == FORWARD || act != BN_IDENTITY))
-                vprefetch(a[j].r + c + b->ahead);
-            for (int v = 0; v < LINE / VL; v++)
-                work_at(&k[v], &a[j], c + v * VL, vtail(VL), 1, direction, act, res, 1);
-        }
-    }
 }
 
 /* Part of one row, in order. */
@@ -343,13 +289,42 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
     }
 }
 
+/* A few rows at a time: coefficients in memory cost more than what they are applied to. Several tensors at once are
+ * more than the hardware prefetches well. */
+INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows,
+                           int direction, int act, int res, int stream) {
+    const ptrdiff_t K = p->C * p->fold;
+    ptrdiff_t c = 0;
+    cursor a[WORK_ROWS];
+    for (int j = 0; j < rows; j++)
+        a[j] = row_of(p, b, r + j, direction);
+    for (; c + LINE <= K; c += LINE) {
+        vcoef k[LINE / VL];
+        for (int v = 0; v < LINE / VL; v++) {
+            const ptrdiff_t at = b->phase + c + v * VL;
+            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+        }
+        for (int j = 0; j < rows; j++) {
+            if (stream) {
+                vprefetch(a[j].x + c + b->ahead);
+                if (direction == BACKWARD)
+                    vprefetch(a[j].dy + c + b->ahead);
+                if (res && (direction == FORWARD || act != BN_IDENTITY))
+                    vprefetch(a[j].r + c + b->ahead);
+            }
+            for (int v = 0; v < LINE / VL; v++)
+                work_at(&k[v], &a[j], c + v * VL, vtail(VL), 1, direction, act, res, stream);
+        }
+    }
+    for (int j = 0; c < K && j < rows; j++)
+        work_part(p, coef, &a[j], c, K, direction, act, res);
+}
+
 INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
                       int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
-    const int panel = direction == FORWARD ? FORWARD_PANEL : BACKWARD_PANEL;
     const int rotate = p->packed && K % LINE == 0;
     const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
-    const ptrdiff_t block = ROW_BLOCK / K + 1;
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;
         ptrdiff_t misfit = 0; /* elements before the first that may begin a row */
@@ -364,29 +339,15 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             e0 += end - c;
             continue;
         }
-        rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
-        if (stream && rotate) {
-            ptrdiff_t r = 0;
-            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                stream_rows(p, coef, &b, r, WORK_ROWS, direction, act, res);
-            for (; r < b.rows; r++)
-                stream_rows(p, coef, &b, r, 1, direction, act, res);
-            e0 += b.rows * K;
-            continue;
-        }
-        b.rows = min_z(b.rows, block);
-        ptrdiff_t i = 0;
-        for (; i + panel * VL <= K; i += panel * VL)
-            work_panel(p, coef, &b, i, panel, direction, act, res);
-        for (; i + panel / 2 * VL <= K; i += panel / 2 * VL)
-            work_panel(p, coef, &b, i, panel / 2, direction, act, res);
-        for (; i + LINE <= K; i += LINE)
-            work_panel(p, coef, &b, i, LINE / VL, direction, act, res);
-        if (i < K)
-            for (ptrdiff_t r = 0; r < b.rows; r++) {
-                const cursor a = row_of(p, &b, r, direction);
-                work_part(p, coef, &a, i, K, direction, act, res);
-            }
+        const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
+        ptrdiff_t r = 0;
+        for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+            if (stream && rotate)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 1);
+            else
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0);
+        for (; r < b.rows; r++)
+            work_some_rows(p, coef, &b, r, 1, direction, act, res, 0);
         e0 += b.rows * K;
     }
 }
