@@ -527,7 +527,7 @@ cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x
 # ---- the plan of a call, and the items it is cut into -------------------------------------------------------------
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
-cdef Py_ssize_t GROUP_BYTES = 262144  # channels that one item takes through all passes: well inside L2
+cdef Py_ssize_t GROUP_BYTES = 262144  # of x: beyond the cache one item takes so much through all passes, inside L2
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
 
@@ -911,11 +911,9 @@ cdef bint past_cache(const bn_problem *p, int tensors, int passes, int threads) 
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
-def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group=-1):
+def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1):
     """Move the sizes from which outputs are streamed and work is shared out, so that tests reach all paths."""
-    global STREAM_BYTES, SERIAL, GROUP_BYTES
-    if group > 0:
-        GROUP_BYTES = group
+    global STREAM_BYTES, SERIAL
     if stream_bytes >= 0:
         STREAM_BYTES = stream_bytes
     if serial >= 0:

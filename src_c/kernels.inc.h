@@ -292,7 +292,7 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
 /* A few rows at a time: coefficients in memory cost more than what they are applied to. Several tensors at once are
  * more than the hardware prefetches well. */
 INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows,
-                           int direction, int act, int res, int stream) {
+                           int direction, int act, int res, int stream, int prefetch) {
     const ptrdiff_t K = p->C * p->fold;
     ptrdiff_t c = 0;
     cursor a[WORK_ROWS];
@@ -305,7 +305,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
         }
         for (int j = 0; j < rows; j++) {
-            if (stream) {
+            if (prefetch) {
                 vprefetch(a[j].x + c + b->ahead);
                 if (direction == BACKWARD)
                     vprefetch(a[j].dy + c + b->ahead);
@@ -340,14 +340,17 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             continue;
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
+        const int far = direction == FORWARD && b.rows * K > 8 * ROWS_AHEAD; /* not likely to be in L1 */
         ptrdiff_t r = 0;
         for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
             if (stream && rotate)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 1);
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 1, 1);
+            else if (far)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0, 1);
             else
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0, 0);
         for (; r < b.rows; r++)
-            work_some_rows(p, coef, &b, r, 1, direction, act, res, 0);
+            work_some_rows(p, coef, &b, r, 1, direction, act, res, 0, 0);
         e0 += b.rows * K;
     }
 }

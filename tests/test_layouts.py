@@ -144,7 +144,9 @@ def test_parameters_may_be_inputs_twice():
 
 @both_axes
 @pytest.mark.parametrize("shape", [(40, 3, 30, 30), (40, 17, 30, 30), (40, 64, 20, 20), (900, 100)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_batch", "sliced_channels", "second_float"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "sliced_batch", "sliced_channels", "second_float"]
+)
 def test_what_is_walked_without_a_copy(shape, axis, layout):
     p = problem(shape, axis, x=layout)
     running = p.running_mean, p.running_var
