@@ -1039,7 +1039,7 @@ cdef class Frozen:
     cdef readonly double negative_slope
 
     def __cinit__(self, running_mean, running_var, weight=None, bias=None, double eps=1e-5, *, axis=1, activation=None,
-                  double negative_slope=0.01):
+                  double negative_slope=0.01, copy=True):
         running_mean = array32(running_mean, "running_mean")
         if cnp.PyArray_NDIM(running_mean) != 1:
             raise ValueError(f"running_mean must have shape (C,), one value a channel, got {running_mean.shape}")

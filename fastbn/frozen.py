@@ -24,9 +24,12 @@ class FrozenBatchNorm(_kernels.Frozen):
     ----------
     running_mean, running_var : ndarray of float32, shape (C,)
     weight, bias : ndarray of float32, shape (C,), or None
-        All four are copied.
     eps, axis, activation, negative_slope
         See :func:`fastbn.batch_norm`.
+    copy : bool
+        Whether the attributes of these names are copies of the four arrays; with False they are views, which
+        saves memory but shows what is written into the arrays later, and a pickle holds that. Results of this
+        object never change: its coefficients are computed at construction, once.
 
     Attributes
     ----------
@@ -59,13 +62,15 @@ class FrozenBatchNorm(_kernels.Frozen):
         axis: int = 1,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        copy: bool = True,
     ) -> None:
         arrays = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         for name, array in arrays.items():
-            copy = None if array is None else np.array(_kernels.vector(array, name, self.num_features, False))
-            if copy is not None:
-                copy.setflags(write=False)
-            object.__setattr__(self, name, copy)
+            if array is not None:
+                array = _kernels.vector(array, name, self.num_features, False)
+                array = np.array(array) if copy else array.view()
+                array.setflags(write=False)
+            object.__setattr__(self, name, array)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"FrozenBatchNorm is immutable: cannot set {name!r}")

@@ -102,6 +102,21 @@ def test_attributes():
         assert np.array_equal(getattr(frozen, name), getattr(p, name))
 
 
+def test_without_copies():
+    p = problem((4, 17, 9))
+    arrays = [p.running_mean, p.running_var, p.weight, p.bias]
+    frozen = fastbn.FrozenBatchNorm(*arrays, copy=False)
+    expected = frozen(p.x)
+    for name, array in zip(("running_mean", "running_var", "weight", "bias"), arrays, strict=True):
+        view = getattr(frozen, name)
+        assert np.shares_memory(view, array)
+        assert not view.flags.writeable
+        assert array.flags.writeable
+        array += 1
+        assert np.array_equal(view, array)
+    assert frozen(p.x).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))])
 def test_copies_and_pickles(duplicate):
     p = problem((4, 17, 6), -1)
