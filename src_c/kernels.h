@@ -44,7 +44,7 @@ typedef struct {
  * first.
  *   forward:   z = (x - mean) * scale + shift
  *   backward:  xhat = (x - mean) * invstd + offset
- *              dx = (g - g_mean) * scale + (x - mean) * g_proj + g_shift */
+ *              dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
 typedef struct {
     float *mean, *scale, *shift;
     float *invstd, *offset, *g_mean, *g_proj, *g_shift;

@@ -135,7 +135,7 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
     } else {
         const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
         const vf g = masked_grad(k, d, r, dy, act, res);
-        v = vfma(d, k->g_proj, vfma(vsub(g, k->g_mean), k->scale, k->g_shift));
+        v = vfma(vfma(d, k->g_proj, vsub(g, k->g_mean)), k->scale, k->g_shift);
         if (res) {
             if (whole)
                 vstore(a->gr + i, g);
@@ -989,9 +989,9 @@ static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const
     for (ptrdiff_t c = c0; c < c1; c++) {
         const double g_mean = g[c] / m, scale = k->scale[c];
         k->g_mean[c] = (float)g_mean;
-        const double proj = scale * (gx[c] / m);
+        const double proj = gx[c] / m;
         k->g_proj[c] = (float)(-proj * k->invstd[c]);
-        k->g_shift[c] = (float)(-scale * (g_mean - k->g_mean[c]) - proj * k->offset[c]);
+        k->g_shift[c] = (float)(-scale * ((g_mean - k->g_mean[c]) + proj * k->offset[c]));
     }
     repeat(p, c0, c1, k->g_mean);
     repeat(p, c0, c1, k->g_proj);

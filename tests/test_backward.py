@@ -165,3 +165,26 @@ def test_finite_differences_of_the_forward_pass(isa, training, activation, axis)
         assert slope == pytest.approx((gradient.astype(np.float64) * direction).sum(), rel=0.02, abs=0.1), (
             name
         )
+
+
+@both_axes
+@pytest.mark.parametrize(
+    ("operation", "scale"),
+    [
+        ("backward", 1e-10),
+        ("backward", 1e10),
+        ("backward", 1e30),
+        ("frozen_backward", 1e-10),
+        ("frozen_backward", 1e10),
+    ],
+)
+def test_large_and_small_values(isa, operation, axis, scale):
+    """A product of two factors of a size is out of range long before the gradient is."""
+    p = problem((8, 17, 9), axis)
+    p = p._replace(x=p.x * np.float32(scale))
+    if operation == "frozen_backward":
+        p = p._replace(
+            running_mean=p.running_mean * np.float32(scale), running_var=p.running_var * np.float32(scale**2)
+        )
+    check(operation, p)
+    check(operation, p, "relu", add=True)
