@@ -40,7 +40,7 @@ typedef struct {
     bn_operand y, grad_input, grad_residual; /* written */
 } bn_problem;
 
-/* Per-channel coefficients, float32: C * fold of them (of invstd and offset C), then 16 more that begin again with the
+/* Per-channel coefficients, float32: C * fold of them (of offset C), then 16 more that begin again with the
  * first.
  *   forward:   z = (x - mean) * scale + shift
  *   backward:  xhat = (x - mean) * invstd + offset
@@ -64,8 +64,8 @@ typedef struct {
     /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1). Planes that are streamed prefetch
      * x[i + ahead] on the way. */
     void (*forward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
-    /* Like stats: sums of g = grad_output * activation'(z), and of g * (x - mean). With frozen != 0 it also writes
-     * grad_input = g * scale and grad_residual = g, and that is the whole backward pass. */
+    /* Like stats: sums of g = grad_output * activation'(z), and of g * (x - mean) * invstd. With frozen != 0 it also
+     * writes grad_input = g * scale and grad_residual = g, and that is the whole backward pass. */
     void (*sums[2])(const bn_problem *p, const bn_coef *k, int frozen, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,
                     ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld);
     /* grad_input (and grad_residual) on elements [e0, e1). */
@@ -77,7 +77,7 @@ typedef struct {
                        ptrdiff_t ld, double *mean, double *var);
     /* Adds up what sums wrote, to those of g and of g * xhat. */
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gd, ptrdiff_t ld, double *g, double *gx);
+                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx);
     /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
     void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
                  const float *weight, const float *bias, double eps, const bn_coef *k);

@@ -71,7 +71,7 @@ INLINE vf activate_backward(vf dy, vf z, int activation, vf slope) {
 /* One channel's coefficients in all lanes (planes), or those of VL channels that follow one another (rows). */
 typedef struct {
     vf mean, scale, shift, slope; /* what a direction does not use, the compiler drops */
-    vf g_mean, g_proj, g_shift;
+    vf invstd, g_mean, g_proj, g_shift;
 } vcoef;
 
 /* Where a run of values lies in each operand. */
@@ -91,6 +91,7 @@ INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         vset1(k->scale[c]),
         vset1(k->shift[c]),
         vset1(p->negative_slope),
+        b ? vset1(k->invstd[c]) : none,
         b ? vset1(k->g_mean[c]) : none,
         b ? vset1(k->g_proj[c]) : none,
         b ? vset1(k->g_shift[c]) : none,
@@ -106,6 +107,7 @@ INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         vload(k->scale + c),
         vload(k->shift + c),
         vset1(p->negative_slope),
+        b ? vload(k->invstd + c) : none,
         b ? vload(k->g_mean + c) : none,
         b ? vload(k->g_proj + c) : none,
         b ? vload(k->g_shift + c) : none,
@@ -687,9 +689,9 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
 
 /* ---- the backward pass's sums -------------------------------------------------------------------------------- */
 
-/* g and g * (x - mean) at offset i into the sums; in frozen mode grad_input and grad_residual too. */
+/* g and g * (x - mean) * invstd at offset i into the sums; in frozen mode grad_input and grad_residual too. */
 INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int frozen, int act, int res,
-                   vf *g_sum, vf *gd_sum) {
+                   vf *g_sum, vf *gx_sum) {
     vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
     if (!whole)
         d = vkeep(d, t); /* 0 * d must be 0 there */
@@ -699,7 +701,7 @@ INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole
         r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
     const vf g = masked_grad(k, d, r, dy, act, res);
     *g_sum = vadd(*g_sum, g);
-    *gd_sum = vfma(g, d, *gd_sum);
+    *gx_sum = vfma(g, vmul(d, k->invstd), *gx_sum);
     if (frozen) {
         const vf v = vmul(g, k->scale);
         if (whole)
@@ -721,7 +723,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
         const tile b = plane_tile(p, tt);
         const ptrdiff_t rest = b.len % LANES, full = b.len - rest;
         for (ptrdiff_t c = c0; c < c1; c++) {
-            const vcoef k = coef_of_channel(p, coef, c, FORWARD);
+            const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
             vf s[LANES / VL], q[LANES / VL];
             for (int lane = 0; lane < LANES; lane += PASS) {
                 vf sa[ACC], qa[ACC];
@@ -766,7 +768,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
     const vt tail = vtail(cols % VL);
     ptrdiff_t i = 0;
     for (; i + VL <= cols; i += VL) {
-        const vcoef k = coef_of_columns(p, coef, c + i, FORWARD);
+        const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int r = 0; r < rows; r++) {
             if (prefetch && i % LINE == 0) {
@@ -779,7 +781,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
         vstore(sq + i, q);
     }
     if (i < cols) {
-        const vcoef k = coef_of_columns(p, coef, c + i, FORWARD);
+        const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int r = 0; r < rows; r++)
             sum_at(&k, &a[r], c + i, tail, 0, frozen, act, res, &s, &q);
@@ -878,9 +880,9 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
     }
 }
 
-/* g * xhat, of which xhat = (x - mean) * invstd + offset, from g and g * (x - mean). */
+/* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
 static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gd, ptrdiff_t ld, double *g, double *gx) {
+                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx) {
     const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
     for (ptrdiff_t c = c0; c < c1; c++)
         g[c] = gx[c] = 0.0;
@@ -890,11 +892,11 @@ static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdi
             if (tile_weight(p, t, f) != 0.0)
                 for (ptrdiff_t c = c0; c < c1; c++) {
                     g[c] += tile_g[at + c];
-                    gx[c] += tile_gd[at + c];
+                    gx[c] += tile_gx[at + c];
                 }
         }
     for (ptrdiff_t c = c0; c < c1; c++)
-        gx[c] = gx[c] * k->invstd[c] + g[c] * k->offset[c];
+        gx[c] += g[c] * k->offset[c];
 }
 
 /* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
@@ -948,6 +950,7 @@ static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const b
     repeat(p, c0, c1, k->scale);
     repeat(p, c0, c1, k->shift);
     if (k->invstd) {
+        repeat(p, c0, c1, k->invstd);
         repeat(p, c0, c1, k->g_mean);
         repeat(p, c0, c1, k->g_proj);
         repeat(p, c0, c1, k->g_shift);
