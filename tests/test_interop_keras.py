@@ -121,6 +121,13 @@ def test_refused_layers(keras):
         from_keras(renorm)
 
 
+def test_layer_of_a_keras_without_batch_renormalization(keras):
+    theirs = keras.layers.BatchNormalization()
+    theirs.build((None, 3))
+    vars(theirs).pop("renorm", None)  # as older ones are
+    assert_same_state(keras, from_keras(theirs), theirs)
+
+
 def test_weights_and_defaults_without_keras():
     ours = from_keras(WEIGHTS)
     assert repr(ours) == repr(fastbn.BatchNorm(2, 1e-3, 1 - 0.99, axis=-1, unbiased=False))

@@ -72,7 +72,7 @@ def from_keras(layer_or_weights: Any) -> BatchNorm:
         )
     if not layer.built:
         raise ValueError(f"{layer.name} has no weights yet; call it once, or its build(input_shape)")
-    if layer.renorm:
+    if getattr(layer, "renorm", False):  # Keras has it since 3.14 only
         raise ValueError(
             f"{layer.name} uses batch renormalization (renorm=True), which trains differently; "
             f"for inference, pass a mapping of {list(_NAMES)}"
