@@ -58,7 +58,7 @@ def fold_conv(
     TypeError
         If an array is not float32 or `bn` not a batch norm of fastbn.
     """
-    weight = _checked_weight("conv_weight", conv_weight)
+    weight = _kernels.array32(conv_weight, "conv_weight")
     if weight.ndim < 3:
         raise ValueError(f"conv_weight must have at least 3 axes, got shape {weight.shape}; see fold_linear")
     groups = operator.index(groups)
@@ -99,20 +99,11 @@ def fold_linear(
     ValueError, TypeError
         As :func:`fold_conv`.
     """
-    weight = _checked_weight("linear_weight", linear_weight)
+    weight = _kernels.array32(linear_weight, "linear_weight")
     if weight.ndim != 2:
         raise ValueError(f"linear_weight must have 2 axes, got shape {weight.shape}")
     scale, bias = _scale_and_bias("linear_bias", linear_bias, weight.shape[0], bn)
     return (weight * scale[:, np.newaxis]).astype(np.float32), bias
-
-
-def _checked_weight(name: str, weight: Array) -> Array:
-    weight = np.asarray(weight)
-    if weight.dtype != np.float32:
-        raise TypeError(
-            f"{name} must be float32, got {weight.dtype}; convert it with {name}.astype(np.float32)"
-        )
-    return weight
 
 
 def _scale_and_bias(
@@ -135,7 +126,7 @@ def _scale_and_bias(
     if bn.num_features != out_channels:
         raise ValueError(f"bn has {bn.num_features} channels, the weight {out_channels} output channels")
     if bias is not None:
-        _kernels.vector(bias, name, out_channels, False)
+        bias = _kernels.vector(bias, name, out_channels, False)
     mean, var = bn.running_mean.astype(np.float64), bn.running_var.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         scale = np.where(var + bn.eps == 0, 0, 1 / np.sqrt(var + bn.eps))  # as the kernels have it

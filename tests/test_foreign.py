@@ -8,6 +8,7 @@ import pytest
 from operations import problem
 
 import fastbn
+from fastbn import _kernels
 
 
 class Interface:
@@ -33,6 +34,10 @@ class Capsule:
 
 def tensor(a):
     return pytest.importorskip("torch").from_numpy(a)
+
+
+def jax_array(a):
+    return pytest.importorskip("jax").numpy.asarray(a)
 
 
 FRIENDS = pytest.mark.parametrize("friend", [Interface, Capsule, memoryview, tensor])
@@ -65,6 +70,17 @@ def test_every_array_may_be_foreign(friend):
 
 
 @FRIENDS
+def test_folded_weights_may_be_foreign(friend):
+    p = problem((5, 5, 6))
+    bn = fastbn.FrozenBatchNorm(p.running_mean, p.running_var, p.weight, p.bias)
+    for fold, weight in (fastbn.fold_linear, p.x[0]), (fastbn.fold_conv, p.x):
+        folded = fold(friend(weight), friend(p.bias), bn)
+        for ours, expected in zip(folded, fold(weight, p.bias, bn), strict=True):
+            assert type(ours) is np.ndarray
+            assert ours.tobytes() == expected.tobytes()
+
+
+@FRIENDS
 @pytest.mark.parametrize("training", [False, True])
 def test_out_may_be_foreign(friend, training):
     p = problem((4, 5, 6))
@@ -79,9 +95,46 @@ def test_out_may_be_foreign(friend, training):
     out = friend(dx)
     assert fastbn.batch_norm_backward(p.grad_output, p.x, stats, out=out).grad_input is out
     assert dx.any()
+    memory.fill(0)
+    out = friend(memory)
+    frozen = layer.eval().freeze()
+    assert frozen(friend(p.x), out=out) is out
+    assert memory.tobytes() == frozen(p.x).tobytes()
     layer(friend(p.x), out=friend(p.x))
     with pytest.raises(RuntimeError, match="out=x"):
         layer.backward(p.grad_output)
+
+
+@FRIENDS
+def test_nothing_is_copied(friend):
+    a = problem((4, 5, 6)).x
+    assert np.shares_memory(_kernels.array32(friend(a), "a"), a)
+
+
+def test_arrays_of_jax():
+    """They are read-only: good for everything but `out` and running statistics in training."""
+    p = problem((4, 5, 6))
+    x, grad_output, residual, mean, var, weight, bias = map(
+        jax_array, (p.x, p.grad_output, p.residual, p.running_mean, p.running_var, p.weight, p.bias)
+    )
+    assert _kernels.array32(x, "x").ctypes.data == x.unsafe_buffer_pointer()
+    fixed = p.running_mean, p.running_var, p.weight, p.bias
+    y = fastbn.batch_norm(x, mean, var, weight, bias, residual=residual, activation="relu")
+    expected = fastbn.batch_norm(p.x, *fixed, residual=p.residual, activation="relu")
+    assert type(y) is np.ndarray
+    assert y.tobytes() == expected.tobytes()
+    assert fastbn.FrozenBatchNorm(mean, var, weight, bias)(x).tobytes() == (
+        fastbn.FrozenBatchNorm(*fixed)(p.x).tobytes()
+    )
+    grads, expected = (
+        fastbn.batch_norm_backward(*arrays, fastbn.batch_stats(p.x), p.weight, p.bias).grad_input
+        for arrays in ((grad_output, x), (p.grad_output, p.x))
+    )
+    assert grads.tobytes() == expected.tobytes()
+    with pytest.raises(ValueError, match="out is read-only"):
+        fastbn.batch_norm_forward(p.x, out=x)
+    with pytest.raises(ValueError, match="running_mean is updated in place in training but is read-only"):
+        fastbn.batch_norm(p.x, mean, var, training=True)
 
 
 @FRIENDS
@@ -103,6 +156,9 @@ def test_strides_are_kept():
         y, _ = fastbn.batch_norm_forward(view, w)
         expected = torch.nn.functional.batch_norm(view, None, None, w, training=True)
         np.testing.assert_allclose(y, expected, rtol=0, atol=3e-6)
+        out = torch.empty_like(view)
+        assert fastbn.batch_norm_forward(view, w, out=out)[0] is out
+        assert np.array_equal(out, y)
 
 
 @pytest.mark.parametrize(
