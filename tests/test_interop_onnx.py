@@ -112,6 +112,26 @@ def test_random_node(onnx_runtime, seed):
         assert_close(layer.running_var, expected[2])
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("opset", range(7, 16))
+def test_every_opset(onnx_runtime, calls, opset, training):
+    """With spatial=1, where there is such an attribute; opset 6 is below."""
+    rng = np.random.default_rng(0)
+    x, values = batch(rng, (3, 4, 2, 5)), random_values(rng, 4)
+    attributes = {"spatial": 1} if opset < 9 else {}
+    outputs = ["y"]
+    if training:
+        outputs += ["m", "v"] if opset >= 14 else ["m", "v", "sm", "sv"]
+    if opset >= 14:
+        attributes["training_mode"] = int(training)
+    model = one_node(x.shape, values, opset, outputs, momentum=0.7, **attributes)
+    results, expected = evaluate(model, x=x), onnx_runtime(model, x=x)
+    assert calls == ["batch_norm_forward" if training else "batch_norm"]
+    assert len(results) == len(expected) == len(outputs)
+    for ours, theirs in zip(results[:4], expected, strict=False):  # what saved_var is, they disagree
+        assert_close(ours, theirs)
+
+
 # Opset 6, which ONNX Runtime does not have: is_test decides there, and the outputs do in opset 9.
 
 
@@ -142,19 +162,22 @@ def test_saved_statistics():
     assert_close(saved_var, var)
 
 
-@pytest.mark.parametrize("opset", [6, 7])
+@pytest.mark.parametrize("opset", [6, 7, 8])
 def test_each_activation_by_itself(onnx_runtime, opset):
-    """spatial=0."""
+    """spatial=0, which ONNX Runtime does not train."""
     rng = np.random.default_rng(0)
     x, values = batch(rng, (3, 4, 2, 5)), random_values(rng, 4, 2, 5)
     options = {"is_test": 1} if opset == 6 else {}
     expected = onnx_runtime(one_node(x.shape, values, 7, spatial=0), x=x)
     assert_close(evaluate(one_node(x.shape, values, opset, spatial=0, **options), x=x)[0], expected[0])
-    model = one_node(x.shape, values, 7, ["y", "m", "v", "sm", "sv"], spatial=0)
-    _, running_mean, running_var, saved_mean, _ = evaluate(model, x=x)
-    assert_close(saved_mean, x.mean(0).ravel())
-    assert_close(running_mean, (0.9 * values["mean"] + 0.1 * x.mean(0)).ravel())
-    assert_close(running_var, (0.9 * values["var"] + 0.1 * x.var(0)).ravel())
+    model = one_node(x.shape, values, opset, ["y", "m", "v", "sm", "sv"], spatial=0)
+    y, running_mean, running_var, saved_mean, saved_var = evaluate(model, x=x)
+    mean, var = x.mean(0), x.var(0)
+    assert_close(y, (x - mean) / np.sqrt(var + 1e-5) * values["scale"] + values["B"])
+    assert_close(saved_mean, mean)
+    assert_close(saved_var, var)
+    assert_close(running_mean, 0.9 * values["mean"] + 0.1 * mean)
+    assert_close(running_var, 0.9 * values["var"] + 0.1 * var)
     with pytest.raises(ValueError, match=r"bn normalizes each activation by itself \(spatial=0\)"):
         from_onnx(model)
 

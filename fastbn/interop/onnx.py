@@ -92,7 +92,7 @@ class BatchNormalization(OpRun):
         super().__init__(onnx_node, run_params, schema or _schema(onnx_node, run_params["opsets"]))
 
     def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, **attributes: Any) -> tuple[Any, ...]:
-        shape, x_dtype, statistics_dtype = x.shape, x.dtype, mean.dtype
+        shape, x_dtype, statistics_shape, statistics_dtype = x.shape, x.dtype, mean.shape, mean.dtype
         x, scale, bias, mean, var = map(_float32, self.input, (x, scale, bias, mean, var))
         if x.ndim == 1 or not attributes.get("spatial", 1):  # one channel; each activation is a channel
             x = x.reshape(len(x), math.prod(x.shape[1:]))
@@ -106,11 +106,13 @@ class BatchNormalization(OpRun):
         y, stats = batch_norm_forward(x, scale, bias, eps, stats=stats)
         mean, var = mean.copy(), var.copy()
         update_running(mean, var, stats, 1 - float(attributes["momentum"]), unbiased=False)
-        outputs = [y.reshape(shape).astype(x_dtype, copy=False)]
-        outputs += [a.astype(statistics_dtype, copy=False) for a in (mean, var)]
+        statistics = [a.astype(statistics_dtype, copy=False) for a in (mean, var)]
         if self._schema.since_version < 14:
-            outputs += [a.astype(x_dtype) for a in (stats.mean, stats.var)]
-        return tuple(outputs)
+            statistics += [a.astype(x_dtype) for a in (stats.mean, stats.var)]
+        return (
+            y.reshape(shape).astype(x_dtype, copy=False),
+            *(a.reshape(statistics_shape) for a in statistics),
+        )
 
 
 def _schema(node: Any, opsets: dict[str, int]) -> Any:
