@@ -79,7 +79,7 @@ def random_layer(keras, rng):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_layer(keras, seed):
+def test_random_layer(keras, seed):  # case 27
     rng = np.random.default_rng(seed)
     theirs, shape = random_layer(keras, rng)
     ours = from_keras(theirs)
@@ -93,6 +93,39 @@ def test_random_layer(keras, seed):
         if not training:
             expected = theirs(x)  # how Keras is called without a word
         assert_close(ours.train(training)(x), keras.ops.convert_to_numpy(expected))
+        assert_same_state(keras, ours, theirs)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_training_step(keras, seed):
+    """train_on_batch: gradient descent shows all gradients, that of the input in a layer before."""
+
+    class Shift(keras.layers.Layer):
+        def build(self, shape):
+            self.shift = self.add_weight(shape=shape, initializer="zeros")
+
+        def call(self, x):
+            return x + self.shift
+
+    rng = np.random.default_rng(seed)
+    theirs, shape = random_layer(keras, rng)
+    ours, before = from_keras(theirs).train(), Shift()
+    model = keras.Sequential([keras.Input(batch_shape=shape), before, theirs])
+    rate, values = 0.5, np.float32(np.prod(shape) / ours.num_features)  # a channel
+    model.compile(keras.optimizers.SGD(rate), lambda g, y: keras.ops.sum(g * y) / values, run_eagerly=True)
+    shift = np.zeros(shape, np.float32)
+    for _ in range(2):
+        x, grad_output = batch(rng, shape), batch(rng, shape)
+        model.train_on_batch(x, grad_output)
+        ours(x + shift)
+        grads = ours.backward(grad_output / values)
+        steps = (shift, grads.grad_input), (ours.weight, grads.grad_weight), (ours.bias, grads.grad_bias)
+        trained = True, theirs.scale, theirs.center
+        for (array, gradient), is_trained in zip(steps, trained, strict=True):
+            if is_trained:
+                array -= np.float32(rate) * gradient
+        expected = keras.ops.convert_to_numpy(before.shift)
+        np.testing.assert_allclose(shift, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
         assert_same_state(keras, ours, theirs)
 
 

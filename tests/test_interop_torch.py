@@ -64,8 +64,24 @@ def test_random_layer(torch, seed):
     assert_same_state(layer, module)
     for training in False, True, True, False:
         x = batch(rng, shape)
-        expected = module.train(training)(torch.from_numpy(x))
+        grad_output = batch(rng, shape) / np.float32(len(x))  # of a mean over the batch
+        module_input = torch.from_numpy(x).requires_grad_()
+        expected = module.train(training)(module_input)
         assert_close(layer.train(training)(x), expected.detach().numpy())
+        assert_same_state(layer, module)
+        # A step of gradient descent, and on with the parameters it gives
+        parameters = dict(module.named_parameters())
+        expected = torch.autograd.grad(
+            expected, [module_input, *parameters.values()], torch.from_numpy(grad_output)
+        )
+        grads = layer.backward(grad_output)
+        assert_close(grads.grad_input, expected[0].numpy())
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(parameters.items(), expected[1:], strict=True):
+                assert_close(getattr(grads, f"grad_{name}"), gradient.numpy())
+                parameter -= 0.01 * gradient
+                array = getattr(layer, name)
+                array -= np.float32(0.01) * getattr(grads, f"grad_{name}")
         assert_same_state(layer, module)
 
 
