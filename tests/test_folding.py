@@ -31,7 +31,7 @@ def assert_close(ours, theirs):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_convolution(seed):
+def test_random_convolution(seed):  # case 28
     torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install torch==2.13.0)")
     rng = np.random.default_rng(seed)
     rank, transposed, groups = int(rng.integers(1, 4)), bool(rng.random() < 0.5), int(rng.integers(1, 4))

@@ -92,7 +92,7 @@ def random_model(rng):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_random_node(onnx_runtime, seed):
+def test_random_node(onnx_runtime, seed):  # case 27
     rng = np.random.default_rng(seed)
     model, shape, training = random_model(rng)
     x = batch(rng, shape)
