@@ -307,8 +307,9 @@ class BatchNorm:
         Parameters
         ----------
         state_dict : mapping of str to array_like
-            What :meth:`state_dict` gives, here or in PyTorch: arrays, CPU tensors, an open .npz file. Values
-            are cast to the layer's dtypes. ``num_batches_tracked`` may be missing, as in old checkpoints.
+            What :meth:`state_dict` gives, here or in PyTorch: arrays, CPU tensors, an open .npz file, what
+            ``safetensors.numpy.load_file`` gives. Values are cast to the layer's dtypes.
+            ``num_batches_tracked`` may be missing, as in old checkpoints.
         strict : bool
             Whether a missing or unexpected key is an error.
 
