@@ -350,6 +350,11 @@ cdef int check_clear(cnp.ndarray out, a, str name) except -1:
     return 0
 
 
+cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
+    cdef cnp.npy_intp shape = C
+    return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+
+
 cdef double *data64(cnp.ndarray a) noexcept:
     return <double *> cnp.PyArray_DATA(a)
 
@@ -434,27 +439,26 @@ cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noe
 
 
 cdef void flatten(bn_problem *p) noexcept:
-    """Rows whose batch needs no stride of its own become one batch; and are they without gaps?"""
+    """Whether there are gaps; rows whose batch needs no stride of its own become one batch."""
     cdef bn_operand *o
     cdef bn_operand **all = [&p.x, &p.residual, &p.grad_output, &p.y, &p.grad_input, &p.grad_residual]
+    cdef Py_ssize_t gapless = p.C if p.layout == BN_ROWS else p.S
+    cdef bint one_batch = p.layout == BN_ROWS
     cdef int i
-    if p.layout != BN_ROWS:
-        return
-    p.packed = True
     for i in range(6):
         o = all[i]
-        if o.data == NULL:
-            continue
-        if p.S == 1:
-            o.inner = o.outer
-        elif p.N > 1 and o.outer != p.S * o.inner:
-            p.packed = False
-    if not p.packed:
-        return
-    p.S *= p.N
-    p.N = 1
+        if o.data != NULL and p.layout == BN_ROWS:
+            if p.S == 1:
+                o.inner = o.outer
+            elif p.N > 1 and o.outer != p.S * o.inner:
+                one_batch = False
+    if one_batch:
+        p.S *= p.N
+        p.N = 1
+    p.packed = one_batch or p.layout == BN_PLANES
     for i in range(6):
-        if all[i].data != NULL and all[i].inner != p.C and p.S > 1:
+        o = all[i]
+        if o.data != NULL and o.inner != gapless and (p.S > 1 or p.layout == BN_PLANES):
             p.packed = False
 
 
@@ -527,7 +531,7 @@ cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x
 # ---- the plan of a call, and the items it is cut into -------------------------------------------------------------
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
-cdef Py_ssize_t GROUP_BYTES = 262144  # of x: beyond the cache one item takes so much through all passes, inside L2
+cdef Py_ssize_t GROUP_BYTES = L2_BYTES // 2  # of x: beyond the cache one item takes so much through all passes
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
 
@@ -542,6 +546,8 @@ cdef struct Plan:
     double *var
     double *g
     double *gx
+    float *grad_weight
+    float *grad_bias
     double *tile_a  # what stats or sums wrote, a slab for each group or a row for each tile
     double *tile_b
     bint frozen, need_stats
@@ -597,15 +603,27 @@ cdef void forward_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
                                   (c1 - c0) * plan.p.x.inner)
 
 
+cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,
+                             Py_ssize_t ld) noexcept nogil:
+    """From the tiles' sums of channels [c0, c1) to their gradients and to the coefficients of the second pass."""
+    cdef Py_ssize_t c
+    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, ld, plan.g, plan.gx)
+    for c in range(c0, c1):
+        plan.grad_bias[c] = <float> plan.g[c]
+        plan.grad_weight[c] = <float> plan.gx[c]
+    if not plan.frozen:
+        plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
+
+
 cdef void backward_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
     cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1), n
     cdef double *a = plan.tile_a + c0 * plan.T
     cdef double *b = plan.tile_b + c0 * plan.T
+    plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
     plan.K.sums[BN_PLANES](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
-    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, c1 - c0, plan.g, plan.gx)
+    finish_sums(plan, c0, c1, a, b, c1 - c0)
     if plan.frozen:
         return
-    plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
     for n in range(plan.p.N - 1, -1, -1):
         plan.K.backward[BN_PLANES](&plan.p, &plan.k, (n * plan.p.C + c0) * plan.p.S, (n * plan.p.C + c1) * plan.p.S,
                                    (c1 - c0) * plan.p.x.inner)
@@ -650,10 +668,7 @@ cdef void pool_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
             plan.K.coef(&plan.p, plan.first + c0, plan.first + c1, plan.mean, plan.var, plan.weight, plan.bias,
                         plan.eps, &plan.k)
     else:
-        plan.K.pool_sums(&plan.p, &plan.k, plan.first + c0, plan.first + c1, plan.tile_a + at + c0,
-                         plan.tile_b + at + c0, ld, plan.g, plan.gx)
-        if not plan.frozen:
-            plan.K.backward_coef(&plan.p, plan.first + c0, plan.first + c1, plan.g, plan.gx, &plan.k)
+        finish_sums(plan, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld)
 
 
 cdef inline void element_range(const Plan *plan, Py_ssize_t i, Py_ssize_t *e) noexcept nogil:
@@ -721,6 +736,8 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         for_each(forward_group if plan.need_stats else backward_group, plan, groups, threads)
     if plan.first == plan.p.C:
         return
+    if not plan.need_stats:
+        plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
     plan_tiles(plan, threads)
     for_each(stats_tiles if plan.need_stats else sums_tiles, plan, plan.items, threads)
     plan.items = min(threads, (plan.p.C - plan.first + 63) // 64)
@@ -873,10 +890,12 @@ cdef int allocate_tiles(Plan *plan) except -1:
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
     cdef size_t n = <size_t> (plan.T * plan.width)
-    plan.tile_a = <double *> malloc(2 * n * sizeof(double))
+    plan.tile_a = <double *> malloc(2 * (n + <size_t> plan.p.C) * sizeof(double))
     if plan.tile_a == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
     plan.tile_b = plan.tile_a + n
+    plan.g = plan.tile_b + n
+    plan.gx = plan.g + plan.p.C
     return 0
 
 
@@ -893,21 +912,22 @@ cdef int allocate_scratch(Plan *plan, bint backward) except -1:
 cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests
 
 
-cdef bint past_cache(const bn_problem *p, int tensors, int passes, int threads) noexcept:
+cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is the last-level cache, or all of those that the threads are spread over; less of it where rows are gone
-    through, because a second pass finds in L2 what planes have left there, but of rows nothing. And it is not the huge
-    sliced cache of some servers: those are shared with others, and were measured to be no faster than streaming to
+    That is most of the last-level cache, or of all of those that the threads are spread over; less of it where rows are
+    gone through, because a second pass finds in L2 what planes have left there, but of rows nothing. And it is not the
+    huge sliced cache of some servers: those are shared with others, and were measured to be no faster than streaming to
     memory from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
+    cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
+                        + (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL))
     if limit == 0:
         limit = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
             limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
-            if p.layout == BN_ROWS:
-                limit = limit // 4 * 3 if passes == 1 else limit // 2
+            limit = limit // 2 if p.layout == BN_ROWS else limit // 4 * 3
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
@@ -929,7 +949,8 @@ def stats(x, axis, num_threads):
     describe(&plan.p, x, ax)
     cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
     threads = ask_threads(num_threads, C * m)
-    cdef cnp.ndarray mean = np.zeros(C), var = np.zeros(C)
+    cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
+    cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     if C * m == 0:
         return mean, var, 0
     x = readable(&plan.p.x, &plan.p, x, ax)
@@ -938,7 +959,7 @@ def stats(x, axis, num_threads):
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.need_stats = True
-    plan.p.stream = past_cache(&plan.p, 1, 1, threads)
+    plan.p.stream = past_cache(&plan.p, threads)
     allocate_tiles(&plan)
     with nogil:
         two_passes(&plan, threads)
@@ -974,7 +995,8 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         check_clear(out, running_mean, "running_mean")
         check_clear(out, running_var, "running_var")
     threads = ask_threads(num_threads, C * m)
-    cdef cnp.ndarray mean = np.zeros(C), var = np.zeros(C)
+    cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
+    cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     if C * m == 0:
         return (empty_for(&plan.p, x, ax) if out is None else given), mean, var, 0
     if m == 1:
@@ -988,7 +1010,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 2, 2, threads)
+    plan.p.stream = past_cache(&plan.p, threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
@@ -1106,7 +1128,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 2, 1, threads)
+    plan.p.stream = past_cache(&plan.p, threads)
     plan.K = K
     plan.k = k[0]
     if threads == 1 and elements < SERIAL:
@@ -1133,7 +1155,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     cdef Plan plan
     memset(&plan, 0, sizeof(plan))
     describe(&plan.p, x, ax)
-    cdef Py_ssize_t C = plan.p.C, c, m = plan.p.N * plan.p.S
+    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
     plan.p.activation = activation_code(activation)
     check_slope(negative_slope)
     plan.p.negative_slope = negative_slope
@@ -1153,8 +1175,8 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     threads = ask_threads(num_threads, C * m)
     if mean.size != C:
         raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
-    cdef cnp.ndarray sums = np.zeros((2, C)), grad_weight = np.zeros(C, np.float32)
-    cdef cnp.ndarray grad_bias = np.zeros(C, np.float32)
+    cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
+    cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     if C * m == 0:
         return (empty_for(&plan.p, x, ax) if out is None else given), grad_weight, grad_bias, (
             None if residual is None else empty_for(&plan.p, x, ax))
@@ -1167,25 +1189,19 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
         grad_residual = writable(&plan.p.grad_residual, &plan.p, None, x0, ax)
     dx = writable(&plan.p.grad_input, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, 3, 2, threads)
+    plan.p.stream = past_cache(&plan.p, threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
-    plan.g = data64(sums)
-    plan.gx = plan.g + C
+    plan.grad_weight = data32(grad_weight)
+    plan.grad_bias = data32(grad_bias)
     plan.eps = eps
     plan.frozen = not training
-    cdef float *gw = <float *> cnp.PyArray_DATA(grad_weight)
-    cdef float *gb = <float *> cnp.PyArray_DATA(grad_bias)
     allocate_scratch(&plan, True)
     with nogil:
-        K.coef(&plan.p, 0, C, plan.mean, plan.var, plan.weight, plan.bias, eps, &plan.k)
         two_passes(&plan, threads)
         free(plan.tile_a)
         free(plan.k.mean)
-        for c in range(C):
-            gb[c] = <float> plan.g[c]
-            gw[c] = <float> plan.gx[c]
     if out is not None and dx is not out:
         out[...] = dx
     return (dx if out is None else given), grad_weight, grad_bias, grad_residual

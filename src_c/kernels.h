@@ -32,7 +32,7 @@ typedef struct {
 typedef struct {
     int layout, activation;
     int stream; /* write outputs past the cache */
-    int packed; /* rows without gaps in all operands: N == 1, inner == C */
+    int packed; /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
     float negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;

@@ -155,10 +155,16 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
 
 #define LONG_RUN 128 /* values from which on a run is worth being aligned */
 
+/* What lies `ahead` of offset i. It lets reads go on while streaming stores drain. */
+INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int direction) {
+    vprefetch(a->x + i + a->ahead);
+    if (direction == BACKWARD)
+        vprefetch(a->dy + i + a->ahead);
+}
+
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
- * last goes through the cache. Prefetching lets reads go on while the stores drain. */
-INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream,
-                     int prefetch) {
+ * last goes through the cache. */
+INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream) {
     const vt all = vtail(VL);
     ptrdiff_t i = 0;
     if (stream || len >= LONG_RUN) {
@@ -170,21 +176,14 @@ INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int directi
         i = head;
     }
     for (; i + 4 * VL <= len; i += 4 * VL) {
-        if (prefetch)
-            for (int j = 0; j < 4 * VL; j += LINE) {
-                vprefetch(a->x + i + j + a->ahead);
-                if (direction == BACKWARD)
-                    vprefetch(a->dy + i + j + a->ahead);
-            }
+        for (int j = 0; stream && j < 4 * VL; j += LINE)
+            prefetch_at(a, i + j, direction);
         for (int j = 0; j < 4 * VL; j += VL)
             work_at(k, a, i + j, all, 1, direction, act, res, stream);
     }
     for (; i + LINE <= len; i += LINE) {
-        if (prefetch) {
-            vprefetch(a->x + i + a->ahead);
-            if (direction == BACKWARD)
-                vprefetch(a->dy + i + a->ahead);
-        }
+        if (stream)
+            prefetch_at(a, i, direction);
         for (int j = 0; j < LINE; j += VL)
             work_at(k, a, i + j, all, 1, direction, act, res, stream);
     }
@@ -211,6 +210,21 @@ INLINE cursor cursor_at(const bn_problem *p, ptrdiff_t outer, ptrdiff_t inner, p
     return a;
 }
 
+/* From offset s of a plane to the beginning of the next. */
+INLINE void next_plane(const bn_problem *p, cursor *a, ptrdiff_t s, int direction, int res) {
+    a->x += p->x.inner - s;
+    if (res)
+        a->r += p->residual.inner - s;
+    if (direction == FORWARD)
+        a->out += p->y.inner - s;
+    else {
+        a->out += p->grad_input.inner - s;
+        a->dy += p->grad_output.inner - s;
+        if (res)
+            a->gr += p->grad_residual.inner - s;
+    }
+}
+
 /* Column 0 of a row of the kernel's width: `fold` rows of memory, or one row anywhere. */
 INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
     if (p->fold > 1)
@@ -218,51 +232,74 @@ INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
     return p->N == 1 ? cursor_at(p, 0, row, 0, direction) : cursor_at(p, row / p->S, row % p->S, 0, direction);
 }
 
-/* Streams len floats from a buffer that lies like `to` within its first line. */
-INLINE void stream_out(float *to, const float *from, ptrdiff_t len) {
-    ptrdiff_t i = min_z(len, (ptrdiff_t)((0 - (uintptr_t)to / sizeof(float)) % LINE));
-    memcpy(to, from, (size_t)i * sizeof(float));
-    for (; i + LINE <= len; i += LINE)
-        for (int j = 0; j < LINE; j += VL)
-            vstream(to + i + j, vload(from + i + j));
-    memcpy(to + i, from + i, (size_t)(len - i) * sizeof(float));
+INLINE vcoef join_coef(const vcoef *a, const vcoef *b, vt t) {
+    const vcoef v = {
+        vjoin(a->mean, b->mean, t),     vjoin(a->scale, b->scale, t),
+        vjoin(a->shift, b->shift, t),   a->slope,
+        vjoin(a->invstd, b->invstd, t), vjoin(a->g_mean, b->g_mean, t),
+        vjoin(a->g_proj, b->g_proj, t), vjoin(a->g_shift, b->g_shift, t),
+    };
+    return v;
 }
 
-/* Short planes are put together in a buffer first: streamed one by one, their ends would share lines. */
-#define STAGED      4096
-#define SHORT_PLANE (STAGED / LINE)
+/* Short planes that follow one another, from offset s of channel c on: vectors keep to those of the output, across
+ * planes, with the coefficients of both where they lie in two. Masked stores, one a plane, would take as long as all
+ * the rest, and streamed planes would share lines. */
+#define SHORT_PLANE 256
+
+INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t s,
+                              ptrdiff_t len, int direction, int act, int res, int stream) {
+    const vt all = vtail(VL);
+    ptrdiff_t i = 0, end = p->S - s;                                                     /* of channel c */
+    ptrdiff_t n = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % VL)); /* before the first vector */
+    vcoef k = coef_of_channel(p, coef, c, direction);
+    for (;;) {
+        if (n == 0) {
+            for (; i + VL <= min_z(end, len); i += VL) {
+                if (stream)
+                    prefetch_at(a, i, direction);
+                work_at(&k, a, i, all, 1, direction, act, res, stream);
+            }
+            n = min_z(VL, len - i);
+        }
+        if (n == 0)
+            return;
+        vcoef both = k;
+        if (i + n >= end) { /* behind the last channel's coefficients there are more */
+            const vcoef next = coef_of_channel(p, coef, ++c, direction);
+            both = join_coef(&k, &next, vtail(end - i));
+            k = next;
+            end += p->S;
+        }
+        if (n == VL)
+            work_at(&both, a, i, all, 1, direction, act, res, stream);
+        else
+            work_at(&both, a, i, vtail(n), 0, direction, act, res, 0);
+        i += n;
+        n = 0;
+    }
+}
 
 INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
                         int direction, int act, int res, int stream) {
-    const bn_operand *out = direction == FORWARD ? &p->y : &p->grad_input;
-    const int staged = stream && p->S <= SHORT_PLANE && out->inner == p->S;
-    float buffer[STAGED + LINE];
     ptrdiff_t s = e0 % p->S, c = e0 / p->S % p->C, n = e0 / p->S / p->C;
     while (e0 < e1) {
-        float *const to = out->data + n * out->outer + c * out->inner + s;
-        float *from = buffer + (uintptr_t)to / sizeof(float) % LINE;
-        ptrdiff_t done = 0;
-        do {
-            const ptrdiff_t len = min_z(p->S - s, e1 - e0);
-            cursor a = cursor_at(p, n, c, s, direction);
-            const vcoef k = coef_of_channel(p, coef, c, direction);
-            a.ahead = ahead;
-            if (staged) {
-                a.out = from + done;
-                work_run(&k, &a, len, direction, act, res, 0, 1);
-            } else
-                work_run(&k, &a, len, direction, act, res, stream, stream);
-            done += len;
-            e0 += len;
-            s = 0;
-            c++;
-        } while (staged && e0 < e1 && c < p->C && done + p->S <= STAGED);
-        if (staged)
-            stream_out(to, from, done);
-        if (c == p->C) {
-            c = 0;
-            n++;
-        }
+        ptrdiff_t len = min_z((p->C - c) * p->S - s, e1 - e0);
+        cursor a = cursor_at(p, n, c, s, direction);
+        a.ahead = ahead;
+        e0 += len;
+        if (p->packed && p->S >= LINE && p->S <= SHORT_PLANE)
+            work_short_planes(p, coef, &a, c, s, len, direction, act, res, stream);
+        else
+            for (; len > 0; c++, s = 0) {
+                const ptrdiff_t run = min_z(p->S - s, len);
+                const vcoef k = coef_of_channel(p, coef, c, direction);
+                work_run(&k, &a, run, direction, act, res, stream);
+                next_plane(p, &a, s, direction, res);
+                len -= run;
+            }
+        s = c = 0;
+        n++;
     }
 }
 
@@ -498,21 +535,22 @@ INLINE void add_halves(vf *v, int half) {
         v[i] = vadd(v[i], v[i + half]);
 }
 
-/* As a tree. Not one loop over the halves: the compiler would keep v in memory for it. */
-INLINE float sum_lanes(vf *v) {
+/* LANES to VL, the first steps of a tree that vsums goes on with. Not one loop over the halves: the compiler would keep
+ * v in memory for it. */
+INLINE vf add_vectors(vf *v) {
     if (LANES / VL >= 16)
         add_halves(v, 8);
     if (LANES / VL >= 8)
         add_halves(v, 4);
     add_halves(v, 2);
     add_halves(v, 1);
-    return vsum(v[0]);
+    return v[0];
 }
 
-/* Sums of (x - shift) and of its square; value i of a run goes to lane i % LANES. Where the registers hold the sums
- * of PASS lanes only, each pass takes other cache lines of the tile. */
+/* Sums of (x - shift) and of its square, still in VL lanes; value i of a run goes to lane i % LANES. Where the
+ * registers hold the sums of PASS lanes only, each pass takes other cache lines of the tile. */
 INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
-                         int prefetch, double *sum, double *sq) {
+                         int prefetch, vf *sum, vf *sq) {
     const ptrdiff_t rest = len % LANES, full = len - rest;
     vf s[LANES / VL], q[LANES / VL];
     for (int lane = 0; lane < LANES; lane += PASS) {
@@ -546,13 +584,14 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
             q[lane / VL + j] = qa[j];
         }
     }
-    *sum = sum_lanes(s);
-    *sq = sum_lanes(q);
+    *sum = add_vectors(s);
+    *sq = add_vectors(q);
 }
 
 /* The shift is the median of the medians of three times three values from all over the tile (Tukey's ninther): one of
  * the values itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. */
-#define SAMPLES 9
+#define SAMPLES    9
+#define SMALL_TILE 256 /* values */
 
 INLINE vf median3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
@@ -560,36 +599,56 @@ INLINE vf ninther(const vf v[SAMPLES]) {
     return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
 }
 
+/* The shifts of cols <= VL channels. Of small tiles three values will do: the others would take as long as the sums. */
+INLINE void plane_shifts(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int nine, ptrdiff_t cols,
+                         float *shift) {
+    float value[SAMPLES][VL];
+    vf v[SAMPLES];
+    const int step = nine ? 1 : 3;
+    for (ptrdiff_t c = 0; c < VL; c++)
+        for (int i = 0; i < SAMPLES; i += step)
+            value[i][c] = x[min_z(c, cols - 1) * inner + sample[i]];
+    for (int i = 0; i < SAMPLES; i += step)
+        v[i] = vload(value[i]);
+    vstore(shift, nine ? ninther(v) : median3(v[0], v[3], v[6]));
+}
+
 static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                          double *m2, ptrdiff_t ld) {
-    float shift[LANES];
-    double sum[LANES], sq[LANES];
+    float shift[VL], sum32[VL], sq32[VL];
+    double sum[VL], sq[VL];
     for (ptrdiff_t t = t0; t < t1; t++) {
         const tile a = plane_tile(p, t);
         const double n = (double)(a.runs * a.len);
         ptrdiff_t sample[SAMPLES];
         for (int i = 0; i < SAMPLES; i++)
             sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
-        for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
-            const ptrdiff_t cols = min_z(LANES, c1 - cb);
-            const float *base = p->x.data + a.n * p->x.outer + a.s;
-            double *mean_t = mean + (t - t0) * ld + (cb - c0), *m2_t = m2 + (t - t0) * ld + (cb - c0);
-            for (ptrdiff_t c = 0; c < cols; c++) {
-                const float *x = base + (cb + c) * p->x.inner;
-                vf v[SAMPLES];
-                for (int i = 0; i < SAMPLES; i++)
-                    v[i] = vset1(x[sample[i]]);
-                const vf k = ninther(v);
-                shift[c] = vfirst(k);
+        for (ptrdiff_t c = c0; c < c1; c += VL) {
+            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner;
+            const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
+            double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
+            vf s[VL], q[VL];
+            if (a.runs * a.len > SMALL_TILE)
+                plane_shifts(x, inner, sample, 1, cols, shift);
+            else
+                plane_shifts(x, inner, sample, 0, cols, shift);
+            for (ptrdiff_t j = 0; j < cols; j++)
                 if (p->stream)
-                    shifted_sums(x, p->x.outer, a.runs, a.len, k, p->x.inner, 1, &sum[c], &sq[c]);
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), inner, 1, &s[j], &q[j]);
                 else
-                    shifted_sums(x, p->x.outer, a.runs, a.len, k, 0, 0, &sum[c], &sq[c]);
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, &s[j], &q[j]);
+            for (ptrdiff_t j = cols; j < VL; j++)
+                s[j] = q[j] = vset1(0.0f);
+            vstore(sum32, vsums(s));
+            vstore(sq32, vsums(q));
+            for (int j = 0; j < VL; j++) {
+                sum[j] = sum32[j];
+                sq[j] = sq32[j];
             }
             if (settle(n, cols, shift, sum, sq, mean_t, m2_t))
-                for (ptrdiff_t c = 0; c < cols; c++)
-                    if (unsound(n, sum[c], sq[c]))
-                        exact_stats(base + (cb + c) * p->x.inner, p->x.outer, a.runs, a.len, &mean_t[c], &m2_t[c]);
+                for (ptrdiff_t j = 0; j < cols; j++)
+                    if (unsound(n, sum[j], sq[j]))
+                        exact_stats(x + j * inner, p->x.outer, a.runs, a.len, &mean_t[j], &m2_t[j]);
         }
     }
 }
@@ -717,47 +776,68 @@ INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole
     }
 }
 
+/* The sums of one channel's tile, still in VL lanes. */
+INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
+                      int res, int prefetch, vf *g, vf *gx) {
+    const ptrdiff_t rest = b->len % LANES, full = b->len - rest;
+    const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
+    vf s[LANES / VL], q[LANES / VL];
+    for (int lane = 0; lane < LANES; lane += PASS) {
+        vf sa[ACC], qa[ACC];
+        vt t[ACC];
+        for (int j = 0; j < ACC; j++) {
+            sa[j] = qa[j] = vset1(0.0f);
+            t[j] = vtail(rest - lane - j * VL);
+        }
+        for (ptrdiff_t r = 0; r < b->runs; r++) {
+            const cursor a = cursor_at(p, b->n + r, c, b->s + lane, BACKWARD);
+            for (ptrdiff_t i = 0; i < full; i += LANES)
+                for (int j = 0; j < ACC; j++) {
+                    if (prefetch && j * VL % LINE == 0) {
+                        vprefetch(a.x + i + j * VL + p->x.inner);
+                        vprefetch(a.dy + i + j * VL + p->grad_output.inner);
+                    }
+                    sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
+                }
+            if (rest > lane)
+                for (int j = 0; j < ACC; j++) {
+                    if (prefetch && j * VL % LINE == 0) {
+                        vprefetch(a.x + full + j * VL + p->x.inner);
+                        vprefetch(a.dy + full + j * VL + p->grad_output.inner);
+                    }
+                    sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
+                }
+        }
+        for (int j = 0; j < ACC; j++) {
+            s[lane / VL + j] = sa[j];
+            q[lane / VL + j] = qa[j];
+        }
+    }
+    *g = add_vectors(s);
+    *gx = add_vectors(q);
+}
+
 INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
                        double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
-    for (ptrdiff_t tt = t0; tt < t1; tt++) {
-        const tile b = plane_tile(p, tt);
-        const ptrdiff_t rest = b.len % LANES, full = b.len - rest;
-        for (ptrdiff_t c = c0; c < c1; c++) {
-            const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
-            vf s[LANES / VL], q[LANES / VL];
-            for (int lane = 0; lane < LANES; lane += PASS) {
-                vf sa[ACC], qa[ACC];
-                vt t[ACC];
-                for (int j = 0; j < ACC; j++) {
-                    sa[j] = qa[j] = vset1(0.0f);
-                    t[j] = vtail(rest - lane - j * VL);
-                }
-                for (ptrdiff_t r = 0; r < b.runs; r++) {
-                    const cursor a = cursor_at(p, b.n + r, c, b.s + lane, BACKWARD);
-                    for (ptrdiff_t i = 0; i < full; i += LANES)
-                        for (int j = 0; j < ACC; j++) {
-                            if (p->stream && j * VL % LINE == 0) {
-                                vprefetch(a.x + i + j * VL + p->x.inner);
-                                vprefetch(a.dy + i + j * VL + p->grad_output.inner);
-                            }
-                            sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
-                        }
-                    if (rest > lane)
-                        for (int j = 0; j < ACC; j++) {
-                            if (p->stream && j * VL % LINE == 0) {
-                                vprefetch(a.x + full + j * VL + p->x.inner);
-                                vprefetch(a.dy + full + j * VL + p->grad_output.inner);
-                            }
-                            sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
-                        }
-                }
-                for (int j = 0; j < ACC; j++) {
-                    s[lane / VL + j] = sa[j];
-                    q[lane / VL + j] = qa[j];
-                }
+    float g32[VL], gx32[VL];
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        const tile b = plane_tile(p, t);
+        for (ptrdiff_t c = c0; c < c1; c += VL) {
+            const ptrdiff_t cols = min_z(VL, c1 - c), at = (t - t0) * ld + (c - c0);
+            vf s[VL], q[VL];
+            for (ptrdiff_t j = 0; j < cols; j++)
+                if (p->stream)
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, &s[j], &q[j]);
+                else
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, &s[j], &q[j]);
+            for (ptrdiff_t j = cols; j < VL; j++)
+                s[j] = q[j] = vset1(0.0f);
+            vstore(g32, vsums(s));
+            vstore(gx32, vsums(q));
+            for (ptrdiff_t j = 0; j < cols; j++) {
+                g[at + j] = g32[j];
+                gx[at + j] = gx32[j];
             }
-            g[(tt - t0) * ld + (c - c0)] = sum_lanes(s);
-            gx[(tt - t0) * ld + (c - c0)] = sum_lanes(q);
         }
     }
 }
@@ -847,6 +927,13 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
                        ptrdiff_t ld, double *mean, double *var) {
     const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
     const double total = (double)(p->N * p->S);
+    if (T * F == 1) {
+        for (ptrdiff_t c = c0; c < c1; c++) {
+            mean[c] = tile_mean[c - c0];
+            var[c] = tile_m2[c - c0] / total;
+        }
+        return;
+    }
     for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
         const ptrdiff_t cols = min_z(LANES, c1 - cb);
         double m[LANES], q[LANES];
@@ -988,13 +1075,14 @@ static void running_coef(const bn_problem *p, const float *mean, const float *va
 
 static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
                           const bn_coef *k) {
-    const double m = (double)(p->N * p->S);
+    const float *restrict scale = k->scale, *restrict invstd = k->invstd, *restrict offset = k->offset;
+    float *restrict mean = k->g_mean, *restrict proj = k->g_proj, *restrict shift = k->g_shift;
+    const double share = 1.0 / (double)(p->N * p->S);
     for (ptrdiff_t c = c0; c < c1; c++) {
-        const double g_mean = g[c] / m, scale = k->scale[c];
-        k->g_mean[c] = (float)g_mean;
-        const double proj = gx[c] / m;
-        k->g_proj[c] = (float)(-proj * k->invstd[c]);
-        k->g_shift[c] = (float)(-scale * ((g_mean - k->g_mean[c]) + proj * k->offset[c]));
+        const double g_mean = g[c] * share, gx_mean = gx[c] * share;
+        mean[c] = (float)g_mean;
+        proj[c] = (float)(-gx_mean * invstd[c]);
+        shift[c] = (float)(-scale[c] * ((g_mean - mean[c]) + gx_mean * offset[c]));
     }
     repeat(p, c0, c1, k->g_mean);
     repeat(p, c0, c1, k->g_proj);

@@ -9,8 +9,9 @@
  *   vmax(a, b)      a > b ? a : b    both give b where one is a NaN, so vmax(zero, z) keeps a NaN in z
  *   vmin(a, b)      a < b ? a : b
  *   vfma(a, b, c)   a * b + c        vfnma(a, b, c)   c - a * b
- *   vfirst          lane 0
- *   vsum            the lanes' sum as a tree: lane i + lane i + VL / 2, and so on
+ *   vjoin(a, b, t)  a in the lanes of t, b in the others
+ *   vsums(v)        in lane i the sum of the lanes of v[i], of VL vectors, as a tree: lane j + lane j + VL / 2, and so
+ * on
  */
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
@@ -51,12 +52,20 @@ INLINE vt vtail(ptrdiff_t n) { return (vt)(n >= VL ? 0xffffu : n <= 0 ? 0u : (1u
 INLINE vf vload_tail(const float *p, vt t) { return _mm512_maskz_loadu_ps(t, p); }
 INLINE void vstore_tail(float *p, vf a, vt t) { _mm512_mask_storeu_ps(p, t, a); }
 INLINE vf vkeep(vf a, vt t) { return _mm512_maskz_mov_ps(t, a); }
-INLINE float vfirst(vf a) { return _mm512_cvtss_f32(a); }
-INLINE float vsum(vf a) {
-    const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
-    const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
-    return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+INLINE vf vjoin(vf a, vf b, vt t) { return _mm512_mask_blend_ps(t, b, a); }
+INLINE vf vsums(const vf *v) {
+    vf a[8], b[4];
+    for (int i = 0; i < 8; i++) { /* halves: of v[i] and v[i + 4], of v[i + 8] and v[i + 12] */
+        const vf x = v[i % 4 + i / 4 * 8], y = v[i % 4 + i / 4 * 8 + 4];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    for (int i = 0; i < 4; i++) /* quarters */
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 4; i += 2) { /* pairs */
+        const __m512d x = _mm512_castps_pd(b[i]), y = _mm512_castps_pd(b[i + 1]);
+        a[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[2], 0x88), _mm512_shuffle_ps(a[0], a[2], 0xdd));
 }
 
 #elif defined(FASTBN_SIMD_AVX2)
@@ -89,11 +98,17 @@ INLINE vt vtail(ptrdiff_t n) {
 INLINE vf vload_tail(const float *p, vt t) { return _mm256_maskload_ps(p, t); }
 INLINE void vstore_tail(float *p, vf a, vt t) { _mm256_maskstore_ps(p, t, a); }
 INLINE vf vkeep(vf a, vt t) { return _mm256_and_ps(a, _mm256_castsi256_ps(t)); }
-INLINE float vfirst(vf a) { return _mm256_cvtss_f32(a); }
-INLINE float vsum(vf a) {
-    const __m128 c = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
-    return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+INLINE vf vjoin(vf a, vf b, vt t) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(t)); }
+INLINE vf vsums(const vf *v) {
+    vf a[4];
+    for (int i = 0; i < 4; i++) /* halves */
+        a[i] =
+            _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    for (int i = 0; i < 4; i += 2) { /* pairs */
+        const __m256d x = _mm256_castps_pd(a[i]), y = _mm256_castps_pd(a[i + 1]);
+        a[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+    }
+    return _mm256_add_ps(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
 }
 
 #elif defined(__aarch64__) || defined(_M_ARM64)
@@ -143,15 +158,17 @@ INLINE void vstore_tail(float *p, vf a, vt t) {
     else if (t == 3)
         vst1q_lane_f32(p + 2, a, 2);
 }
-INLINE vf vkeep(vf a, vt t) {
+INLINE vm vlanes(vt t) {
     const int32_t iota[4] = {0, 1, 2, 3};
-    const vm m = vcgtq_s32(vdupq_n_s32(t), vld1q_s32(iota));
-    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), m));
+    return vcgtq_s32(vdupq_n_s32(t), vld1q_s32(iota));
 }
-INLINE float vfirst(vf a) { return vgetq_lane_f32(a, 0); }
-INLINE float vsum(vf a) {
-    const float32x2_t d = vadd_f32(vget_low_f32(a), vget_high_f32(a));
-    return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
+INLINE vf vjoin(vf a, vf b, vt t) { return vbslq_f32(vlanes(t), a, b); }
+INLINE vf vkeep(vf a, vt t) { return vjoin(a, vdupq_n_f32(0.0f), t); }
+INLINE vf vsums(const vf *v) {
+    float32x2_t a[4];
+    for (int i = 0; i < 4; i++)
+        a[i] = vadd_f32(vget_low_f32(v[i]), vget_high_f32(v[i]));
+    return vpaddq_f32(vcombine_f32(a[0], a[1]), vcombine_f32(a[2], a[3]));
 }
 
 #else /* SSE2, which every x86-64 has */
@@ -200,14 +217,13 @@ INLINE void vstore_tail(float *p, vf a, vt t) {
     else if (t == 3)
         _mm_store_ss(p + 2, _mm_movehl_ps(a, a));
 }
-INLINE vf vkeep(vf a, vt t) {
-    const __m128i m = _mm_cmpgt_epi32(_mm_set1_epi32(t), _mm_setr_epi32(0, 1, 2, 3));
-    return _mm_and_ps(a, _mm_castsi128_ps(m));
-}
-INLINE float vfirst(vf a) { return _mm_cvtss_f32(a); }
-INLINE float vsum(vf a) {
-    const __m128 d = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+INLINE vm vlanes(vt t) { return _mm_castsi128_ps(_mm_cmpgt_epi32(_mm_set1_epi32(t), _mm_setr_epi32(0, 1, 2, 3))); }
+INLINE vf vjoin(vf a, vf b, vt t) { return vselect(vlanes(t), a, b); }
+INLINE vf vkeep(vf a, vt t) { return _mm_and_ps(a, vlanes(t)); }
+INLINE vf vsums(const vf *v) {
+    const vf a = _mm_add_ps(_mm_movelh_ps(v[0], v[1]), _mm_movehl_ps(v[1], v[0]));
+    const vf b = _mm_add_ps(_mm_movelh_ps(v[2], v[3]), _mm_movehl_ps(v[3], v[2]));
+    return _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd));
 }
 
 #endif
