@@ -17,6 +17,7 @@ from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset, strcpy
 from cpython.pycapsule cimport PyCapsule_New
+from cpython.pyport cimport PY_SSIZE_T_MAX
 
 cnp.import_array()
 
@@ -48,7 +49,7 @@ cdef extern from "kernels.h":
     ctypedef struct bn_kernels:
         const char *name
         Py_ssize_t (*tiles)(const bn_problem *) noexcept nogil
-        Py_ssize_t (*fold)(Py_ssize_t) noexcept nogil
+        Py_ssize_t (*fold)(Py_ssize_t, Py_ssize_t) noexcept nogil
         void (*stats[2])(const bn_problem *, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t, double *, double *,
                          Py_ssize_t) noexcept nogil
         void (*forward[2])(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
@@ -419,7 +420,7 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
     p.fold = 1
     if p.layout == BN_ROWS and (not s.walkable or (
             (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
-        p.fold = K.fold(p.C)  # rows with gaps are walked one by one; what is not walkable will be copied
+        p.fold = K.fold(p.C, 0)  # rows with gaps are walked one by one; what is not walkable will be copied
 
 
 cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
@@ -804,8 +805,8 @@ def openmp_library():
 # ---- coefficients ---------------------------------------------------------------------------------------------
 
 cdef Py_ssize_t coef_width(Py_ssize_t C) noexcept:
-    """Floats of one array of coefficients: all repetitions and 16 more, in whole lines."""
-    return (C * K.fold(C) + 16 + 15) // 16 * 16
+    """Floats of one array of coefficients: as many repetitions as rows may want and 16 more, in whole lines."""
+    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16
 
 
 cdef enum:
@@ -855,9 +856,9 @@ cdef inline float *data32(a) noexcept:
     return NULL if a is None else <float *> cnp.PyArray_DATA(a)
 
 
-cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, mean, var, bint float64, weight, bias,
-                           double eps) except NULL:
-    """Coefficients from float32 running statistics, or from the float64 ones of a BatchStats.
+cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t rows, mean, var, bint float64, weight,
+                           bias, double eps) except NULL:
+    """Coefficients from float32 running statistics, or from the float64 ones of a BatchStats, for so many rows.
 
     They are in `room`, of ROOM floats, if that is not NULL and is enough; otherwise in memory to be freed.
     """
@@ -873,7 +874,7 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, mean, var, bin
     bias = contiguous(bias, "bias", C)
     memset(&p, 0, sizeof(p))
     p.C = C
-    p.fold = K.fold(C)
+    p.fold = K.fold(C, rows)
     if room != NULL and 3 * coef_width(C) <= ROOM:
         lay_out_coef(k, room, C, False)
     else:
@@ -1042,7 +1043,8 @@ def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residu
     cdef bn_coef k
     cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
     cdef float room[ROOM]
-    cdef float *block = inference_coef(&k, room, C, mean, var, float64, weight, bias, eps)
+    cdef float *block = inference_coef(
+        &k, room, C, cnp.PyArray_SIZE(x), mean, var, float64, weight, bias, eps)
     try:
         if out is not None:
             to = array32(out, "out")
@@ -1080,7 +1082,7 @@ cdef class Frozen:
         self.negative_slope = negative_slope
         self.eps = eps
         self.block = inference_coef(
-            &self.k, NULL, self.num_features, running_mean, running_var, False, weight, bias, eps)
+            &self.k, NULL, self.num_features, PY_SSIZE_T_MAX, running_mean, running_var, False, weight, bias, eps)
 
     def __dealloc__(self):
         free(self.block)
@@ -1138,6 +1140,8 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     plan.p.stream = past_cache(&plan.p, threads)
     plan.K = K
     plan.k = k[0]
+    if plan.p.layout == BN_ROWS and plan.p.packed:
+        plan.p.fold = K.fold(plan.p.C, plan.p.S)
     if threads == 1 and elements < SERIAL:
         plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL
     else:

@@ -55,8 +55,9 @@ typedef struct {
 
     /* The number of tiles of each channel. */
     ptrdiff_t (*tiles)(const bn_problem *p);
-    /* How many rows BN_ROWS folds into one at this number of channels. */
-    ptrdiff_t (*fold)(ptrdiff_t C);
+    /* How many rows BN_ROWS folds into one, of so many of C channels; with more rows it is the same or a multiple.
+     * Tiles are those of 0 rows. */
+    ptrdiff_t (*fold)(ptrdiff_t C, ptrdiff_t rows);
     /* For tiles [t0, t1) of channels (rows: columns) [c0, c1): the mean and the sum of squared deviations, written
      * at [(t - t0) * ld + (c - c0)]. Indexed by layout, as are the three below. */
     void (*stats[2])(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,

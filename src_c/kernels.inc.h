@@ -26,7 +26,8 @@
 #define STATS_ROWS 8          /* rows at a time */
 #define SUMS_ROWS  4
 #define WORK_ROWS  4
-#define ROWS_AHEAD 4096 /* elements that are read before they are needed, from beyond the cache */
+#define MANY       (1 << 21) /* elements */
+#define ROWS_AHEAD 4096      /* elements that are read before they are needed, from beyond the cache */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -442,8 +443,10 @@ static ptrdiff_t tiles(const bn_problem *p) {
     return p->N * ((p->S + len - 1) / len);
 }
 
-/* Whole lines, and enough vectors to fill a panel, as long as that does not take too many columns. */
-static ptrdiff_t fold(ptrdiff_t C) {
+/* Whole lines, and enough vectors to keep a loop going, as long as that does not take too many columns; more of them
+ * where there are so many rows that memory is what they wait for. Statistics want few columns: they pass 0 rows. */
+static ptrdiff_t fold(ptrdiff_t C, ptrdiff_t rows) {
+    const ptrdiff_t columns = rows > MANY / (C + 1) ? 8 * LANES : 2 * LANES;
     ptrdiff_t f = 1;
     if (C == 0)
         return 1;
@@ -451,7 +454,7 @@ static ptrdiff_t fold(ptrdiff_t C) {
         f *= 2;
     if (C * f > 16 * LANES * 4)
         return 1;
-    while (C * f < 2 * LANES)
+    while (C * f < columns)
         f *= 2;
     return f;
 }
