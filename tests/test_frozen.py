@@ -154,6 +154,22 @@ def test_repr(arguments, text):
     assert repr(FrozenBatchNorm(np.zeros(3, np.float32), np.ones(3, np.float32), **arguments)) == text
 
 
+@pytest.mark.parametrize("channels", [1, 3, 17, 64, 96, 256, 1000])
+def test_many_rows_as_few(isa, streamed, channels, rng):
+    """Of two million values, more rows at a time make one of the kernel's."""
+    x = rng.standard_normal((2**21 // channels + 37, channels), np.float32)
+    mean, weight, bias = rng.standard_normal((3, channels), np.float32)
+    var = rng.random(channels, np.float32) + np.float32(0.5)
+    parts = np.array_split(x, 40)
+    few = np.concatenate([fastbn.batch_norm(a, mean, var, weight, bias, activation="relu") for a in parts])
+    many = FrozenBatchNorm(mean, var, weight, bias, activation="relu")
+    np.testing.assert_array_equal(many(x), few)
+    np.testing.assert_array_equal(many(x[1:]), few[1:])
+    for threads in 1, 3:
+        y = fastbn.batch_norm(x, mean, var, weight, bias, activation="relu", num_threads=threads)
+        np.testing.assert_array_equal(y, few)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0), (0, 3, 4, 4)])
 def test_empty_batch(shape):
     p = problem((4, 3))
