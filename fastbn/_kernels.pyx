@@ -1043,8 +1043,8 @@ def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residu
     cdef bn_coef k
     cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
     cdef float room[ROOM]
-    cdef float *block = inference_coef(
-        &k, room, C, cnp.PyArray_SIZE(x), mean, var, float64, weight, bias, eps)
+    cdef Py_ssize_t rows = cnp.PyArray_SIZE(x) // max(C, 1)
+    cdef float *block = inference_coef(&k, room, C, rows, mean, var, float64, weight, bias, eps)
     try:
         if out is not None:
             to = array32(out, "out")

@@ -266,7 +266,7 @@ INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cu
         if (n == 0)
             return;
         vcoef both = k;
-        if (i + n >= end) { /* behind the last channel's coefficients there are more */
+        if (i + n > end) {
             const vcoef next = coef_of_channel(p, coef, ++c, direction);
             both = join_coef(&k, &next, vtail(end - i));
             k = next;
