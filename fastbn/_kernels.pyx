@@ -352,6 +352,8 @@ cdef int check_clear(cnp.ndarray out, a, str name) except -1:
 
 
 cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
+    """A result of one value a channel; without zero, memory that only the kernels write: clearing it takes its lines
+    from the core of the thread that is about to."""
     cdef cnp.npy_intp shape = C
     return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
 
@@ -923,10 +925,10 @@ cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, 
 cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is most of the last-level cache, or of all of those that the threads are spread over; less of it where rows are
-    gone through, because a second pass finds in L2 what planes have left there, but of rows nothing. And it is not the
-    huge sliced cache of some servers: those are shared with others, and were measured to be no faster than streaming to
-    memory from about the size of all threads' L2 on.
+    That is most of the last-level cache, or of all of those that the threads are spread over; less of it for rows: what
+    a second pass finds in L2 of planes it does not of rows, and a single pass was measured to be faster past the cache
+    from there on too. And it is not the huge sliced cache of some servers: those are shared with others, and were
+    measured to be no faster than streaming to memory from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
@@ -1140,7 +1142,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     plan.p.stream = past_cache(&plan.p, threads)
     plan.K = K
     plan.k = k[0]
-    if plan.p.layout == BN_ROWS and plan.p.packed:
+    if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
         plan.p.fold = K.fold(plan.p.C, plan.p.S)
     if threads == 1 and elements < SERIAL:
         plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL

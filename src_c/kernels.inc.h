@@ -26,7 +26,7 @@
 #define STATS_ROWS 8          /* rows at a time */
 #define SUMS_ROWS  4
 #define WORK_ROWS  4
-#define MANY       (1 << 21) /* elements */
+#define MANY       (1 << 21) /* elements from which on inference folds more rows */
 #define ROWS_AHEAD 4096      /* elements that are read before they are needed, from beyond the cache */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
@@ -550,6 +550,14 @@ INLINE vf add_vectors(vf *v) {
     return v[0];
 }
 
+/* Sums of 0, and the lanes that the last `rest` values of a run fill. */
+INLINE void begin_pass(ptrdiff_t rest, vf *s, vf *q, vt *t) {
+    for (int j = 0; j < ACC; j++) {
+        s[j] = q[j] = vset1(0.0f);
+        t[j] = vtail(rest - j * VL);
+    }
+}
+
 /* Sums of (x - shift) and of its square, still in VL lanes; value i of a run goes to lane i % LANES. Where the
  * registers hold the sums of PASS lanes only, each pass takes other cache lines of the tile. */
 INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
@@ -559,10 +567,7 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
     for (int lane = 0; lane < LANES; lane += PASS) {
         vf sa[ACC], qa[ACC];
         vt t[ACC];
-        for (int j = 0; j < ACC; j++) {
-            sa[j] = qa[j] = vset1(0.0f);
-            t[j] = vtail(rest - lane - j * VL);
-        }
+        begin_pass(rest - lane, sa, qa, t);
         for (ptrdiff_t r = 0; r < runs; r++) {
             const float *a = x + r * stride + lane;
             for (ptrdiff_t i = 0; i < full; i += LANES)
@@ -788,10 +793,7 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
     for (int lane = 0; lane < LANES; lane += PASS) {
         vf sa[ACC], qa[ACC];
         vt t[ACC];
-        for (int j = 0; j < ACC; j++) {
-            sa[j] = qa[j] = vset1(0.0f);
-            t[j] = vtail(rest - lane - j * VL);
-        }
+        begin_pass(rest - lane, sa, qa, t);
         for (ptrdiff_t r = 0; r < b->runs; r++) {
             const cursor a = cursor_at(p, b->n + r, c, b->s + lane, BACKWARD);
             for (ptrdiff_t i = 0; i < full; i += LANES)

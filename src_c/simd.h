@@ -10,8 +10,7 @@
  *   vmin(a, b)      a < b ? a : b
  *   vfma(a, b, c)   a * b + c        vfnma(a, b, c)   c - a * b
  *   vjoin(a, b, t)  a in the lanes of t, b in the others
- *   vsums(v)        in lane i the sum of the lanes of v[i], of VL vectors, as a tree: lane j + lane j + VL / 2, and so
- * on
+ *   vsums(v)        in lane i the sum of the lanes of v[i], for VL vectors, as a tree: lane j + lane j + VL / 2, ...
  */
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
