@@ -731,7 +731,9 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
     plan.first = 0
     if plan.p.layout == BN_PLANES:
         # channels that do not divide among the threads have no owner, unless they hardly matter
-        plan.first = plan.p.C if plan.p.C >= 16 * threads else plan.p.C // threads * threads
+        plan.first = plan.p.C // threads * threads
+        if plan.p.C >= 16 * threads or (plan.p.C - plan.first) * plan.p.N * plan.p.S < SERIAL:
+            plan.first = plan.p.C
     if plan.first:
         bytes_of_channel = plan.p.N * plan.p.S * 4
         groups = threads
@@ -750,7 +752,7 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         if not plan.need_stats:
             plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
         for_each(stats_tiles if plan.need_stats else sums_tiles, plan, plan.items, threads)
-        plan.items = min(threads, (plan.p.C - plan.first + 63) // 64)
+        plan.items = 1 if plan.T * plan.width <= 4096 else min(threads, (plan.p.C - plan.first + 63) // 64)
         for_each(pool_channels, plan, plan.items, threads)
     if plan.need_stats and plan.p.y.data == NULL or plan.frozen:
         return

@@ -380,7 +380,7 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             continue;
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
-        const int far = direction == FORWARD && b.rows * K > 8 * ROWS_AHEAD; /* not likely to be in L1 */
+        const int far = direction == FORWARD && b.rows * K > 32 * ROWS_AHEAD; /* beyond L2 */
         ptrdiff_t r = 0;
         for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
             if (stream && rotate)
@@ -784,6 +784,18 @@ INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole
     }
 }
 
+/* To the same place of the plane behind the next n. */
+INLINE void next_batch(const bn_problem *p, cursor *a, int frozen, int act, int res) {
+    a->x += p->x.outer;
+    a->dy += p->grad_output.outer;
+    if (res && act != BN_IDENTITY)
+        a->r += p->residual.outer;
+    if (frozen)
+        a->out += p->grad_input.outer;
+    if (frozen && res)
+        a->gr += p->grad_residual.outer;
+}
+
 /* The sums of one channel's tile, still in VL lanes. */
 INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
                       int res, int prefetch, vf *g, vf *gx) {
@@ -793,9 +805,9 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
     for (int lane = 0; lane < LANES; lane += PASS) {
         vf sa[ACC], qa[ACC];
         vt t[ACC];
+        cursor a = cursor_at(p, b->n, c, b->s + lane, BACKWARD);
         begin_pass(rest - lane, sa, qa, t);
         for (ptrdiff_t r = 0; r < b->runs; r++) {
-            const cursor a = cursor_at(p, b->n + r, c, b->s + lane, BACKWARD);
             for (ptrdiff_t i = 0; i < full; i += LANES)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
@@ -812,6 +824,7 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
                     }
                     sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
                 }
+            next_batch(p, &a, frozen, act, res);
         }
         for (int j = 0; j < ACC; j++) {
             s[lane / VL + j] = sa[j];
