@@ -46,6 +46,19 @@ def test_every_number_of_threads(isa, shared_out, shape, axis, operation):  # ca
         )
 
 
+@pytest.mark.parametrize("shape", [(32, 17, 13, 13), (4, 300, 30, 30)], ids=str)
+@both_axes
+@operations
+def test_sizes_that_decide_what_is_shared_out(isa, shape, axis, operation):
+    """Without `shared_out`: a small share of work stays with one thread, a larger one does not."""
+    p = problem(shape, axis, offset=10)
+    serial = run(operation, p, *fusing(operation), num_threads=1)
+    for threads in THREADS[1:]:
+        assert_same_bits(
+            run(operation, p, *fusing(operation), num_threads=threads), serial, f"{threads} threads"
+        )
+
+
 @shapes
 @both_axes
 @operations
