@@ -310,10 +310,11 @@ class Bench:
                 if kind is peers.FastBN:
                     sys.exit(f"fastbn cannot be imported, so there is nothing to compare: {error}")
                 self.note(f"{kind.name} is left out: {error}")
-        self.limit = None
+        self.limits = dict.fromkeys(("limit", "limit_of_two_passes"))
         if not args.default_calls:
             try:
-                self.limit = peers.MemoryLimit(args.threads)
+                for passes, name in enumerate(self.limits, 1):
+                    self.limits[name] = peers.MemoryLimit(args.threads, passes)
             except (ImportError, OSError) as error:
                 self.note(f"the memory limit is not measured: {error}")
 
@@ -354,14 +355,17 @@ class Bench:
                     continue
                 if entry:
                     entries.append(entry)
-        limit = self.limit and fastest(self.limit, tasks[layouts[0]], layouts[0], None, self.note)
+        limits = {
+            name: limit and fastest(limit, tasks[layouts[0]], layouts[0], None, self.note)
+            for name, limit in self.limits.items()
+        }
         before, start = cpu_seconds(), time.perf_counter()
-        measure([*entries, limit] if limit else entries, self.args, progress)
+        measure([*entries, *filter(None, limits.values())], self.args, progress)
         return {
             "shape": shape,
             "op": op,
             "entries": [entry.as_json() for entry in entries],
-            "limit": limit and limit.as_json(),
+            **{name: limit and limit.as_json() for name, limit in limits.items()},
             "interference": interference(before, cpu_seconds(), time.perf_counter() - start),
         }
 

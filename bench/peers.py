@@ -617,21 +617,23 @@ class _Handle:
 
 
 class MemoryLimit(Contestant):
-    """Not a batch norm: the least traffic that the operation can move, by memory_limit.c."""
+    """Not a batch norm: the least traffic of the operation, in one pass or in two, by memory_limit.c."""
 
     name = "memory limit"
     layouts = (NCHW, NC)
     ISAS = ("baseline", "avx2", "avx512")
 
-    def __init__(self, threads):
+    def __init__(self, threads, passes=1):
         self.library = compiled("memory_limit.c", "gcc", "-fopenmp")
         allowed = self.ISAS.index(os.environ.get("FASTBN_ISA", "avx512"))
         self.isa = min(allowed, self.library.memory_limit_isa())
-        self.threads, self.version = threads, None
+        self.threads, self.passes, self.version = threads, passes, None
 
     def candidates(self, task, layout):
         d = task.data
         if d.x.nbytes < 2**18:  # the call itself is what takes the time
+            return
+        if self.passes == 2 and task.kind == "inference":
             return
         second = {"backward": d.grad_output}.get(task.kind, d.residual if task.residual else None)
         out = d.empty()
@@ -639,7 +641,7 @@ class MemoryLimit(Contestant):
         size = ctypes.c_size_t(d.x.size)
         for threads in {1, self.threads} if d.x.nbytes < 2**22 else (self.threads,):
             for nt in (0, 1):
-                call = partial(self.library.memory_limit, *pointers, size, self.isa, nt, threads)
+                call = partial(self.library.memory_limit, *pointers, size, self.isa, nt, self.passes, threads)
                 how = f"{self.ISAS[self.isa]}, {'non-temporal' if nt else 'plain'}, {threads} threads"
                 yield Candidate(how, call, lambda _: (out,))
 

@@ -30,6 +30,7 @@ class Row(NamedTuple):
     same_layout: dict | None
     any_layout: dict | None
     limit: dict | None
+    limit_of_two_passes: dict | None
 
     @property
     def speedup(self):
@@ -45,6 +46,13 @@ class Row(NamedTuple):
     def share(self):
         """Of the memory limit."""
         return median(self.limit) / median(self.ours)
+
+    @property
+    def lead_of_two_passes(self):
+        """What `lead` would be if two passes over memory took no longer than the traffic; None where one is enough."""
+        if self.layout == "NCHW" or not self.limit_of_two_passes:
+            return None
+        return median(self.any_layout) / median(self.limit_of_two_passes)
 
 
 def median(entry):
@@ -67,7 +75,15 @@ def rows(results):
         for ours in (e for e in row["entries"] if e["contestant"] == OURS):
             same = [e for e in theirs if e["layout"] == ours["layout"]]
             best = (min(es, key=median, default=None) for es in (same, theirs))
-            yield Row(tuple(row["shape"]), row["op"], ours["layout"], ours, *best, row["limit"])
+            yield Row(
+                tuple(row["shape"]),
+                row["op"],
+                ours["layout"],
+                ours,
+                *best,
+                row["limit"],
+                row.get("limit_of_two_passes"),
+            )
 
 
 def summary(results):
@@ -85,6 +101,7 @@ def summary(results):
                 "row": f"{label(row.shape)} {row.layout} {row.op}",
                 "ratio": round(row.lead, 3),
                 "peer": who(row.any_layout),
+                "two_passes": row.lead_of_two_passes and round(row.lead_of_two_passes, 3),
             }
             for row in sorted(behind, key=lambda row: row.lead)
         ],
@@ -151,7 +168,12 @@ def conclusion(results):
         lines.append(
             f"geometric mean of the speed-up over the best peer in the same layout: {found['speedup']:.2f}"
         )
-    lines += [f"behind: {b['row']}: {b['ratio']:.2f} of {b['peer']}" for b in found["behind"]]
+    for b in found["behind"]:
+        bare = f"; two passes over memory alone: {b['two_passes']:.2f}" if b["two_passes"] else ""
+        lines.append(f"behind: {b['row']}: {b['ratio']:.2f} of {b['peer']}{bare}")
+    out_of_reach = sum(1 for b in found["behind"] if b["two_passes"] and b["two_passes"] * LEVEL < 1)
+    if out_of_reach:
+        lines.append(f"of these, rows in which two passes over memory alone are behind too: {out_of_reach}")
     lines.append(f"rows behind the best peer: {len(found['behind'])} of {found['rows']}")
     return lines
 
