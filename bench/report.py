@@ -21,7 +21,7 @@ USER_LAYOUTS = ("NCHW", "channels-last", "(N, C)")
 
 
 class Row(NamedTuple):
-    """fastbn in one layout that users hold, with the best peers and the memory limit of the same row."""
+    """fastbn in one layout that users hold, with the best peers and the memory limits of the same row."""
 
     shape: tuple
     op: str
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def lead_of_two_passes(self):
-        """What `lead` would be if two passes over memory took no longer than the traffic; None where one is enough."""
+        """The best peer over a loop of two passes over memory; None where one pass is enough."""
         if self.layout == "NCHW" or not self.limit_of_two_passes:
             return None
         return median(self.any_layout) / median(self.limit_of_two_passes)
