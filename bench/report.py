@@ -75,15 +75,8 @@ def rows(results):
         for ours in (e for e in row["entries"] if e["contestant"] == OURS):
             same = [e for e in theirs if e["layout"] == ours["layout"]]
             best = (min(es, key=median, default=None) for es in (same, theirs))
-            yield Row(
-                tuple(row["shape"]),
-                row["op"],
-                ours["layout"],
-                ours,
-                *best,
-                row["limit"],
-                row.get("limit_of_two_passes"),
-            )
+            limits = row["limit"], row.get("limit_of_two_passes")
+            yield Row(tuple(row["shape"]), row["op"], ours["layout"], ours, *best, *limits)
 
 
 def summary(results):
