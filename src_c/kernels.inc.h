@@ -533,6 +533,12 @@ static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
     *m2 = ((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]));
 }
 
+/* From a tile to what is read after it: the next channel's, or the same channel's next where the channel is so large
+ * that what is fetched of another would be gone from L2 by then. */
+INLINE ptrdiff_t what_follows(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
+    return p->N * p->S > (1 << 18) ? len : inner;
+}
+
 INLINE void add_halves(vf *v, int half) {
     for (int i = 0; i < half; i++)
         v[i] = vadd(v[i], v[i + half]);
@@ -642,7 +648,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
                 plane_shifts(x, inner, sample, 0, cols, shift);
             for (ptrdiff_t j = 0; j < cols; j++)
                 if (p->stream)
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), inner, 1, &s[j], &q[j]);
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), what_follows(p, inner, a.len), 1, &s[j], &q[j]);
                 else
                     shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, &s[j], &q[j]);
             for (ptrdiff_t j = cols; j < VL; j++)
@@ -811,16 +817,16 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
             for (ptrdiff_t i = 0; i < full; i += LANES)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + i + j * VL + p->x.inner);
-                        vprefetch(a.dy + i + j * VL + p->grad_output.inner);
+                        vprefetch(a.x + i + j * VL + what_follows(p, p->x.inner, b->len));
+                        vprefetch(a.dy + i + j * VL + what_follows(p, p->grad_output.inner, b->len));
                     }
                     sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
                 }
             if (rest > lane)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + full + j * VL + p->x.inner);
-                        vprefetch(a.dy + full + j * VL + p->grad_output.inner);
+                        vprefetch(a.x + full + j * VL + what_follows(p, p->x.inner, b->len));
+                        vprefetch(a.dy + full + j * VL + what_follows(p, p->grad_output.inner, b->len));
                     }
                     sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
                 }
