@@ -936,7 +936,7 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
 
     That is most of the last-level cache, or of all of those that the threads are spread over; less of it for rows: what
     a second pass finds in L2 of planes it does not of rows, and a single pass was measured to be faster past the cache
-    from there on too. And it is not the huge sliced cache of some servers: those are shared with others, and were
+    from there on too, by one thread alone even sooner. And it is not the huge sliced cache of some servers: those are shared with others, and were
     measured to be no faster than streaming to memory from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
@@ -946,7 +946,7 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
         limit = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
             limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
-            limit = limit // 2 if p.layout == BN_ROWS else limit // 4 * 3
+            limit = limit // (2 if threads > 1 else 4) if p.layout == BN_ROWS else limit // 4 * 3
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
