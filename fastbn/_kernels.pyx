@@ -936,8 +936,9 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
 
     That is most of the last-level cache, or of all of those that the threads are spread over; less of it for rows: what
     a second pass finds in L2 of planes it does not of rows, and a single pass was measured to be faster past the cache
-    from there on too, by one thread alone even sooner. And it is not the huge sliced cache of some servers: those are shared with others, and were
-    measured to be no faster than streaming to memory from about the size of all threads' L2 on.
+    from there on too, by one thread alone even sooner. And it is not the huge sliced cache of some servers: those are
+    shared with others, and were measured to be no faster than streaming to memory from about the size of all threads'
+    L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
