@@ -638,7 +638,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
         for (int i = 0; i < SAMPLES; i++)
             sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
         for (ptrdiff_t c = c0; c < c1; c += VL) {
-            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner;
+            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner, ahead = what_follows(p, inner, a.len);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
             double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
             vf s[VL], q[VL];
@@ -648,7 +648,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
                 plane_shifts(x, inner, sample, 0, cols, shift);
             for (ptrdiff_t j = 0; j < cols; j++)
                 if (p->stream)
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), what_follows(p, inner, a.len), 1, &s[j], &q[j]);
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), ahead, 1, &s[j], &q[j]);
                 else
                     shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, &s[j], &q[j]);
             for (ptrdiff_t j = cols; j < VL; j++)
@@ -806,6 +806,8 @@ INLINE void next_batch(const bn_problem *p, cursor *a, int frozen, int act, int 
 INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
                       int res, int prefetch, vf *g, vf *gx) {
     const ptrdiff_t rest = b->len % LANES, full = b->len - rest;
+    const ptrdiff_t x_ahead = what_follows(p, p->x.inner, b->len);
+    const ptrdiff_t dy_ahead = what_follows(p, p->grad_output.inner, b->len);
     const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
     vf s[LANES / VL], q[LANES / VL];
     for (int lane = 0; lane < LANES; lane += PASS) {
@@ -817,16 +819,16 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
             for (ptrdiff_t i = 0; i < full; i += LANES)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + i + j * VL + what_follows(p, p->x.inner, b->len));
-                        vprefetch(a.dy + i + j * VL + what_follows(p, p->grad_output.inner, b->len));
+                        vprefetch(a.x + i + j * VL + x_ahead);
+                        vprefetch(a.dy + i + j * VL + dy_ahead);
                     }
                     sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
                 }
             if (rest > lane)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + full + j * VL + what_follows(p, p->x.inner, b->len));
-                        vprefetch(a.dy + full + j * VL + what_follows(p, p->grad_output.inner, b->len));
+                        vprefetch(a.x + full + j * VL + x_ahead);
+                        vprefetch(a.dy + full + j * VL + dy_ahead);
                     }
                     sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
                 }
