@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from itertools import cycle, product
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,15 @@ def arm_build():
     """All of fastbn's C compiled for AArch64 as for any other machine; a warning is an error."""
     folder = ARM.relative_to(ROOT)
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "-t", folder, "-b", folder]
-    cross = {"CC": "aarch64-linux-gnu-gcc", "CFLAGS": "-Werror", "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
+    # Debian's pyconfig.h includes the target's own; this machine's has the same types
+    config = Path(sysconfig.get_config_h_filename())
+    native = config.parents[1] / str(sysconfig.get_config_var("MULTIARCH")) / config.parent.name / config.name
+    if native.exists():
+        stand_in = ARM / "include/aarch64-linux-gnu" / config.parent.name / config.name
+        stand_in.parent.mkdir(parents=True, exist_ok=True)
+        stand_in.write_text(f'#include "{native}"\n')
+    flags = f"-Werror -I{ARM / 'include'}"
+    cross = {"CC": "aarch64-linux-gnu-gcc", "CFLAGS": flags, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
     run(*build, **cross)
     return ARM
 
