@@ -534,6 +534,7 @@ cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x
 # ---- the plan of a call, and the items it is cut into -------------------------------------------------------------
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
+cdef Py_ssize_t SERIAL_SUMS = 4096  # tiles times columns up to which one thread pools them: the same reason
 cdef Py_ssize_t GROUP_BYTES = L2_BYTES // 2  # of x: beyond the cache one item takes so much through all passes
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
@@ -731,7 +732,7 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
     cdef Py_ssize_t bytes_of_channel, groups
     plan.first = 0
     if plan.p.layout == BN_PLANES:
-        # channels that do not divide among the threads have no owner, unless they hardly matter
+        # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
         plan.first = plan.p.C // threads * threads
         if plan.p.C >= 16 * threads or (plan.p.C - plan.first) * plan.p.N * plan.p.S < SERIAL:
             plan.first = plan.p.C
@@ -753,7 +754,7 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         if not plan.need_stats:
             plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
         for_each(stats_tiles if plan.need_stats else sums_tiles, plan, plan.items, threads)
-        plan.items = 1 if plan.T * plan.width <= 4096 else min(threads, (plan.p.C - plan.first + 63) // 64)
+        plan.items = 1 if plan.T * plan.width <= SERIAL_SUMS else min(threads, (plan.p.C - plan.first + 63) // 64)
         for_each(pool_channels, plan, plan.items, threads)
     if plan.need_stats and plan.p.y.data == NULL or plan.frozen:
         return

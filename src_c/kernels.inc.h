@@ -15,19 +15,21 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES      64         /* partial sums of a plane's values */
-#define ACC        4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
-#define PASS       (ACC * VL) /* lanes that one pass over a tile covers */
-#define LINE       16         /* floats of a cache line */
-#define PLANE_TILE 4096       /* values: 16 KB, twice in L1 for the backward pass */
-#define ROW_TILE   256        /* rows */
-#define CHAIN      64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
-#define PANEL      512        /* columns at a time in sums over rows */
-#define STATS_ROWS 8          /* rows at a time */
-#define SUMS_ROWS  4
-#define WORK_ROWS  4
-#define MANY       (1 << 21) /* elements from which on inference folds more rows */
-#define ROWS_AHEAD 4096      /* elements that are read before they are needed, from beyond the cache */
+#define LANES         64         /* partial sums of a plane's values */
+#define ACC           4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
+#define LINE          16         /* floats of a cache line */
+#define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass */
+#define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
+#define ROW_TILE      256        /* rows */
+#define CHAIN         64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
+#define PANEL         512        /* columns at a time in sums over rows */
+#define STATS_ROWS    8          /* rows at a time */
+#define SUMS_ROWS     4
+#define WORK_ROWS     4
+#define MANY          (1 << 21) /* elements from which on inference folds more rows */
+#define ROWS_AHEAD    4096      /* elements that are read before they are needed, from beyond the cache */
+#define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -533,10 +535,10 @@ static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
     *m2 = ((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]));
 }
 
-/* From a tile to what is read after it: the next channel's, or the same channel's next where the channel is so large
- * that what is fetched of another would be gone from L2 by then. */
-INLINE ptrdiff_t what_follows(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
-    return p->N * p->S > (1 << 18) ? len : inner;
+/* From a tile to the one that is prefetched meanwhile: the next channel's, or the plane's own next piece where a
+ * channel is so large that what is fetched of another would be gone from L2 by the time it is read. */
+INLINE ptrdiff_t to_next_tile(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
+    return p->S >= PLANE_TILE && p->N * p->S > LARGE_CHANNEL ? len : inner;
 }
 
 INLINE void add_halves(vf *v, int half) {
@@ -556,24 +558,15 @@ INLINE vf add_vectors(vf *v) {
     return v[0];
 }
 
-/* Sums of 0, and the lanes that the last `rest` values of a run fill. */
-INLINE void begin_pass(ptrdiff_t rest, vf *s, vf *q, vt *t) {
-    for (int j = 0; j < ACC; j++) {
-        s[j] = q[j] = vset1(0.0f);
-        t[j] = vtail(rest - j * VL);
-    }
-}
-
-/* Sums of (x - shift) and of its square, still in VL lanes; value i of a run goes to lane i % LANES. Where the
- * registers hold the sums of PASS lanes only, each pass takes other cache lines of the tile. */
-INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
-                         int prefetch, vf *sum, vf *sq) {
+/* Adds (x - shift) and its square to sums of LANES lanes; value i of a run goes to lane i % LANES. Each pass is
+ * unrolled, so that its sums stay in registers. */
+INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
+                        int prefetch, vf *s, vf *q) {
     const ptrdiff_t rest = len % LANES, full = len - rest;
-    vf s[LANES / VL], q[LANES / VL];
+    const vt t = vtail(rest % VL);
+#pragma GCC unroll 4
     for (int lane = 0; lane < LANES; lane += PASS) {
-        vf sa[ACC], qa[ACC];
-        vt t[ACC];
-        begin_pass(rest - lane, sa, qa, t);
+        vf *const sa = s + lane / VL, *const qa = q + lane / VL;
         for (ptrdiff_t r = 0; r < runs; r++) {
             const float *a = x + r * stride + lane;
             for (ptrdiff_t i = 0; i < full; i += LANES)
@@ -584,20 +577,37 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
                     sa[j] = vadd(sa[j], d);
                     qa[j] = vfma(d, d, qa[j]);
                 }
-            if (rest > lane)
-                for (int j = 0; j < ACC; j++) {
-                    if (prefetch && j * VL % LINE == 0)
-                        vprefetch(a + full + j * VL + ahead);
-                    const vf d = vkeep(vsub(vload_tail(a + full + j * VL, t[j]), k), t[j]);
-                    sa[j] = vadd(sa[j], d);
-                    qa[j] = vfma(d, d, qa[j]);
-                }
-        }
-        for (int j = 0; j < ACC; j++) {
-            s[lane / VL + j] = sa[j];
-            q[lane / VL + j] = qa[j];
+            for (int j = 0; j < ACC; j++) {
+                if (rest <= lane + j * VL)
+                    continue;
+                const float *b = a + full + j * VL;
+                if (prefetch && j * VL % LINE == 0)
+                    vprefetch(b + ahead);
+                const vf d = rest >= lane + (j + 1) * VL ? vsub(vload(b), k) : vkeep(vsub(vload_tail(b, t), k), t);
+                sa[j] = vadd(sa[j], d);
+                qa[j] = vfma(d, d, qa[j]);
+            }
         }
     }
+}
+
+/* The sums of a tile, still in VL lanes. */
+INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
+                         int prefetch, vf *sum, vf *sq) {
+    vf s[LANES / VL], q[LANES / VL];
+    for (int j = 0; j < LANES / VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    if (PASS == LANES || len < 2 * PIECE)
+        add_shifted(x, stride, runs, len, k, ahead, prefetch, s, q);
+    else
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            const float *a = x + r * stride;
+            ptrdiff_t i = 0;
+            for (; i + PIECE <= len; i += PIECE)
+                add_shifted(a + i, 0, 1, PIECE, k, ahead, prefetch, s, q);
+            if (i < len)
+                add_shifted(a + i, 0, 1, len - i, k, ahead, prefetch, s, q);
+        }
     *sum = add_vectors(s);
     *sq = add_vectors(q);
 }
@@ -638,7 +648,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
         for (int i = 0; i < SAMPLES; i++)
             sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
         for (ptrdiff_t c = c0; c < c1; c += VL) {
-            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner, ahead = what_follows(p, inner, a.len);
+            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner, ahead = to_next_tile(p, inner, a.len);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
             double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
             vf s[VL], q[VL];
@@ -802,43 +812,73 @@ INLINE void next_batch(const bn_problem *p, cursor *a, int frozen, int act, int 
         a->gr += p->grad_residual.outer;
 }
 
-/* The sums of one channel's tile, still in VL lanes. */
-INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
-                      int res, int prefetch, vf *g, vf *gx) {
-    const ptrdiff_t rest = b->len % LANES, full = b->len - rest;
-    const ptrdiff_t x_ahead = what_follows(p, p->x.inner, b->len);
-    const ptrdiff_t dy_ahead = what_follows(p, p->grad_output.inner, b->len);
-    const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
-    vf s[LANES / VL], q[LANES / VL];
+/* As add_shifted does, from a cursor that it may move. */
+INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_t runs, ptrdiff_t len,
+                      ptrdiff_t x_ahead, ptrdiff_t dy_ahead, int frozen, int act, int res, int prefetch, vf *g,
+                      vf *gx) {
+    const ptrdiff_t rest = len % LANES, full = len - rest;
+    const vt t = vtail(rest % VL);
+#pragma GCC unroll 4
     for (int lane = 0; lane < LANES; lane += PASS) {
-        vf sa[ACC], qa[ACC];
-        vt t[ACC];
-        cursor a = cursor_at(p, b->n, c, b->s + lane, BACKWARD);
-        begin_pass(rest - lane, sa, qa, t);
-        for (ptrdiff_t r = 0; r < b->runs; r++) {
-            for (ptrdiff_t i = 0; i < full; i += LANES)
+        vf ga[ACC], gxa[ACC];
+        cursor a = from;
+        for (int j = 0; j < ACC; j++) {
+            ga[j] = g[lane / VL + j];
+            gxa[j] = gx[lane / VL + j];
+        }
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            for (ptrdiff_t i = lane; i < full; i += LANES)
                 for (int j = 0; j < ACC; j++) {
                     if (prefetch && j * VL % LINE == 0) {
                         vprefetch(a.x + i + j * VL + x_ahead);
                         vprefetch(a.dy + i + j * VL + dy_ahead);
                     }
-                    sum_at(&k, &a, i + j * VL, t[j], 1, frozen, act, res, &sa[j], &qa[j]);
+                    sum_at(k, &a, i + j * VL, t, 1, frozen, act, res, &ga[j], &gxa[j]);
                 }
-            if (rest > lane)
-                for (int j = 0; j < ACC; j++) {
-                    if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + full + j * VL + x_ahead);
-                        vprefetch(a.dy + full + j * VL + dy_ahead);
-                    }
-                    sum_at(&k, &a, full + j * VL, t[j], 0, frozen, act, res, &sa[j], &qa[j]);
+            for (int j = 0; j < ACC; j++) {
+                if (rest <= lane + j * VL)
+                    continue;
+                const ptrdiff_t i = full + lane + j * VL;
+                if (prefetch && j * VL % LINE == 0) {
+                    vprefetch(a.x + i + x_ahead);
+                    vprefetch(a.dy + i + dy_ahead);
                 }
+                if (rest >= lane + (j + 1) * VL)
+                    sum_at(k, &a, i, t, 1, frozen, act, res, &ga[j], &gxa[j]);
+                else
+                    sum_at(k, &a, i, t, 0, frozen, act, res, &ga[j], &gxa[j]);
+            }
             next_batch(p, &a, frozen, act, res);
         }
         for (int j = 0; j < ACC; j++) {
-            s[lane / VL + j] = sa[j];
-            q[lane / VL + j] = qa[j];
+            g[lane / VL + j] = ga[j];
+            gx[lane / VL + j] = gxa[j];
         }
     }
+}
+
+/* The sums of one channel's tile, still in VL lanes. */
+INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
+                      int res, int prefetch, vf *g, vf *gx) {
+    const ptrdiff_t x_ahead = to_next_tile(p, p->x.inner, b->len);
+    const ptrdiff_t dy_ahead = to_next_tile(p, p->grad_output.inner, b->len);
+    const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
+    vf s[LANES / VL], q[LANES / VL];
+    for (int j = 0; j < LANES / VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    if (PASS == LANES || b->len < 2 * PIECE)
+        add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, x_ahead, dy_ahead, frozen, act, res,
+                  prefetch, s, q);
+    else
+        for (ptrdiff_t r = 0; r < b->runs; r++) {
+            ptrdiff_t i = 0;
+            for (; i + PIECE <= b->len; i += PIECE)
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, x_ahead, dy_ahead, frozen,
+                          act, res, prefetch, s, q);
+            if (i < b->len)
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, x_ahead, dy_ahead,
+                          frozen, act, res, prefetch, s, q);
+        }
     *g = add_vectors(s);
     *gx = add_vectors(q);
 }
