@@ -15,20 +15,21 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES         64         /* partial sums of a plane's values */
-#define ACC           4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define LANES         64 /* partial sums of a plane's values */
+#define FEW_LANES     16 /* of a tile of few values, where adding up the lanes would take longer than the values */
+#define ACC           4  /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
 #define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
 #define LINE          16         /* floats of a cache line */
 #define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass */
 #define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
 #define ROW_TILE      256        /* rows */
 #define CHAIN         64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
-#define PANEL         512        /* columns at a time in sums over rows */
+#define PANEL         2048       /* columns at a time in sums over rows */
+#define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
 #define STATS_ROWS    8          /* rows at a time */
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
 #define MANY          (1 << 21) /* elements from which on inference folds more rows */
-#define ROWS_AHEAD    4096      /* elements that are read before they are needed, from beyond the cache */
 #define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
@@ -310,7 +311,6 @@ INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, 
  * seen rotated, so that its vectors keep to the lines of the output. */
 typedef struct {
     ptrdiff_t from, rows, phase;
-    ptrdiff_t ahead; /* where to prefetch, from what is read */
 } rowset;
 
 INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
@@ -331,39 +331,32 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
     }
 }
 
-/* A few rows at a time: coefficients in memory cost more than what they are applied to. Several tensors at once are
- * more than the hardware prefetches well. */
+/* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
+ * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
+ * hardware prefetches well, and more than it combines streaming stores for. */
 INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows,
-                           int direction, int act, int res, int stream, int prefetch) {
+                           int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
+    const cursor a = row_of(p, b, r, direction);
     ptrdiff_t c = 0;
-    cursor a[WORK_ROWS];
-    for (int j = 0; j < rows; j++)
-        a[j] = row_of(p, b, r + j, direction);
     for (; c + LINE <= K; c += LINE) {
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + c + v * VL;
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
         }
-        for (int j = 0; j < rows; j++) {
-            if (prefetch) {
-                vprefetch(a[j].x + c + b->ahead);
-                if (direction == BACKWARD)
-                    vprefetch(a[j].dy + c + b->ahead);
-                if (res && (direction == FORWARD || act != BN_IDENTITY))
-                    vprefetch(a[j].r + c + b->ahead);
-            }
+        for (int j = 0; j < rows; j++)
             for (int v = 0; v < LINE / VL; v++)
-                work_at(&k[v], &a[j], c + v * VL, vtail(VL), 1, direction, act, res, stream);
-        }
+                work_at(&k[v], &a, j * K + c + v * VL, vtail(VL), 1, direction, act, res, stream);
     }
-    for (int j = 0; c < K && j < rows; j++)
-        work_part(p, coef, &a[j], c, K, direction, act, res);
+    for (int j = 0; c < K && j < rows; j++) {
+        const cursor rest = row_of(p, b, r + j, direction);
+        work_part(p, coef, &rest, c, K, direction, act, res);
+    }
 }
 
-INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
-                      int direction, int act, int res, int stream) {
+INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int direction, int act,
+                      int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
     const int rotate = p->packed && K % LINE == 0;
     const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
@@ -381,18 +374,16 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
             e0 += end - c;
             continue;
         }
-        const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c, ahead ? ahead : ROWS_AHEAD};
-        const int far = direction == FORWARD && b.rows * K > 32 * ROWS_AHEAD; /* beyond L2 */
+        const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-            if (stream && rotate)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 1, 1);
-            else if (far)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0, 1);
-            else
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0, 0);
+        if (p->packed && !stream)
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0);
         for (; r < b.rows; r++)
-            work_some_rows(p, coef, &b, r, 1, direction, act, res, 0, 0);
+            if (stream && rotate)
+                work_some_rows(p, coef, &b, r, 1, direction, act, res, 1);
+            else
+                work_some_rows(p, coef, &b, r, 1, direction, act, res, 0);
         e0 += b.rows * K;
     }
 }
@@ -410,10 +401,10 @@ INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, pt
 #define WORK_CACHED_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 0)
 #define WORK_STREAM_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
 #define WORK_CACHED_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
-#define WORK_STREAM_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, ahead, FORWARD, act, res, 1)
-#define WORK_CACHED_rows_FORWARD(act, res)    work_rows(p, k, e0, e1, ahead, FORWARD, act, res, 0)
-#define WORK_STREAM_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
-#define WORK_CACHED_rows_BACKWARD(act, res)   work_rows(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
+#define WORK_STREAM_rows_FORWARD(act, res)    (void)ahead, work_rows(p, k, e0, e1, FORWARD, act, res, 1)
+#define WORK_CACHED_rows_FORWARD(act, res)    (void)ahead, work_rows(p, k, e0, e1, FORWARD, act, res, 0)
+#define WORK_STREAM_rows_BACKWARD(act, res)   (void)ahead, work_rows(p, k, e0, e1, BACKWARD, act, res, 1)
+#define WORK_CACHED_rows_BACKWARD(act, res)   (void)ahead, work_rows(p, k, e0, e1, BACKWARD, act, res, 0)
 WORK(planes, FORWARD, forward_planes)
 WORK(planes, BACKWARD, backward_planes)
 WORK(rows, FORWARD, forward_rows)
@@ -432,11 +423,19 @@ INLINE ptrdiff_t piece_length(ptrdiff_t S) {
     return (len + LANES - 1) / LANES * LANES;
 }
 
+/* Rows are cut into tiles of about equal height, as many as divide among threads: a power of two or a multiple of 16.
+ */
+INLINE ptrdiff_t row_tiles(ptrdiff_t rows) {
+    const ptrdiff_t least = (rows + ROW_TILE - 1) / ROW_TILE;
+    ptrdiff_t n = least > 0;
+    while (n < 16 && n < least)
+        n *= 2;
+    return n < least ? (least + 15) / 16 * 16 : n;
+}
+
 static ptrdiff_t tiles(const bn_problem *p) {
-    if (p->layout == BN_ROWS) {
-        const ptrdiff_t wide = p->N * p->S / p->fold;
-        return (wide + ROW_TILE - 1) / ROW_TILE + (p->N * p->S % p->fold != 0);
-    }
+    if (p->layout == BN_ROWS)
+        return row_tiles(p->N * p->S / p->fold) + (p->N * p->S % p->fold != 0);
     if (p->S < PLANE_TILE) {
         const ptrdiff_t planes = PLANE_TILE / p->S;
         return (p->N + planes - 1) / planes;
@@ -481,10 +480,16 @@ INLINE tile plane_tile(const bn_problem *p, ptrdiff_t t) {
 
 /* Values in column j of tile t of rows; the rows that do not fill a wide one make a last tile of their own. */
 INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
-    const ptrdiff_t wide = p->N * p->S / p->fold;
-    *row0 = min_z(t * ROW_TILE, wide);
-    return min_z(ROW_TILE, wide - *row0);
+    const ptrdiff_t wide = p->N * p->S / p->fold, n = row_tiles(wide);
+    if (t >= n) {
+        *row0 = wide;
+        return 0;
+    }
+    *row0 = wide * t / n;
+    return wide * (t + 1) / n - *row0;
 }
+
+INLINE int few_values(const tile *a) { return a->runs * a->len <= FEW_LANES * CHAIN; }
 
 INLINE double tile_weight(const bn_problem *p, ptrdiff_t t, ptrdiff_t repeat) {
     if (p->layout == BN_PLANES) {
@@ -546,38 +551,41 @@ INLINE void add_halves(vf *v, int half) {
         v[i] = vadd(v[i], v[i + half]);
 }
 
-/* LANES to VL, the first steps of a tree that vsums goes on with. Not one loop over the halves: the compiler would keep
+/* Lanes to VL, the first steps of a tree that vsums goes on with. Not one loop over the halves: the compiler would keep
  * v in memory for it. */
-INLINE vf add_vectors(vf *v) {
-    if (LANES / VL >= 16)
+INLINE vf add_vectors(vf *v, int lanes) {
+    if (lanes / VL >= 16)
         add_halves(v, 8);
-    if (LANES / VL >= 8)
+    if (lanes / VL >= 8)
         add_halves(v, 4);
-    add_halves(v, 2);
-    add_halves(v, 1);
+    if (lanes / VL >= 4)
+        add_halves(v, 2);
+    if (lanes / VL >= 2)
+        add_halves(v, 1);
     return v[0];
 }
 
-/* Adds (x - shift) and its square to sums of LANES lanes; value i of a run goes to lane i % LANES. Each pass is
+/* Adds (x - shift) and its square to sums of so many lanes; value i of a run goes to lane i % lanes. Each pass is
  * unrolled, so that its sums stay in registers. */
 INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
-                        int prefetch, vf *s, vf *q) {
-    const ptrdiff_t rest = len % LANES, full = len - rest;
+                        int prefetch, int lanes, vf *s, vf *q) {
+    const ptrdiff_t rest = len % lanes, full = len - rest;
+    const int pass = lanes < PASS ? lanes : PASS;
     const vt t = vtail(rest % VL);
 #pragma GCC unroll 4
-    for (int lane = 0; lane < LANES; lane += PASS) {
+    for (int lane = 0; lane < lanes; lane += pass) {
         vf *const sa = s + lane / VL, *const qa = q + lane / VL;
         for (ptrdiff_t r = 0; r < runs; r++) {
             const float *a = x + r * stride + lane;
-            for (ptrdiff_t i = 0; i < full; i += LANES)
-                for (int j = 0; j < ACC; j++) {
+            for (ptrdiff_t i = 0; i < full; i += lanes)
+                for (int j = 0; j < pass / VL; j++) {
                     if (prefetch && j * VL % LINE == 0)
                         vprefetch(a + i + j * VL + ahead);
                     const vf d = vsub(vload(a + i + j * VL), k);
                     sa[j] = vadd(sa[j], d);
                     qa[j] = vfma(d, d, qa[j]);
                 }
-            for (int j = 0; j < ACC; j++) {
+            for (int j = 0; j < pass / VL; j++) {
                 if (rest <= lane + j * VL)
                     continue;
                 const float *b = a + full + j * VL;
@@ -593,23 +601,23 @@ INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
 
 /* The sums of a tile, still in VL lanes. */
 INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
-                         int prefetch, vf *sum, vf *sq) {
+                         int prefetch, int lanes, vf *sum, vf *sq) {
     vf s[LANES / VL], q[LANES / VL];
-    for (int j = 0; j < LANES / VL; j++)
+    for (int j = 0; j < lanes / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS == LANES || len < 2 * PIECE)
-        add_shifted(x, stride, runs, len, k, ahead, prefetch, s, q);
+    if (PASS >= lanes || len < 2 * PIECE)
+        add_shifted(x, stride, runs, len, k, ahead, prefetch, lanes, s, q);
     else
         for (ptrdiff_t r = 0; r < runs; r++) {
             const float *a = x + r * stride;
             ptrdiff_t i = 0;
             for (; i + PIECE <= len; i += PIECE)
-                add_shifted(a + i, 0, 1, PIECE, k, ahead, prefetch, s, q);
+                add_shifted(a + i, 0, 1, PIECE, k, ahead, prefetch, lanes, s, q);
             if (i < len)
-                add_shifted(a + i, 0, 1, len - i, k, ahead, prefetch, s, q);
+                add_shifted(a + i, 0, 1, len - i, k, ahead, prefetch, lanes, s, q);
         }
-    *sum = add_vectors(s);
-    *sq = add_vectors(q);
+    *sum = add_vectors(s, lanes);
+    *sq = add_vectors(q, lanes);
 }
 
 /* The shift is the median of the medians of three times three values from all over the tile (Tukey's ninther): one of
@@ -657,10 +665,14 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
             else
                 plane_shifts(x, inner, sample, 0, cols, shift);
             for (ptrdiff_t j = 0; j < cols; j++)
-                if (p->stream)
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), ahead, 1, &s[j], &q[j]);
+                if (few_values(&a))
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, FEW_LANES, &s[j],
+                                 &q[j]);
+                else if (p->stream)
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), ahead, 1, LANES, &s[j],
+                                 &q[j]);
                 else
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, &s[j], &q[j]);
+                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, LANES, &s[j], &q[j]);
             for (ptrdiff_t j = cols; j < VL; j++)
                 s[j] = q[j] = vset1(0.0f);
             vstore(sum32, vsums(s));
@@ -681,18 +693,27 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
 INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
 
 /* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. Several rows at a time, because a sum
- * in memory costs more than the value that is added to it. */
-INLINE void add_rows(const float *const *x, int rows, ptrdiff_t cols, const float *shift, float *s, float *q,
-                     int prefetch) {
+ * in memory costs more than the value that is added to it; from beyond the cache one row, as the elementwise work. */
+INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t cols, const float *shift, float *s,
+                     float *q) {
     const vt t = vtail(cols % VL);
     ptrdiff_t c = 0;
-    for (; c < cols; c += VL) {
+    for (; c + VL <= cols; c += VL) {
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
         for (int r = 0; r < rows; r++) {
-            if (prefetch && c % LINE == 0)
-                vprefetch(x[r] + c + ROWS_AHEAD);
-            const vf d = vsub(c + VL <= cols ? vload(x[r] + c) : vload_tail(x[r] + c, t), k);
+            const vf d = vsub(vload(x + r * stride + c), k);
+            sum = vadd(sum, d);
+            sq = vfma(d, d, sq);
+        }
+        vstore(s + c, sum);
+        vstore(q + c, sq);
+    }
+    if (c < cols) {
+        const vf k = vload(shift + c);
+        vf sum = vload(s + c), sq = vload(q + c);
+        for (int r = 0; r < rows; r++) {
+            const vf d = vsub(vload_tail(x + r * stride + c, t), k);
             sum = vadd(sum, d);
             sq = vfma(d, d, sq);
         }
@@ -701,20 +722,62 @@ INLINE void add_rows(const float *const *x, int rows, ptrdiff_t cols, const floa
     }
 }
 
+/* Starts partial sums of whole vectors. */
+INLINE void clear(ptrdiff_t cols, float *s, float *q) {
+    const size_t size = (size_t)((cols + VL - 1) / VL * VL) * sizeof *s;
+    memset(s, 0, size);
+    memset(q, 0, size);
+}
+
 /* Moves float32 partial sums to the float64 ones and starts them anew. */
-static void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
+INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
     for (ptrdiff_t c = 0; c < cols; c++) {
         sum[c] += s[c];
         sq[c] += q[c];
     }
-    memset(s, 0, PANEL * sizeof *s);
-    memset(q, 0, PANEL * sizeof *q);
+    clear(cols, s, q);
+}
+
+/* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
+INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
+                       float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
+    const int several = p->packed && (!p->stream || p->C * p->fold > WIDE);
+    const float *x[SAMPLES];
+    for (int i = 0; i < SAMPLES; i++)
+        x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
+    for (ptrdiff_t i = 0; i < cols; i += VL) {
+        vf v[SAMPLES];
+        for (int j = 0; j < SAMPLES; j++)
+            v[j] = vload_tail(x[j] + i, vtail(cols - i));
+        vstore(shift + i, ninther(v));
+    }
+    memset(sum, 0, (size_t)cols * sizeof *sum);
+    memset(sq, 0, (size_t)cols * sizeof *sq);
+    for (ptrdiff_t r = 0, n; r < rows; r += n) {
+        n = min_z(CHAIN, rows - r);
+        ptrdiff_t i = 0;
+        if (several)
+            for (; i + STATS_ROWS <= n; i += STATS_ROWS)
+                add_rows(row_at(p, row0 + r + i) + c, p->C * p->fold, STATS_ROWS, cols, shift, s, q);
+        for (; i < n; i++)
+            add_rows(row_at(p, row0 + r + i) + c, 0, 1, cols, shift, s, q);
+        carry(cols, s, q, sum, sq);
+    }
+    if (settle((double)rows, cols, shift, sum, sq, mean, m2))
+        for (ptrdiff_t i = 0; i < cols; i++)
+            if (unsound((double)rows, sum[i], sq[i])) {
+                float v[ROW_TILE];
+                for (ptrdiff_t r = 0; r < rows; r++)
+                    v[r] = row_at(p, row0 + r)[c + i];
+                exact_stats(v, 0, 1, rows, &mean[i], &m2[i]);
+            }
 }
 
 static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                        double *m2, ptrdiff_t ld) {
-    float shift[PANEL] = {0.0f}, s[PANEL] = {0.0f}, q[PANEL] = {0.0f};
+    float shift[PANEL], s[PANEL], q[PANEL];
     double sum[PANEL], sq[PANEL];
+    clear(min_z(PANEL, c1 - c0), s, q);
     for (ptrdiff_t t = t0; t < t1; t++) {
         ptrdiff_t row0;
         const ptrdiff_t rows = row_tile(p, t, &row0);
@@ -728,44 +791,8 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
             continue;
         }
         for (ptrdiff_t c = c0; c < c1; c += PANEL) {
-            const ptrdiff_t cols = min_z(PANEL, c1 - c);
-            double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
-            const float *x[SAMPLES];
-            for (int i = 0; i < SAMPLES; i++)
-                x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
-            for (ptrdiff_t i = 0; i < cols; i += VL) {
-                vf v[SAMPLES];
-                for (int j = 0; j < SAMPLES; j++)
-                    v[j] = vload_tail(x[j] + i, vtail(cols - i));
-                vstore(shift + i, ninther(v));
-            }
-            memset(sum, 0, sizeof sum);
-            memset(sq, 0, sizeof sq);
-            for (ptrdiff_t r = 0, n; r < rows; r += n) {
-                n = min_z(CHAIN, rows - r);
-                for (ptrdiff_t i = 0; i < n;) {
-                    const float *at[STATS_ROWS];
-                    const int some = n - i < STATS_ROWS ? 1 : STATS_ROWS;
-                    for (int j = 0; j < some; j++)
-                        at[j] = row_at(p, row0 + r + i + j) + c;
-                    if (some == 1)
-                        add_rows(at, 1, cols, shift, s, q, 0);
-                    else if (p->stream)
-                        add_rows(at, STATS_ROWS, cols, shift, s, q, 1);
-                    else
-                        add_rows(at, STATS_ROWS, cols, shift, s, q, 0);
-                    i += some;
-                }
-                carry(cols, s, q, sum, sq);
-            }
-            if (settle((double)rows, cols, shift, sum, sq, mean_t, m2_t))
-                for (ptrdiff_t i = 0; i < cols; i++)
-                    if (unsound((double)rows, sum[i], sq[i])) {
-                        float v[ROW_TILE];
-                        for (ptrdiff_t r = 0; r < rows; r++)
-                            v[r] = row_at(p, row0 + r)[c + i];
-                        exact_stats(v, 0, 1, rows, &mean_t[i], &m2_t[i]);
-                    }
+            const ptrdiff_t at = (t - t0) * ld + (c - c0);
+            tile_stats(p, row0, rows, c, min_z(PANEL, c1 - c), shift, s, q, sum, sq, mean + at, m2 + at);
         }
     }
 }
@@ -814,28 +841,29 @@ INLINE void next_batch(const bn_problem *p, cursor *a, int frozen, int act, int 
 
 /* As add_shifted does, from a cursor that it may move. */
 INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_t runs, ptrdiff_t len,
-                      ptrdiff_t x_ahead, ptrdiff_t dy_ahead, int frozen, int act, int res, int prefetch, vf *g,
-                      vf *gx) {
-    const ptrdiff_t rest = len % LANES, full = len - rest;
+                      ptrdiff_t x_ahead, ptrdiff_t dy_ahead, int frozen, int act, int res, int prefetch, int lanes,
+                      vf *g, vf *gx) {
+    const ptrdiff_t rest = len % lanes, full = len - rest;
+    const int pass = lanes < PASS ? lanes : PASS;
     const vt t = vtail(rest % VL);
 #pragma GCC unroll 4
-    for (int lane = 0; lane < LANES; lane += PASS) {
+    for (int lane = 0; lane < lanes; lane += pass) {
         vf ga[ACC], gxa[ACC];
         cursor a = from;
-        for (int j = 0; j < ACC; j++) {
+        for (int j = 0; j < pass / VL; j++) {
             ga[j] = g[lane / VL + j];
             gxa[j] = gx[lane / VL + j];
         }
         for (ptrdiff_t r = 0; r < runs; r++) {
-            for (ptrdiff_t i = lane; i < full; i += LANES)
-                for (int j = 0; j < ACC; j++) {
+            for (ptrdiff_t i = lane; i < full; i += lanes)
+                for (int j = 0; j < pass / VL; j++) {
                     if (prefetch && j * VL % LINE == 0) {
                         vprefetch(a.x + i + j * VL + x_ahead);
                         vprefetch(a.dy + i + j * VL + dy_ahead);
                     }
                     sum_at(k, &a, i + j * VL, t, 1, frozen, act, res, &ga[j], &gxa[j]);
                 }
-            for (int j = 0; j < ACC; j++) {
+            for (int j = 0; j < pass / VL; j++) {
                 if (rest <= lane + j * VL)
                     continue;
                 const ptrdiff_t i = full + lane + j * VL;
@@ -850,7 +878,7 @@ INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_
             }
             next_batch(p, &a, frozen, act, res);
         }
-        for (int j = 0; j < ACC; j++) {
+        for (int j = 0; j < pass / VL; j++) {
             g[lane / VL + j] = ga[j];
             gx[lane / VL + j] = gxa[j];
         }
@@ -859,28 +887,28 @@ INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_
 
 /* The sums of one channel's tile, still in VL lanes. */
 INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
-                      int res, int prefetch, vf *g, vf *gx) {
+                      int res, int prefetch, int lanes, vf *g, vf *gx) {
     const ptrdiff_t x_ahead = to_next_tile(p, p->x.inner, b->len);
     const ptrdiff_t dy_ahead = to_next_tile(p, p->grad_output.inner, b->len);
     const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
     vf s[LANES / VL], q[LANES / VL];
-    for (int j = 0; j < LANES / VL; j++)
+    for (int j = 0; j < lanes / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS == LANES || b->len < 2 * PIECE)
+    if (PASS >= lanes || b->len < 2 * PIECE)
         add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, x_ahead, dy_ahead, frozen, act, res,
-                  prefetch, s, q);
+                  prefetch, lanes, s, q);
     else
         for (ptrdiff_t r = 0; r < b->runs; r++) {
             ptrdiff_t i = 0;
             for (; i + PIECE <= b->len; i += PIECE)
                 add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, x_ahead, dy_ahead, frozen,
-                          act, res, prefetch, s, q);
+                          act, res, prefetch, lanes, s, q);
             if (i < b->len)
                 add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, x_ahead, dy_ahead,
-                          frozen, act, res, prefetch, s, q);
+                          frozen, act, res, prefetch, lanes, s, q);
         }
-    *g = add_vectors(s);
-    *gx = add_vectors(q);
+    *g = add_vectors(s, lanes);
+    *gx = add_vectors(q, lanes);
 }
 
 INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
@@ -892,10 +920,12 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
             const ptrdiff_t cols = min_z(VL, c1 - c), at = (t - t0) * ld + (c - c0);
             vf s[VL], q[VL];
             for (ptrdiff_t j = 0; j < cols; j++)
-                if (p->stream)
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, &s[j], &q[j]);
+                if (few_values(&b))
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, FEW_LANES, &s[j], &q[j]);
+                else if (p->stream)
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, LANES, &s[j], &q[j]);
                 else
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, &s[j], &q[j]);
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, LANES, &s[j], &q[j]);
             for (ptrdiff_t j = cols; j < VL; j++)
                 s[j] = q[j] = vset1(0.0f);
             vstore(g32, vsums(s));
@@ -910,19 +940,15 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
 
 /* As add_rows does. */
 INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, ptrdiff_t c,
-                          ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res, int prefetch) {
+                          ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res) {
+    const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
     ptrdiff_t i = 0;
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
-        for (int r = 0; r < rows; r++) {
-            if (prefetch && i % LINE == 0) {
-                vprefetch(a[r].x + c + i + ROWS_AHEAD);
-                vprefetch(a[r].dy + c + i + ROWS_AHEAD);
-            }
-            sum_at(&k, &a[r], c + i, tail, 1, frozen, act, res, &s, &q);
-        }
+        for (int r = 0; r < rows; r++)
+            sum_at(&k, a, r * K + c + i, tail, 1, frozen, act, res, &s, &q);
         vstore(sum + i, s);
         vstore(sq + i, q);
     }
@@ -930,40 +956,45 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
         const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int r = 0; r < rows; r++)
-            sum_at(&k, &a[r], c + i, tail, 0, frozen, act, res, &s, &q);
+            sum_at(&k, a, r * K + c + i, tail, 0, frozen, act, res, &s, &q);
         vstore(sum + i, s);
         vstore(sq + i, q);
     }
 }
 
+/* As tile_stats. */
+INLINE void tile_sums(const bn_problem *p, const bn_coef *coef, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c,
+                      ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res, double *g, double *gx) {
+    const int several = p->packed && (!p->stream || p->C * p->fold > WIDE);
+    memset(g, 0, (size_t)cols * sizeof *g);
+    memset(gx, 0, (size_t)cols * sizeof *gx);
+    for (ptrdiff_t r = 0; r < rows;) {
+        const ptrdiff_t left = min_z(rows, r / CHAIN * CHAIN + CHAIN) - r;
+        const cursor a = row_cursor(p, row0 + r, BACKWARD);
+        if (several && left >= SUMS_ROWS) {
+            sum_some_rows(p, coef, &a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res);
+            r += SUMS_ROWS;
+        } else {
+            sum_some_rows(p, coef, &a, 1, c, cols, sum, sq, frozen, act, res);
+            r++;
+        }
+        if (r % CHAIN == 0 || r == rows)
+            carry(cols, sum, sq, g, gx);
+    }
+}
+
 INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
                      double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
-    float sum[PANEL] = {0.0f}, sq[PANEL] = {0.0f};
+    float sum[PANEL], sq[PANEL];
     const ptrdiff_t rest = p->N * p->S % p->fold * p->C;
+    clear(min_z(PANEL, c1 - c0), sum, sq);
     for (ptrdiff_t t = t0; t < t1; t++) {
         ptrdiff_t row0;
         const ptrdiff_t rows = row_tile(p, t, &row0), end = rows ? c1 : min_z(c1, rest);
         for (ptrdiff_t c = c0; c < end; c += PANEL) {
-            const ptrdiff_t cols = min_z(PANEL, end - c);
-            const ptrdiff_t at = (t - t0) * ld + (c - c0), n = rows ? rows : 1;
-            memset(g + at, 0, (size_t)cols * sizeof *g);
-            memset(gx + at, 0, (size_t)cols * sizeof *gx);
-            for (ptrdiff_t r = 0; r < n;) {
-                cursor a[SUMS_ROWS];
-                const ptrdiff_t left = min_z(n, r / CHAIN * CHAIN + CHAIN) - r;
-                const int some = left < SUMS_ROWS ? 1 : SUMS_ROWS;
-                for (int j = 0; j < some; j++)
-                    a[j] = row_cursor(p, row0 + r + j, BACKWARD);
-                if (some == 1)
-                    sum_some_rows(p, coef, a, 1, c, cols, sum, sq, frozen, act, res, 0);
-                else if (p->stream)
-                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res, 1);
-                else
-                    sum_some_rows(p, coef, a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res, 0);
-                r += some;
-                if (r % CHAIN == 0 || r == n)
-                    carry(cols, sum, sq, g + at, gx + at);
-            }
+            const ptrdiff_t at = (t - t0) * ld + (c - c0);
+            tile_sums(p, coef, row0, rows ? rows : 1, c, min_z(PANEL, end - c), sum, sq, frozen, act, res, g + at,
+                      gx + at);
         }
     }
 }
