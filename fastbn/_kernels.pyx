@@ -535,7 +535,8 @@ cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
 cdef Py_ssize_t SERIAL_SUMS = 4096  # tiles times columns up to which one thread pools them: the same reason
-cdef Py_ssize_t GROUP_BYTES = L2_BYTES // 2  # of x: beyond the cache one item takes so much through all passes
+# of x: one item takes so much through all passes, beyond the cache and, of a single sample, within it
+cdef Py_ssize_t GROUP_BYTES = max(L2_BYTES // 2, 1 << 19), SAMPLE_GROUP_BYTES = L2_BYTES // 4
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
 
@@ -729,7 +730,7 @@ cdef void plan_elements(Plan *plan, int threads) noexcept nogil:
 
 cdef void two_passes(Plan *plan, int threads) noexcept nogil:
     """Sums of some kind for each channel, then elementwise work that needs them."""
-    cdef Py_ssize_t bytes_of_channel, groups
+    cdef Py_ssize_t bytes_of_channel, group_bytes, groups
     plan.first = 0
     if plan.p.layout == BN_PLANES:
         # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
@@ -739,8 +740,9 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
     if plan.first:
         bytes_of_channel = plan.p.N * plan.p.S * 4
         groups = threads
-        if plan.p.stream:
-            groups = (plan.first * bytes_of_channel + GROUP_BYTES - 1) // GROUP_BYTES
+        if plan.p.stream or plan.p.N == 1:
+            group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
+            groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
             groups = (groups + threads - 1) // threads * threads
         groups = min(plan.first, groups)
         plan.items = groups

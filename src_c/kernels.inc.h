@@ -15,22 +15,24 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES         64 /* partial sums of a plane's values */
-#define FEW_LANES     16 /* of a tile of few values, where adding up the lanes would take longer than the values */
-#define ACC           4  /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
-#define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
-#define LINE          16         /* floats of a cache line */
-#define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass */
-#define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
-#define ROW_TILE      256        /* rows */
-#define CHAIN         64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
-#define PANEL         2048       /* columns at a time in sums over rows */
-#define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
-#define STATS_ROWS    8          /* rows at a time */
-#define SUMS_ROWS     4
-#define WORK_ROWS     4
-#define MANY          (1 << 21) /* elements from which on inference folds more rows */
-#define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
+#define LANES       64         /* partial sums of a plane's values */
+#define SHORT_PLANE 256        /* values */
+#define SHORT_LANES 16         /* of short planes: adding up more would take longer than the values */
+#define SHORT_BLOCK 64         /* channels whose short planes are gone through in memory's order */
+#define ACC         4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define PASS        (ACC * VL) /* lanes that one pass over a tile covers */
+#define LINE        16         /* floats of a cache line */
+#define PLANE_TILE  4096       /* values: 16 KB, twice in L1 for the backward pass */
+#define PIECE       128        /* values of a long run that all passes take before they go on, in memory's order */
+#define ROW_TILE    256        /* rows */
+#define CHAIN       64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
+#define PANEL       2048       /* columns at a time in sums over rows */
+#define WIDE        1024       /* columns whose coefficients and sums crowd L1 */
+#define STATS_ROWS  8          /* rows at a time */
+#define SUMS_ROWS   4
+#define WORK_ROWS   4
+#define MANY        (1 << 21) /* elements from which on inference folds more rows */
+#define L2_VALUES   (1 << 18) /* 1 MB */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -249,8 +251,6 @@ INLINE vcoef join_coef(const vcoef *a, const vcoef *b, vt t) {
 /* Short planes that follow one another, from offset s of channel c on: vectors keep to those of the output, across
  * planes, with the coefficients of both where they lie in two. Masked stores, one a plane, would take as long as all
  * the rest, and streamed planes would share lines. */
-#define SHORT_PLANE 256
-
 INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t s,
                               ptrdiff_t len, int direction, int act, int res, int stream) {
     const vt all = vtail(VL);
@@ -355,8 +355,11 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
     }
 }
 
-INLINE void work_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int direction, int act,
-                      int res, int stream) {
+INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
+                      int act, int res, int stream) {
+    /* Copies, because to the compiler a vector may be stored to whatever it has a pointer to. */
+    const bn_problem local = *problem, *const p = &local;
+    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
     const ptrdiff_t K = p->C * p->fold;
     const int rotate = p->packed && K % LINE == 0;
     const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
@@ -423,6 +426,11 @@ INLINE ptrdiff_t piece_length(ptrdiff_t S) {
     return (len + LANES - 1) / LANES * LANES;
 }
 
+/* Planes of a tile at most: short ones are summed in fewer lanes, each of which takes CHAIN values. */
+INLINE ptrdiff_t most_planes(ptrdiff_t S) {
+    return S <= SHORT_PLANE ? CHAIN / ((S + SHORT_LANES - 1) / SHORT_LANES) : PLANE_TILE / S;
+}
+
 /* Rows are cut into tiles of about equal height, as many as divide among threads: a power of two or a multiple of 16.
  */
 INLINE ptrdiff_t row_tiles(ptrdiff_t rows) {
@@ -436,10 +444,8 @@ INLINE ptrdiff_t row_tiles(ptrdiff_t rows) {
 static ptrdiff_t tiles(const bn_problem *p) {
     if (p->layout == BN_ROWS)
         return row_tiles(p->N * p->S / p->fold) + (p->N * p->S % p->fold != 0);
-    if (p->S < PLANE_TILE) {
-        const ptrdiff_t planes = PLANE_TILE / p->S;
-        return (p->N + planes - 1) / planes;
-    }
+    if (p->S < PLANE_TILE)
+        return (p->N + most_planes(p->S) - 1) / most_planes(p->S);
     const ptrdiff_t len = piece_length(p->S);
     return p->N * ((p->S + len - 1) / len);
 }
@@ -463,10 +469,10 @@ static ptrdiff_t fold(ptrdiff_t C, ptrdiff_t rows) {
 INLINE tile plane_tile(const bn_problem *p, ptrdiff_t t) {
     tile a;
     if (p->S < PLANE_TILE) {
-        const ptrdiff_t planes = PLANE_TILE / p->S;
-        a.n = t * planes;
+        const ptrdiff_t n = tiles(p);
+        a.n = p->N * t / n;
         a.s = 0;
-        a.runs = min_z(planes, p->N - a.n);
+        a.runs = p->N * (t + 1) / n - a.n;
         a.len = p->S;
     } else {
         const ptrdiff_t len = piece_length(p->S), pieces = (p->S + len - 1) / len;
@@ -488,8 +494,6 @@ INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
     *row0 = wide * t / n;
     return wide * (t + 1) / n - *row0;
 }
-
-INLINE int few_values(const tile *a) { return a->runs * a->len <= FEW_LANES * CHAIN; }
 
 INLINE double tile_weight(const bn_problem *p, ptrdiff_t t, ptrdiff_t repeat) {
     if (p->layout == BN_PLANES) {
@@ -543,7 +547,7 @@ static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
 /* From a tile to the one that is prefetched meanwhile: the next channel's, or the plane's own next piece where a
  * channel is so large that what is fetched of another would be gone from L2 by the time it is read. */
 INLINE ptrdiff_t to_next_tile(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
-    return p->S >= PLANE_TILE && p->N * p->S > LARGE_CHANNEL ? len : inner;
+    return p->S >= PLANE_TILE && p->N * p->S > L2_VALUES ? len : inner;
 }
 
 INLINE void add_halves(vf *v, int half) {
@@ -631,60 +635,112 @@ INLINE vf ninther(const vf v[SAMPLES]) {
     return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
 }
 
-/* The shifts of cols <= VL channels. Of small tiles three values will do: the others would take as long as the sums. */
-INLINE void plane_shifts(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int nine, ptrdiff_t cols,
-                         float *shift) {
+/* The shifts of cols <= VL channels; step is a constant. */
+INLINE void median_of_samples(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int step, ptrdiff_t cols,
+                              float *shift) {
     float value[SAMPLES][VL];
     vf v[SAMPLES];
-    const int step = nine ? 1 : 3;
     for (ptrdiff_t c = 0; c < VL; c++)
         for (int i = 0; i < SAMPLES; i += step)
             value[i][c] = x[min_z(c, cols - 1) * inner + sample[i]];
     for (int i = 0; i < SAMPLES; i += step)
         v[i] = vload(value[i]);
-    vstore(shift, nine ? ninther(v) : median3(v[0], v[3], v[6]));
+    vstore(shift, step == 1 ? ninther(v) : median3(v[0], v[3], v[6]));
+}
+
+/* Of small tiles three values will do: the others would take as long as the sums. */
+INLINE void plane_shifts(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int small, ptrdiff_t cols,
+                         float *shift) {
+    if (small)
+        median_of_samples(x, inner, sample, 3, cols, shift);
+    else
+        median_of_samples(x, inner, sample, 1, cols, shift);
+}
+
+/* Of cols <= VL channels, from their sums in VL lanes. */
+INLINE void settle_planes(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const float *shift, vf *s,
+                          vf *q, double *mean, double *m2) {
+    const double n = (double)(a->runs * a->len);
+    float sum32[VL], sq32[VL];
+    double sum[VL], sq[VL];
+    for (ptrdiff_t j = cols; j < VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    vstore(sum32, vsums(s));
+    vstore(sq32, vsums(q));
+    for (int j = 0; j < VL; j++) {
+        sum[j] = sum32[j];
+        sq[j] = sq32[j];
+    }
+    if (settle(n, cols, shift, sum, sq, mean, m2))
+        for (ptrdiff_t j = 0; j < cols; j++)
+            if (unsound(n, sum[j], sq[j]))
+                exact_stats(x + j * p->x.inner, p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
+}
+
+/* Short planes of cols <= SHORT_BLOCK channels, batch by batch, as they lie in memory. */
+INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const ptrdiff_t *sample,
+                        int small, double *mean, double *m2) {
+    const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
+    float shift[SHORT_BLOCK];
+    vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
+    for (ptrdiff_t c = 0; c < cols; c += VL)
+        plane_shifts(x + c * inner, inner, sample, small, min_z(VL, cols - c), shift + c);
+    for (ptrdiff_t r = 0; r < a->runs; r++)
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
+            for (int j = 0; j < SHORT_LANES / VL; j++) {
+                s[j] = r ? sum[c][j] : vset1(0.0f);
+                q[j] = r ? sq[c][j] : vset1(0.0f);
+            }
+            add_shifted(x + r * outer + c * inner, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
+            for (int j = 0; j < SHORT_LANES / VL; j++) {
+                sum[c][j] = s[j];
+                sq[c][j] = q[j];
+            }
+        }
+    for (ptrdiff_t c = 0; c < cols; c += VL) {
+        vf s[VL], q[VL];
+        for (ptrdiff_t j = 0; j < min_z(VL, cols - c); j++) {
+            s[j] = add_vectors(sum[c + j], SHORT_LANES);
+            q[j] = add_vectors(sq[c + j], SHORT_LANES);
+        }
+        settle_planes(p, a, x + c * inner, min_z(VL, cols - c), shift + c, s, q, mean + c, m2 + c);
+    }
 }
 
 static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                          double *m2, ptrdiff_t ld) {
-    float shift[VL], sum32[VL], sq32[VL];
-    double sum[VL], sq[VL];
+    const int is_short = p->S <= SHORT_PLANE;
+    const ptrdiff_t inner = p->x.inner, step = is_short && p->stream ? SHORT_BLOCK : VL;
     for (ptrdiff_t t = t0; t < t1; t++) {
         const tile a = plane_tile(p, t);
-        const double n = (double)(a.runs * a.len);
+        const ptrdiff_t ahead = to_next_tile(p, inner, a.len);
+        const int small = a.runs * a.len <= SMALL_TILE;
         ptrdiff_t sample[SAMPLES];
         for (int i = 0; i < SAMPLES; i++)
             sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
-        for (ptrdiff_t c = c0; c < c1; c += VL) {
-            const ptrdiff_t cols = min_z(VL, c1 - c), inner = p->x.inner, ahead = to_next_tile(p, inner, a.len);
+        for (ptrdiff_t c = c0; c < c1; c += step) {
+            const ptrdiff_t cols = min_z(step, c1 - c);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
             double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
-            vf s[VL], q[VL];
-            if (a.runs * a.len > SMALL_TILE)
-                plane_shifts(x, inner, sample, 1, cols, shift);
-            else
-                plane_shifts(x, inner, sample, 0, cols, shift);
-            for (ptrdiff_t j = 0; j < cols; j++)
-                if (few_values(&a))
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, FEW_LANES, &s[j],
-                                 &q[j]);
-                else if (p->stream)
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), ahead, 1, LANES, &s[j],
-                                 &q[j]);
-                else
-                    shifted_sums(x + j * inner, p->x.outer, a.runs, a.len, vset1(shift[j]), 0, 0, LANES, &s[j], &q[j]);
-            for (ptrdiff_t j = cols; j < VL; j++)
-                s[j] = q[j] = vset1(0.0f);
-            vstore(sum32, vsums(s));
-            vstore(sq32, vsums(q));
-            for (int j = 0; j < VL; j++) {
-                sum[j] = sum32[j];
-                sq[j] = sq32[j];
+            if (is_short && p->stream) {
+                short_stats(p, &a, x, cols, sample, small, mean_t, m2_t);
+                continue;
             }
-            if (settle(n, cols, shift, sum, sq, mean_t, m2_t))
-                for (ptrdiff_t j = 0; j < cols; j++)
-                    if (unsound(n, sum[j], sq[j]))
-                        exact_stats(x + j * inner, p->x.outer, a.runs, a.len, &mean_t[j], &m2_t[j]);
+            float shift[VL];
+            vf s[VL], q[VL];
+            plane_shifts(x, inner, sample, small, cols, shift);
+            for (ptrdiff_t j = 0; j < cols; j++) {
+                const float *plane = x + j * inner;
+                const vf mid = vset1(shift[j]);
+                if (is_short)
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, SHORT_LANES, &s[j], &q[j]);
+                else if (p->stream)
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, ahead, 1, LANES, &s[j], &q[j]);
+                else
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, LANES, &s[j], &q[j]);
+            }
+            settle_planes(p, &a, x, cols, shift, s, q, mean_t, m2_t);
         }
     }
 }
@@ -887,53 +943,96 @@ INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_
 
 /* The sums of one channel's tile, still in VL lanes. */
 INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
-                      int res, int prefetch, int lanes, vf *g, vf *gx) {
+                      int res, int prefetch, vf *g, vf *gx) {
     const ptrdiff_t x_ahead = to_next_tile(p, p->x.inner, b->len);
     const ptrdiff_t dy_ahead = to_next_tile(p, p->grad_output.inner, b->len);
     const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
     vf s[LANES / VL], q[LANES / VL];
-    for (int j = 0; j < lanes / VL; j++)
+    for (int j = 0; j < LANES / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS >= lanes || b->len < 2 * PIECE)
+    if (PASS == LANES || b->len < 2 * PIECE)
         add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, x_ahead, dy_ahead, frozen, act, res,
-                  prefetch, lanes, s, q);
+                  prefetch, LANES, s, q);
     else
         for (ptrdiff_t r = 0; r < b->runs; r++) {
             ptrdiff_t i = 0;
             for (; i + PIECE <= b->len; i += PIECE)
                 add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, x_ahead, dy_ahead, frozen,
-                          act, res, prefetch, lanes, s, q);
+                          act, res, prefetch, LANES, s, q);
             if (i < b->len)
                 add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, x_ahead, dy_ahead,
-                          frozen, act, res, prefetch, lanes, s, q);
+                          frozen, act, res, prefetch, LANES, s, q);
         }
-    *g = add_vectors(s, lanes);
-    *gx = add_vectors(q, lanes);
+    *g = add_vectors(s, LANES);
+    *gx = add_vectors(q, LANES);
+}
+
+/* Of cols <= VL channels, from VL lanes. */
+INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *g, double *gx) {
+    float g32[VL], gx32[VL];
+    for (ptrdiff_t j = cols; j < VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    vstore(g32, vsums(s));
+    vstore(gx32, vsums(q));
+    for (ptrdiff_t j = 0; j < cols; j++) {
+        g[j] = g32[j];
+        gx[j] = gx32[j];
+    }
+}
+
+/* As short_stats does. */
+INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c0, ptrdiff_t cols,
+                       int frozen, int act, int res, int prefetch, double *g, double *gx) {
+    vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
+    for (ptrdiff_t r = 0; r < b->runs; r++) {
+        cursor a = cursor_at(p, b->n + r, c0, 0, BACKWARD);
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            const vcoef k = coef_of_channel(p, coef, c0 + c, BACKWARD);
+            vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
+            for (int j = 0; j < SHORT_LANES / VL; j++) {
+                s[j] = r ? sum[c][j] : vset1(0.0f);
+                q[j] = r ? sq[c][j] : vset1(0.0f);
+            }
+            add_grads(p, &k, a, 1, b->len, p->x.outer, p->grad_output.outer, frozen, act, res, prefetch, SHORT_LANES, s,
+                      q);
+            for (int j = 0; j < SHORT_LANES / VL; j++) {
+                sum[c][j] = s[j];
+                sq[c][j] = q[j];
+            }
+            next_plane(p, &a, 0, BACKWARD, res);
+        }
+    }
+    for (ptrdiff_t c = 0; c < cols; c += VL) {
+        vf s[VL], q[VL];
+        for (ptrdiff_t j = 0; j < min_z(VL, cols - c); j++) {
+            s[j] = add_vectors(sum[c + j], SHORT_LANES);
+            q[j] = add_vectors(sq[c + j], SHORT_LANES);
+        }
+        store_sums(min_z(VL, cols - c), s, q, g + c, gx + c);
+    }
 }
 
 INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
                        double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
-    float g32[VL], gx32[VL];
+    const ptrdiff_t step = p->S <= SHORT_PLANE ? SHORT_BLOCK : VL;
     for (ptrdiff_t t = t0; t < t1; t++) {
         const tile b = plane_tile(p, t);
-        for (ptrdiff_t c = c0; c < c1; c += VL) {
-            const ptrdiff_t cols = min_z(VL, c1 - c), at = (t - t0) * ld + (c - c0);
+        for (ptrdiff_t c = c0; c < c1; c += step) {
+            const ptrdiff_t cols = min_z(step, c1 - c), at = (t - t0) * ld + (c - c0);
+            if (p->S <= SHORT_PLANE) {
+                if (p->stream)
+                    short_sums(p, coef, &b, c, cols, frozen, act, res, 1, g + at, gx + at);
+                else
+                    short_sums(p, coef, &b, c, cols, frozen, act, res, 0, g + at, gx + at);
+                continue;
+            }
             vf s[VL], q[VL];
             for (ptrdiff_t j = 0; j < cols; j++)
-                if (few_values(&b))
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, FEW_LANES, &s[j], &q[j]);
-                else if (p->stream)
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, LANES, &s[j], &q[j]);
+                if (p->stream)
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, &s[j], &q[j]);
                 else
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, LANES, &s[j], &q[j]);
-            for (ptrdiff_t j = cols; j < VL; j++)
-                s[j] = q[j] = vset1(0.0f);
-            vstore(g32, vsums(s));
-            vstore(gx32, vsums(q));
-            for (ptrdiff_t j = 0; j < cols; j++) {
-                g[at + j] = g32[j];
-                gx[at + j] = gx32[j];
-            }
+                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, &s[j], &q[j]);
+            store_sums(cols, s, q, g + at, gx + at);
         }
     }
 }
@@ -983,8 +1082,10 @@ INLINE void tile_sums(const bn_problem *p, const bn_coef *coef, ptrdiff_t row0, 
     }
 }
 
-INLINE void sum_rows(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
-                     double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
+INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,
+                     ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
+    const bn_problem local = *problem, *const p = &local; /* as in work_rows */
+    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
     float sum[PANEL], sq[PANEL];
     const ptrdiff_t rest = p->N * p->S % p->fold * p->C;
     clear(min_z(PANEL, c1 - c0), sum, sq);
