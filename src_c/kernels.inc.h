@@ -4,9 +4,9 @@
  * inline function with external linkage would be merged by the linker, and the AVX copy might win on a CPU without.
  *
  * How sums are kept both fast and right. A tile's values are summed in float32 after a shift near their mean, in
- * LANES (planes) or one a column (rows) partial sums, the same ones on every instruction set. The shift is a median of
- * nine values from all over the tile, which costs nearly nothing; when it was a bad guess, or float32 has not the
- * range, the sums themselves tell, and the tile is summed again in float64. Tiles are pooled in float64.
+ * LANES or SHORT_LANES (planes) or one a column (rows) partial sums, the same ones on every instruction set. The shift
+ * is a median of nine values from all over the tile, which costs nearly nothing; when it was a bad guess, or float32
+ * has not the range, the sums themselves tell, and the tile is summed again in float64. Tiles are pooled in float64.
  */
 #include <float.h>
 #include <math.h>
@@ -357,7 +357,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
 
 INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
                       int act, int res, int stream) {
-    /* Copies, because to the compiler a vector may be stored to whatever it has a pointer to. */
+    /* Copies: to the compiler a vector may be stored to whatever there is a pointer to, these included. */
     const bn_problem local = *problem, *const p = &local;
     const bn_coef local_coef = *coefficients, *const coef = &local_coef;
     const ptrdiff_t K = p->C * p->fold;
@@ -431,8 +431,7 @@ INLINE ptrdiff_t most_planes(ptrdiff_t S) {
     return S <= SHORT_PLANE ? CHAIN / ((S + SHORT_LANES - 1) / SHORT_LANES) : PLANE_TILE / S;
 }
 
-/* Rows are cut into tiles of about equal height, as many as divide among threads: a power of two or a multiple of 16.
- */
+/* Tiles of rows are of about equal height, and as many as divide among threads: a power of two or a multiple of 16. */
 INLINE ptrdiff_t row_tiles(ptrdiff_t rows) {
     const ptrdiff_t least = (rows + ROW_TILE - 1) / ROW_TILE;
     ptrdiff_t n = least > 0;
@@ -748,8 +747,11 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
 /* Column 0 of a row of x, of the kernel's width: `fold` rows of memory, or one row anywhere. */
 INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
 
-/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. Several rows at a time, because a sum
- * in memory costs more than the value that is added to it; from beyond the cache one row, as the elementwise work. */
+/* Whether to add several rows at a time, because a sum in memory costs more than the value that is added to it. From
+ * beyond the cache one row after the other, as the elementwise work, unless the sums themselves crowd L1. */
+INLINE int several_rows(const bn_problem *p) { return p->packed && (!p->stream || p->C * p->fold > WIDE); }
+
+/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. */
 INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t cols, const float *shift, float *s,
                      float *q) {
     const vt t = vtail(cols % VL);
@@ -797,7 +799,7 @@ INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
 /* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
 INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
                        float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
-    const int several = p->packed && (!p->stream || p->C * p->fold > WIDE);
+    const int several = several_rows(p);
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
         x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
@@ -1064,7 +1066,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
 /* As tile_stats. */
 INLINE void tile_sums(const bn_problem *p, const bn_coef *coef, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c,
                       ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res, double *g, double *gx) {
-    const int several = p->packed && (!p->stream || p->C * p->fold > WIDE);
+    const int several = several_rows(p);
     memset(g, 0, (size_t)cols * sizeof *g);
     memset(gx, 0, (size_t)cols * sizeof *gx);
     for (ptrdiff_t r = 0; r < rows;) {
