@@ -18,9 +18,9 @@ from operations import (
 
 import fastbn
 
-# N, C, S around the edges of vectors (4 to 16 lanes), of 16 (planes of up to 256 values) and 64 partial sums, of
-# pieces of long runs (128 values, from 256 on), of tiles (4096 values of a plane, 4 to 64 short planes, 256 rows),
-# of blocks of channels (64) and columns (2048), and of the folding of few channels into wide rows.
+# N, C, S around the edges of vectors (4 to 16 lanes), of 16 partial sums (planes of up to 256 values) and 64,
+# of pieces of long runs (128 values, from 256 on), of tiles (4096 values of a plane, 4 to 64 short planes,
+# 256 rows), of blocks of channels (64) and columns (2048), and of the folding of few channels into wide rows.
 SIZES = [
     (2, 1, 1), (3, 16, 1), (83, 3, 1), (600, 64, 1), (300, 520, 1), (5, 2060, 1), (40000, 3, 1),
     (1, 3, 2), (8, 130, 2), (2, 17, 3), (3, 64, 7), (8, 1, 15), (1, 65, 16), (2, 16, 17), (3, 3, 31),
