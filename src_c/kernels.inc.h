@@ -15,24 +15,24 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES       64         /* partial sums of a plane's values */
-#define SHORT_PLANE 256        /* values */
-#define SHORT_LANES 16         /* of short planes: adding up more would take longer than the values */
-#define SHORT_BLOCK 64         /* channels whose short planes are gone through in memory's order */
-#define ACC         4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
-#define PASS        (ACC * VL) /* lanes that one pass over a tile covers */
-#define LINE        16         /* floats of a cache line */
-#define PLANE_TILE  4096       /* values: 16 KB, twice in L1 for the backward pass */
-#define PIECE       128        /* values of a long run that all passes take before they go on, in memory's order */
-#define ROW_TILE    256        /* rows */
-#define CHAIN       64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
-#define PANEL       2048       /* columns at a time in sums over rows */
-#define WIDE        1024       /* columns whose coefficients and sums crowd L1 */
-#define STATS_ROWS  8          /* rows at a time */
-#define SUMS_ROWS   4
-#define WORK_ROWS   4
-#define MANY        (1 << 21) /* elements from which on inference folds more rows */
-#define L2_VALUES   (1 << 18) /* 1 MB */
+#define LANES         64         /* partial sums of a plane's values */
+#define SHORT_PLANE   256        /* values */
+#define SHORT_LANES   16         /* of short planes: adding up more would take longer than the values */
+#define SHORT_BLOCK   64         /* channels whose short planes are gone through in memory's order */
+#define ACC           4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
+#define LINE          16         /* floats of a cache line */
+#define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass */
+#define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
+#define ROW_TILE      256        /* rows */
+#define CHAIN         64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
+#define PANEL         2048       /* columns at a time in sums over rows */
+#define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
+#define STATS_ROWS    8          /* rows at a time */
+#define SUMS_ROWS     4
+#define WORK_ROWS     4
+#define MANY          (1 << 21) /* elements from which on inference folds more rows */
+#define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
 
 /* With the activation and the presence of a residual as constants, the compiler drops what is not needed. */
 #define SPECIALIZE(p, body)                                                                                            \
@@ -546,7 +546,7 @@ static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
 /* From a tile to the one that is prefetched meanwhile: the next channel's, or the plane's own next piece where a
  * channel is so large that what is fetched of another would be gone from L2 by the time it is read. */
 INLINE ptrdiff_t to_next_tile(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
-    return p->S >= PLANE_TILE && p->N * p->S > L2_VALUES ? len : inner;
+    return p->S >= PLANE_TILE && p->N * p->S > LARGE_CHANNEL ? len : inner;
 }
 
 INLINE void add_halves(vf *v, int half) {
