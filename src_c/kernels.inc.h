@@ -31,6 +31,7 @@
 #define STATS_ROWS    8          /* rows at a time */
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
+#define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
 #define MANY          (1 << 21) /* elements from which on inference folds more rows */
 #define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
 
@@ -167,6 +168,10 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int direction) {
     if (direction == BACKWARD)
         vprefetch(a->dy + i + a->ahead);
 }
+
+/* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
+ * of memory, which several rows at once hide from the hardware. */
+INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
 
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
  * last goes through the cache. */
@@ -334,16 +339,22 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
 /* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
  * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
  * hardware prefetches well, and more than it combines streaming stores for. */
-INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows,
+INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
                            int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
-    const cursor a = row_of(p, b, r, direction);
+    cursor a = row_of(p, b, r, direction);
+    a.ahead = rows * K;
     ptrdiff_t c = 0;
     for (; c + LINE <= K; c += LINE) {
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + c + v * VL;
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+        }
+        for (int j = 0; far && j < rows; j++) {
+            prefetch_at(&a, rows * c + j * LINE, direction);
+            if (res)
+                vprefetch(a.r + a.ahead + rows * c + j * LINE);
         }
         for (int j = 0; j < rows; j++)
             for (int v = 0; v < LINE / VL; v++)
@@ -379,14 +390,17 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        if (p->packed && !stream)
+        if (p->packed && !stream && far_rows(p, K))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
+        else if (p->packed && !stream)
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
         for (; r < b.rows; r++)
             if (stream && rotate)
-                work_some_rows(p, coef, &b, r, 1, direction, act, res, 1);
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 1);
             else
-                work_some_rows(p, coef, &b, r, 1, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 0);
         e0 += b.rows * K;
     }
 }
@@ -752,13 +766,15 @@ INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_curs
 INLINE int several_rows(const bn_problem *p) { return p->packed && (!p->stream || p->C * p->fold > WIDE); }
 
 /* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. */
-INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t cols, const float *shift, float *s,
+INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdiff_t cols, const float *shift, float *s,
                      float *q) {
     const vt t = vtail(cols % VL);
     ptrdiff_t c = 0;
     for (; c + VL <= cols; c += VL) {
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
+        for (int j = 0; far && j < rows * VL; j += LINE)
+            vprefetch(x + rows * (stride + c) + j);
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(vload(x + r * stride + c), k);
             sum = vadd(sum, d);
@@ -799,7 +815,8 @@ INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
 /* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
 INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
                        float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
-    const int several = several_rows(p);
+    const ptrdiff_t K = p->C * p->fold;
+    const int several = several_rows(p), far = far_rows(p, cols);
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
         x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
@@ -814,11 +831,12 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     for (ptrdiff_t r = 0, n; r < rows; r += n) {
         n = min_z(CHAIN, rows - r);
         ptrdiff_t i = 0;
-        if (several)
-            for (; i + STATS_ROWS <= n; i += STATS_ROWS)
-                add_rows(row_at(p, row0 + r + i) + c, p->C * p->fold, STATS_ROWS, cols, shift, s, q);
+        for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, cols, shift, s, q);
+        for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 0, cols, shift, s, q);
         for (; i < n; i++)
-            add_rows(row_at(p, row0 + r + i) + c, 0, 1, cols, shift, s, q);
+            add_rows(row_at(p, row0 + r + i) + c, K, 1, 0, cols, shift, s, q);
         carry(cols, s, q, sum, sq);
     }
     if (settle((double)rows, cols, shift, sum, sq, mean, m2))
@@ -1040,7 +1058,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
 }
 
 /* As add_rows does. */
-INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, ptrdiff_t c,
+INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, int far, ptrdiff_t c,
                           ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res) {
     const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
@@ -1048,6 +1066,8 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
+        for (int j = 0; far && j < rows * VL; j += LINE)
+            prefetch_at(a, rows * i + j, BACKWARD);
         for (int r = 0; r < rows; r++)
             sum_at(&k, a, r * K + c + i, tail, 1, frozen, act, res, &s, &q);
         vstore(sum + i, s);
@@ -1066,17 +1086,21 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
 /* As tile_stats. */
 INLINE void tile_sums(const bn_problem *p, const bn_coef *coef, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c,
                       ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res, double *g, double *gx) {
-    const int several = several_rows(p);
+    const int several = several_rows(p), far = far_rows(p, cols);
     memset(g, 0, (size_t)cols * sizeof *g);
     memset(gx, 0, (size_t)cols * sizeof *gx);
     for (ptrdiff_t r = 0; r < rows;) {
         const ptrdiff_t left = min_z(rows, r / CHAIN * CHAIN + CHAIN) - r;
-        const cursor a = row_cursor(p, row0 + r, BACKWARD);
-        if (several && left >= SUMS_ROWS) {
-            sum_some_rows(p, coef, &a, SUMS_ROWS, c, cols, sum, sq, frozen, act, res);
+        cursor a = row_cursor(p, row0 + r, BACKWARD);
+        a.ahead = SUMS_ROWS * p->C * p->fold;
+        if (several && far && left >= SUMS_ROWS) {
+            sum_some_rows(p, coef, &a, SUMS_ROWS, 1, c, cols, sum, sq, frozen, act, res);
+            r += SUMS_ROWS;
+        } else if (several && left >= SUMS_ROWS) {
+            sum_some_rows(p, coef, &a, SUMS_ROWS, 0, c, cols, sum, sq, frozen, act, res);
             r += SUMS_ROWS;
         } else {
-            sum_some_rows(p, coef, &a, 1, c, cols, sum, sq, frozen, act, res);
+            sum_some_rows(p, coef, &a, 1, 0, c, cols, sum, sq, frozen, act, res);
             r++;
         }
         if (r % CHAIN == 0 || r == rows)
