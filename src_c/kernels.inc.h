@@ -352,9 +352,11 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
         }
         for (int j = 0; far && j < rows; j++) {
-            prefetch_at(&a, rows * c + j * LINE, direction);
+            const ptrdiff_t next = rows * c + j * LINE;
+            prefetch_at(&a, next, direction);
+            vprefetch(a.out + a.ahead + next);
             if (res)
-                vprefetch(a.r + a.ahead + rows * c + j * LINE);
+                vprefetch(a.r + a.ahead + next);
         }
         for (int j = 0; j < rows; j++)
             for (int v = 0; v < LINE / VL; v++)
