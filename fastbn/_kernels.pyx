@@ -937,20 +937,20 @@ cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, 
 cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is most of the last-level cache, or of all of those that the threads are spread over; less of it for rows: what
-    a second pass finds in L2 of planes it does not of rows, and a single pass was measured to be faster past the cache
-    from there on too, by one thread alone even sooner. And it is not the huge sliced cache of some servers: those are
-    shared with others, and were measured to be no faster than streaming to memory from about the size of all threads'
-    L2 on.
+    That is so many eighths of the last-level cache, or of all of those that the threads are spread over. Less of it for
+    one thread alone, which waits for memory longer, and for rows: what a second pass finds in L2 of planes it does not
+    of rows, and a single pass was measured to be faster past the cache from there on too. And it is not the huge sliced
+    cache of some servers: those are shared with others, and were measured to be no faster than streaming to memory
+    from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
                         + (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL))
+    cdef int eighths = (6 if threads > 1 else 4) - (2 if p.layout == BN_ROWS else 0)
     if limit == 0:
         limit = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
-            limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
-            limit = limit // (2 if threads > 1 else 4) if p.layout == BN_ROWS else limit // 4 * 3
+            limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // 8 * eighths
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
