@@ -320,6 +320,28 @@ cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
+cdef bint distinct(cnp.ndarray a) noexcept:
+    """Whether each stride steps over all that the smaller ones reach, or two elements may lie in one place."""
+    cdef Py_ssize_t reach = cnp.PyArray_ITEMSIZE(a), least, stride
+    cdef int i, n, next_dim, nd = cnp.PyArray_NDIM(a)
+    cdef unsigned long long done = 0  # a bit for each dimension: NumPy allows 64
+    for n in range(nd):
+        next_dim = -1
+        least = 0
+        for i in range(nd):
+            stride = cnp.PyArray_STRIDE(a, i)
+            stride = -stride if stride < 0 else stride
+            if cnp.PyArray_DIM(a, i) > 1 and not done >> i & 1 and (next_dim < 0 or stride < least):
+                next_dim, least = i, stride
+        if next_dim < 0:
+            return True
+        if least < reach:
+            return False
+        reach = least * cnp.PyArray_DIM(a, next_dim)
+        done |= 1ULL << next_dim
+    return True
+
+
 cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
     """`a` as an array that the result for x may be written into."""
     cdef cnp.ndarray out = array32(a, "out")
@@ -328,15 +350,10 @@ cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
         raise ValueError("out is read-only; pass a writable array")
     if in_place and same_memory(out, x):
         return out
-    if not cnp.PyArray_IS_C_CONTIGUOUS(out):
-        # each stride must step over all that the smaller ones reach, or two elements may lie in one place
-        reach = 4
-        for s, d in sorted((abs(s), d) for s, d in zip((<object> out).strides, (<object> out).shape) if d > 1):
-            if s < reach:
-                raise ValueError(
-                    f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
-                )
-            reach = s * d
+    if not (cnp.PyArray_IS_C_CONTIGUOUS(out) or distinct(out)):
+        raise ValueError(
+            f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
+        )
     if overlap(out, x):
         raise ValueError(
             "out overlaps x; pass x itself (in place) or memory of its own" if in_place else

@@ -510,14 +510,18 @@ INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
     return wide * (t + 1) / n - *row0;
 }
 
-INLINE double tile_weight(const bn_problem *p, ptrdiff_t t, ptrdiff_t repeat) {
+/* How many values of a channel a column of tile t holds, and in how many repetitions of the channels: in all of them,
+ * but where the last rows do not fill a wide one. */
+INLINE ptrdiff_t tile_repetitions(const bn_problem *p, ptrdiff_t t, double *values) {
     if (p->layout == BN_PLANES) {
         const tile a = plane_tile(p, t);
-        return (double)(a.runs * a.len);
+        *values = (double)(a.runs * a.len);
+        return 1;
     }
     ptrdiff_t row0;
     const ptrdiff_t rows = row_tile(p, t, &row0);
-    return rows ? (double)rows : repeat < p->N * p->S % p->fold ? 1.0 : 0.0;
+    *values = rows ? (double)rows : 1.0;
+    return rows ? p->fold : p->N * p->S % p->fold;
 }
 
 /* ---- statistics ---------------------------------------------------------------------------------------------- */
@@ -1151,9 +1155,9 @@ SUMS(rows, sums_rows)
  * tile's, so that equal ones pool to exactly themselves. */
 static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
                        ptrdiff_t ld, double *mean, double *var) {
-    const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
+    const ptrdiff_t T = tiles(p);
     const double total = (double)(p->N * p->S);
-    if (T * F == 1) {
+    if (T == 1 && p->fold == 1) {
         for (ptrdiff_t c = c0; c < c1; c++) {
             mean[c] = tile_mean[c - c0];
             var[c] = tile_m2[c - c0] / total;
@@ -1165,27 +1169,29 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
         double m[LANES], q[LANES];
         for (ptrdiff_t c = 0; c < cols; c++)
             m[c] = q[c] = 0.0;
-        for (ptrdiff_t t = 0; t < T; t++)
+        for (ptrdiff_t t = 0; t < T; t++) {
+            double w;
+            const ptrdiff_t F = tile_repetitions(p, t, &w);
             for (ptrdiff_t f = 0; f < F; f++) {
-                const double w = tile_weight(p, t, f);
                 const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
-                if (w != 0.0)
-                    for (ptrdiff_t c = 0; c < cols; c++)
-                        m[c] += w * (tm[c] - tile_mean[cb - c0 + c]);
+                for (ptrdiff_t c = 0; c < cols; c++)
+                    m[c] += w * (tm[c] - tile_mean[cb - c0 + c]);
             }
+        }
         for (ptrdiff_t c = 0; c < cols; c++)
             m[c] = tile_mean[cb - c0 + c] + m[c] / total;
-        for (ptrdiff_t t = 0; t < T; t++)
+        for (ptrdiff_t t = 0; t < T; t++) {
+            double w;
+            const ptrdiff_t F = tile_repetitions(p, t, &w);
             for (ptrdiff_t f = 0; f < F; f++) {
-                const double w = tile_weight(p, t, f);
                 const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
                 const double *tq = tile_m2 + t * ld + f * p->C + (cb - c0);
-                if (w != 0.0)
-                    for (ptrdiff_t c = 0; c < cols; c++) {
-                        const double d = tm[c] - m[c];
-                        q[c] += tq[c] + w * (d * d);
-                    }
+                for (ptrdiff_t c = 0; c < cols; c++) {
+                    const double d = tm[c] - m[c];
+                    q[c] += tq[c] + w * (d * d);
+                }
             }
+        }
         for (ptrdiff_t c = 0; c < cols; c++) {
             mean[cb + c] = m[c];
             var[cb + c] = q[c] / total;
@@ -1196,29 +1202,36 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
 /* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
 static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
                       const double *tile_gx, ptrdiff_t ld, double *g, double *gx) {
-    const ptrdiff_t T = tiles(p), F = p->layout == BN_ROWS ? p->fold : 1;
+    const ptrdiff_t T = tiles(p);
     for (ptrdiff_t c = c0; c < c1; c++)
         g[c] = gx[c] = 0.0;
-    for (ptrdiff_t t = 0; t < T; t++)
+    for (ptrdiff_t t = 0; t < T; t++) {
+        double values;
+        const ptrdiff_t F = tile_repetitions(p, t, &values);
         for (ptrdiff_t f = 0; f < F; f++) {
             const ptrdiff_t at = t * ld + f * p->C - c0;
-            if (tile_weight(p, t, f) != 0.0)
-                for (ptrdiff_t c = c0; c < c1; c++) {
-                    g[c] += tile_g[at + c];
-                    gx[c] += tile_gx[at + c];
-                }
+            for (ptrdiff_t c = c0; c < c1; c++) {
+                g[c] += tile_g[at + c];
+                gx[c] += tile_gx[at + c];
+            }
         }
+    }
     for (ptrdiff_t c = c0; c < c1; c++)
         gx[c] += g[c] * k->offset[c];
 }
 
 /* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
 static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
+    const ptrdiff_t width = p->C * p->fold + LINE;
     if (c0 == c1)
         return;
-    for (ptrdiff_t f = p->C; f < p->C * p->fold + LINE; f += p->C)
-        for (ptrdiff_t c = c0; c < min_z(c1, p->C * p->fold + LINE - f); c++)
-            v[f + c] = v[c];
+    if (c1 - c0 == p->C)
+        for (ptrdiff_t n = p->C; n < width; n *= 2)
+            memcpy(v + n, v, (size_t)min_z(n, width - n) * sizeof *v);
+    else
+        for (ptrdiff_t f = p->C; f < width; f += p->C)
+            for (ptrdiff_t c = c0; c < min_z(c1, width - f); c++)
+                v[f + c] = v[c];
 }
 
 /* 1 / sqrt(v), and 0 for 0: a float32 estimate and one step of Newton's are as good in the end as float64's own square
