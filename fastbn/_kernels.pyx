@@ -323,9 +323,9 @@ cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
 cdef bint distinct(cnp.ndarray a) noexcept:
     """Whether each stride steps over all that the smaller ones reach, or two elements may lie in one place."""
     cdef Py_ssize_t reach = cnp.PyArray_ITEMSIZE(a), least, stride
-    cdef int i, n, next_dim, nd = cnp.PyArray_NDIM(a)
+    cdef int i, _, next_dim, nd = cnp.PyArray_NDIM(a)
     cdef unsigned long long done = 0  # a bit for each dimension: NumPy allows 64
-    for n in range(nd):
+    for _ in range(nd):
         next_dim = -1
         least = 0
         for i in range(nd):
