@@ -23,7 +23,7 @@ cnp.import_array()
 
 cdef extern from "kernels.h":
     enum:
-        BN_PLANES, BN_ROWS
+        BN_PLANES, BN_ROWS, BN_SHORT_PLANE
         BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU
 
     ctypedef struct bn_operand:
@@ -56,6 +56,10 @@ cdef extern from "kernels.h":
         void (*sums[2])(const bn_problem *, const bn_coef *, int, Py_ssize_t, Py_ssize_t, Py_ssize_t, Py_ssize_t,
                         double *, double *, Py_ssize_t) noexcept nogil
         void (*backward[2])(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, Py_ssize_t) noexcept nogil
+        void (*forward_and_stats)(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, Py_ssize_t, double *,
+                                  double *) noexcept nogil
+        void (*backward_and_sums)(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, Py_ssize_t, double *,
+                                  double *) noexcept nogil
         void (*pool_stats)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, Py_ssize_t,
                            double *, double *) noexcept nogil
         void (*pool_sums)(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, const double *, const double *,
@@ -552,7 +556,7 @@ cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
 cdef Py_ssize_t SERIAL_SUMS = 4096  # tiles times columns up to which one thread pools them: the same reason
-# of x: one item takes so much through all passes, beyond the cache and, of a single sample, within it
+# of x: so much at a time goes through all passes, beyond the cache and, of a single sample, within it
 cdef Py_ssize_t GROUP_BYTES = max(L2_BYTES // 2, 1 << 19), SAMPLE_GROUP_BYTES = L2_BYTES // 4
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
@@ -577,6 +581,7 @@ cdef struct Plan:
     Py_ssize_t T        # tiles of each channel
     Py_ssize_t width    # columns: C, or C * fold in rows
     Py_ssize_t first    # channels before this one have an owner, later ones are split
+    Py_ssize_t group    # channels that go through all passes together
     Py_ssize_t items, panels, pieces
 
 
@@ -624,36 +629,66 @@ cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, dou
         plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
 
 
-cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """Of channels [c0, c1) all that the second pass needs."""
+cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t beside) noexcept nogil:
+    """Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many from `beside` on,
+    unless that is negative."""
     cdef double *a = plan.tile_a + c0 * plan.T
     cdef double *b = plan.tile_b + c0 * plan.T
     if plan.need_stats:
-        plan.K.stats[plan.p.layout](&plan.p, 0, plan.T, c0, c1, a, b, c1 - c0)
+        if beside < 0:
+            plan.K.stats[plan.p.layout](&plan.p, 0, plan.T, c0, c1, a, b, c1 - c0)
+        else:
+            plan.K.forward_and_stats(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
         plan.K.pool_stats(&plan.p, c0, c1, a, b, c1 - c0, plan.mean, plan.var)
     if not plan.need_stats or plan.p.y.data != NULL:
         plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
     if not plan.need_stats:
-        plan.K.sums[plan.p.layout](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
+        if beside < 0:
+            plan.K.sums[plan.p.layout](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
+        else:
+            plan.K.backward_and_sums(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
         finish_sums(plan, c0, c1, a, b, c1 - c0)
 
 
-cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    first_pass(plan, share(plan.width, i, plan.items, 16), share(plan.width, i + 1, plan.items, 16))
+cdef inline bint second_is_due(const Plan *plan) noexcept nogil:
+    return not plan.frozen and (not plan.need_stats or plan.p.y.data != NULL)
 
 
-cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1), n, e0, e1
-    first_pass(plan, c0, c1)
-    if plan.need_stats and plan.p.y.data == NULL or plan.frozen:
-        return
+cdef inline void second_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    cdef Py_ssize_t n, e0, e1, ahead = (c1 - c0) * plan.p.x.inner
     for n in range(plan.p.N - 1, -1, -1):
         e0 = (n * plan.p.C + c0) * plan.p.S
         e1 = (n * plan.p.C + c1) * plan.p.S
         if plan.need_stats:
-            plan.K.forward[BN_PLANES](&plan.p, &plan.k, e0, e1, (c1 - c0) * plan.p.x.inner)
+            plan.K.forward[BN_PLANES](&plan.p, &plan.k, e0, e1, ahead)
         else:
-            plan.K.backward[BN_PLANES](&plan.p, &plan.k, e0, e1, (c1 - c0) * plan.p.x.inner)
+            plan.K.backward[BN_PLANES](&plan.p, &plan.k, e0, e1, ahead)
+
+
+cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    first_pass(plan, share(plan.width, i, plan.items, 16), share(plan.width, i + 1, plan.items, 16), -1)
+
+
+cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1)
+    first_pass(plan, c0, c1, -1)
+    if second_is_due(plan):
+        second_pass(plan, c0, c1)
+
+
+cdef void interleaved_groups(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    """The second pass of each group of channels in one loop with the first pass of the next."""
+    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), end = share(plan.first, i + 1, plan.items, 1), c1, c2
+    c1 = min(c0 + plan.group, end)
+    first_pass(plan, c0, c1, -1)
+    while c0 < end:
+        c2 = min(c1 + plan.group, end)
+        if c1 < c2:
+            first_pass(plan, c1, c2, c0)
+        if c2 - c1 < c1 - c0:
+            second_pass(plan, c0 + c2 - c1, c1)
+        c0 = c1
+        c1 = c2
 
 
 # no owner: tiles are shared out, then channels, then elements
@@ -756,14 +791,18 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
             plan.first = plan.p.C
     if plan.first:
         bytes_of_channel = plan.p.N * plan.p.S * 4
-        groups = threads
-        if plan.p.stream or plan.p.N == 1:
-            group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
-            groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
-            groups = (groups + threads - 1) // threads * threads
-        groups = min(plan.first, groups)
-        plan.items = groups
-        for_each(both_passes_group, plan, groups, threads)
+        if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
+            plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
+            plan.items = threads
+            for_each(interleaved_groups, plan, plan.items, threads)
+        else:
+            groups = threads
+            if plan.p.stream or plan.p.N == 1:
+                group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
+                groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
+                groups = (groups + threads - 1) // threads * threads
+            plan.items = min(plan.first, groups)
+            for_each(both_passes_group, plan, plan.items, threads)
     if plan.first == plan.p.C:
         return
     plan_tiles(plan, threads)
@@ -775,7 +814,7 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         for_each(stats_tiles if plan.need_stats else sums_tiles, plan, plan.items, threads)
         plan.items = 1 if plan.T * plan.width <= SERIAL_SUMS else min(threads, (plan.p.C - plan.first + 63) // 64)
         for_each(pool_channels, plan, plan.items, threads)
-    if plan.need_stats and plan.p.y.data == NULL or plan.frozen:
+    if not second_is_due(plan):
         return
     plan_elements(plan, threads)
     for_each(forward_elements if plan.need_stats else backward_elements, plan, plan.items, threads)
@@ -971,13 +1010,16 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     return p.N * p.C * p.S * 4 * tensors > limit
 
 
-def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1):
-    """Move the sizes from which outputs are streamed and work is shared out, so that tests reach all paths."""
-    global STREAM_BYTES, SERIAL
+def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_bytes=-1):
+    """Move the sizes from which outputs are streamed and work is shared out, and that of groups of channels beyond the
+    cache (0: the best), so that tests reach all paths."""
+    global STREAM_BYTES, SERIAL, GROUP_BYTES
     if stream_bytes >= 0:
         STREAM_BYTES = stream_bytes
     if serial >= 0:
         SERIAL = serial
+    if group_bytes >= 0:
+        GROUP_BYTES = group_bytes or max(L2_BYTES // 2, 1 << 19)
 
 
 def stats(x, axis, num_threads):

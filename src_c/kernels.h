@@ -22,6 +22,7 @@
 #include <stddef.h>
 
 enum { BN_PLANES, BN_ROWS };
+#define BN_SHORT_PLANE 256 /* values */
 enum { BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU };
 
 typedef struct {
@@ -71,6 +72,12 @@ typedef struct {
                     ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld);
     /* grad_input (and grad_residual) on elements [e0, e1). */
     void (*backward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
+    /* Planes of more than BN_SHORT_PLANE values, streamed: forward on channels [c0, c0 + channels) and, in the same
+     * loop, stats of all tiles of [other, other + channels), with ld == channels; or backward and sums. */
+    void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,
+                              double *mean, double *m2);
+    void (*backward_and_sums)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,
+                              double *g, double *gx);
 
     /* Pools what stats wrote for all tiles of channels [c0, c1) into mean[c] and the biased variance var[c]. The
      * tiles' arrays begin at channel c0 and are ld wide. */

@@ -15,18 +15,21 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES         64         /* partial sums of a plane's values */
-#define SHORT_PLANE   256        /* values */
+#define LANES         32         /* partial sums of a plane's values: with two sums, half of AVX2's registers */
+#define SHORT_PLANE   BN_SHORT_PLANE
 #define SHORT_LANES   16         /* of short planes: adding up more would take longer than the values */
 #define SHORT_BLOCK   64         /* channels whose short planes are gone through in memory's order */
-#define ACC           4          /* vectors a loop keeps for each sum: with two sums, half of 16 registers */
+#define ACC           4          /* vectors a loop keeps for each sum: again half of 16 registers */
 #define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
 #define LINE          16         /* floats of a cache line */
-#define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass */
+#define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass; 128 for each lane */
 #define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
 #define ROW_TILE      256        /* rows */
-#define CHAIN         64         /* values that one float32 sum takes; each costs up to half a unit in its last place */
+#define INTERLEAVE    64         /* values of each of two passes that are gone through in one loop */
+#define CHAIN         64         /* values of rows and short planes that one float32 sum takes */
+#define FOLDED        128        /* columns of folded rows at least */
 #define PANEL         2048       /* columns at a time in sums over rows */
+#define BLOCK         64         /* channels at a time in what is done once a channel */
 #define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
 #define STATS_ROWS    8          /* rows at a time */
 #define SUMS_ROWS     4
@@ -186,18 +189,12 @@ INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int directi
             work_at(k, a, i, vtail(head - i), 0, direction, act, res, 0);
         i = head;
     }
-    for (; i + 4 * VL <= len; i += 4 * VL) {
-        for (int j = 0; stream && j < 4 * VL; j += LINE)
-            prefetch_at(a, i + j, direction);
+    for (; i + 4 * VL <= len; i += 4 * VL)
         for (int j = 0; j < 4 * VL; j += VL)
             work_at(k, a, i + j, all, 1, direction, act, res, stream);
-    }
-    for (; i + LINE <= len; i += LINE) {
-        if (stream)
-            prefetch_at(a, i, direction);
+    for (; i + LINE <= len; i += LINE)
         for (int j = 0; j < LINE; j += VL)
             work_at(k, a, i + j, all, 1, direction, act, res, stream);
-    }
     for (; i + VL <= len; i += VL)
         work_at(k, a, i, all, 1, direction, act, res, 0);
     if (i < len)
@@ -468,13 +465,13 @@ static ptrdiff_t tiles(const bn_problem *p) {
 /* Whole lines, and enough vectors to keep a loop going, as long as that does not take too many columns; more of them
  * where there are so many rows that memory is what they wait for. Statistics want few columns: they pass 0 rows. */
 static ptrdiff_t fold(ptrdiff_t C, ptrdiff_t rows) {
-    const ptrdiff_t columns = rows > MANY / (C + 1) ? 8 * LANES : 2 * LANES;
+    const ptrdiff_t columns = rows > MANY / (C + 1) ? 4 * FOLDED : FOLDED;
     ptrdiff_t f = 1;
     if (C == 0)
         return 1;
     while (C * f % LINE)
         f *= 2;
-    if (C * f > 16 * LANES * 4)
+    if (C * f > 32 * FOLDED)
         return 1;
     while (C * f < columns)
         f *= 2;
@@ -659,12 +656,17 @@ INLINE void median_of_samples(const float *x, ptrdiff_t inner, const ptrdiff_t *
                               float *shift) {
     float value[SAMPLES][VL];
     vf v[SAMPLES];
-    for (ptrdiff_t c = 0; c < VL; c++)
+    for (ptrdiff_t c = 0; c < cols; c++)
         for (int i = 0; i < SAMPLES; i += step)
-            value[i][c] = x[min_z(c, cols - 1) * inner + sample[i]];
+            value[i][c] = x[c * inner + sample[i]];
     for (int i = 0; i < SAMPLES; i += step)
         v[i] = vload(value[i]);
     vstore(shift, step == 1 ? ninther(v) : median3(v[0], v[3], v[6]));
+}
+
+INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
+    for (int i = 0; i < SAMPLES; i++)
+        at[i] = i * a->runs / SAMPLES * p->x.outer + i * a->len / SAMPLES;
 }
 
 /* Of small tiles three values will do: the others would take as long as the sums. */
@@ -736,8 +738,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
         const ptrdiff_t ahead = to_next_tile(p, inner, a.len);
         const int small = a.runs * a.len <= SMALL_TILE;
         ptrdiff_t sample[SAMPLES];
-        for (int i = 0; i < SAMPLES; i++)
-            sample[i] = i * a.runs / SAMPLES * p->x.outer + i * a.len / SAMPLES;
+        samples(p, &a, sample);
         for (ptrdiff_t c = c0; c < c1; c += step) {
             const ptrdiff_t cols = min_z(step, c1 - c);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
@@ -969,25 +970,23 @@ INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_
 
 /* The sums of one channel's tile, still in VL lanes. */
 INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c, int frozen, int act,
-                      int res, int prefetch, vf *g, vf *gx) {
-    const ptrdiff_t x_ahead = to_next_tile(p, p->x.inner, b->len);
-    const ptrdiff_t dy_ahead = to_next_tile(p, p->grad_output.inner, b->len);
+                      int res, vf *g, vf *gx) {
     const vcoef k = coef_of_channel(p, coef, c, BACKWARD);
     vf s[LANES / VL], q[LANES / VL];
     for (int j = 0; j < LANES / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS == LANES || b->len < 2 * PIECE)
-        add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, x_ahead, dy_ahead, frozen, act, res,
-                  prefetch, LANES, s, q);
+    if (PASS >= LANES || b->len < 2 * PIECE)
+        add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, 0, 0, frozen, act, res, 0, LANES, s,
+                  q);
     else
         for (ptrdiff_t r = 0; r < b->runs; r++) {
             ptrdiff_t i = 0;
             for (; i + PIECE <= b->len; i += PIECE)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, x_ahead, dy_ahead, frozen,
-                          act, res, prefetch, LANES, s, q);
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, 0, 0, frozen, act, res, 0,
+                          LANES, s, q);
             if (i < b->len)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, x_ahead, dy_ahead,
-                          frozen, act, res, prefetch, LANES, s, q);
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, 0, 0, frozen, act, res,
+                          0, LANES, s, q);
         }
     *g = add_vectors(s, LANES);
     *gx = add_vectors(q, LANES);
@@ -1054,10 +1053,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
             }
             vf s[VL], q[VL];
             for (ptrdiff_t j = 0; j < cols; j++)
-                if (p->stream)
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 1, &s[j], &q[j]);
-                else
-                    sum_plane(p, coef, &b, c + j, frozen, act, res, 0, &s[j], &q[j]);
+                sum_plane(p, coef, &b, c + j, frozen, act, res, &s[j], &q[j]);
             store_sums(cols, s, q, g + at, gx + at);
         }
     }
@@ -1148,6 +1144,127 @@ INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, ptr
 SUMS(planes, sums_planes)
 SUMS(rows, sums_rows)
 
+/* ---- the second pass of some channels, in one loop with the first pass of others -------------------------------- */
+
+/* From beyond the cache, a pass that only reads leaves writing idle, and one that writes what is in L2 leaves reading
+ * idle. Taken in turns of a few lines they overlap; in turns of a few hundred values they do not. */
+
+/* Sums of INTERLEAVE values of another channel from offset i of `other` on, and the elementwise work on as many of this
+ * one's. */
+INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef *k, const cursor *here, ptrdiff_t i,
+                          int direction, int act, int res, vf *s, vf *q) {
+    const vt all = vtail(VL);
+    const int pass = PASS < LANES ? PASS : LANES;
+#pragma GCC unroll 4
+    for (int lane = 0; lane < LANES; lane += pass) {
+        vf sa[ACC], qa[ACC];
+        for (int j = 0; j < pass / VL; j++) {
+            sa[j] = s[lane / VL + j];
+            qa[j] = q[lane / VL + j];
+        }
+#pragma GCC unroll 8
+        for (ptrdiff_t b = i + lane; b < i + INTERLEAVE; b += LANES) {
+            for (int j = 0; j < pass / VL; j++)
+                if (direction == BACKWARD)
+                    sum_at(k_other, other, b + j * VL, all, 1, 0, act, res, &sa[j], &qa[j]);
+                else {
+                    const vf d = vsub(vload(other->x + b + j * VL), k_other->mean);
+                    sa[j] = vadd(sa[j], d);
+                    qa[j] = vfma(d, d, qa[j]);
+                }
+            for (int j = 0; j < pass / VL; j++)
+                work_at(k, here, b + j * VL, all, 1, direction, act, res, 1);
+        }
+        for (int j = 0; j < pass / VL; j++) {
+            s[lane / VL + j] = sa[j];
+            q[lane / VL + j] = qa[j];
+        }
+    }
+}
+
+/* A run of len values of both channels. */
+INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, ptrdiff_t len, const vcoef *k_other,
+                           ptrdiff_t c_other, const vcoef *k, ptrdiff_t c, int direction, int act, int res, vf *s,
+                           vf *q) {
+    const cursor other = cursor_at(p, n, c_other, begin, direction);
+    const cursor first = cursor_at(p, n, c, begin, direction);
+    const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)first.out / sizeof(float)) % LINE));
+    const cursor here = cursor_at(p, n, c, begin + head, direction);
+    ptrdiff_t i = 0;
+    work_run(k, &first, head, direction, act, res, 1);
+    for (; i + INTERLEAVE <= len - head; i += INTERLEAVE)
+        interleave_at(k_other, &other, k, &here, i, direction, act, res, s, q);
+    const cursor other_rest = cursor_at(p, n, c_other, begin + i, direction);
+    const cursor rest = cursor_at(p, n, c, begin + head + i, direction);
+    if (direction == BACKWARD)
+        add_grads(p, k_other, other_rest, 1, len - i, 0, 0, 0, act, res, 0, LANES, s, q);
+    else
+        add_shifted(other_rest.x, 0, 1, len - i, k_other->mean, 0, 0, LANES, s, q);
+    work_run(k, &rest, len - head - i, direction, act, res, 1);
+}
+
+INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t c0, ptrdiff_t other,
+                       ptrdiff_t channels, double *a, double *b, int direction, int act, int res) {
+    const bn_problem local = *problem, *const p = &local; /* as in work_rows */
+    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const ptrdiff_t T = tiles(p);
+    for (ptrdiff_t t = 0; t < T; t++) {
+        const tile d = plane_tile(p, t), next = plane_tile(p, t + 1 < T ? t + 1 : t);
+        ptrdiff_t sample[SAMPLES];
+        samples(p, &d, sample);
+        for (ptrdiff_t i = 0; i < channels; i += VL) {
+            const ptrdiff_t cols = min_z(VL, channels - i), at = t * channels + i;
+            const float *x = cursor_at(p, d.n, other + i, d.s, direction).x;
+            float shift[VL];
+            vf sum[VL][LANES / VL], sq[VL][LANES / VL], s[VL], q[VL];
+            if (direction == FORWARD)
+                plane_shifts(x, p->x.inner, sample, d.runs * d.len <= SMALL_TILE, cols, shift);
+            for (ptrdiff_t j = 0; direction == FORWARD && j < cols; j++) /* the next tile's, of the same shape */
+                for (int l = 0; l < SAMPLES; l++)
+                    vprefetch(cursor_at(p, next.n, other + i + j, next.s, direction).x + sample[l]);
+            for (ptrdiff_t r = 0; r < d.runs; r++)
+                for (ptrdiff_t j = 0; j < cols; j++) {
+                    const vcoef k = coef_of_channel(p, coef, c0 + i + j, direction);
+                    vcoef k_other = k;
+                    vf sums[LANES / VL], sqs[LANES / VL];
+                    if (direction == BACKWARD)
+                        k_other = coef_of_channel(p, coef, other + i + j, direction);
+                    else
+                        k_other.mean = vset1(shift[j]);
+                    for (int l = 0; l < LANES / VL; l++) {
+                        sums[l] = r ? sum[j][l] : vset1(0.0f);
+                        sqs[l] = r ? sq[j][l] : vset1(0.0f);
+                    }
+                    interleave_run(p, d.n + r, d.s, d.len, &k_other, other + i + j, &k, c0 + i + j, direction, act,
+                                   res, sums, sqs);
+                    for (int l = 0; l < LANES / VL; l++) {
+                        sum[j][l] = sums[l];
+                        sq[j][l] = sqs[l];
+                    }
+                }
+            for (ptrdiff_t j = 0; j < cols; j++) {
+                s[j] = add_vectors(sum[j], LANES);
+                q[j] = add_vectors(sq[j], LANES);
+            }
+            if (direction == FORWARD)
+                settle_planes(p, &d, x, cols, shift, s, q, a + at, b + at);
+            else
+                store_sums(cols, s, q, a + at, b + at);
+        }
+    }
+}
+
+#define INTERLEAVED(direction, name)                                                                                    \
+    static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,         \
+                     double *a, double *b) {                                                                           \
+        SPECIALIZE(p, INTERLEAVED_##direction);                                                                            \
+        vfence();                                                                                                      \
+    }
+#define INTERLEAVED_FORWARD(act, res)  interleave(p, k, c0, other, channels, a, b, FORWARD, act, res)
+#define INTERLEAVED_BACKWARD(act, res) interleave(p, k, c0, other, channels, a, b, BACKWARD, act, res)
+INTERLEAVED(FORWARD, forward_and_stats)
+INTERLEAVED(BACKWARD, backward_and_sums)
+
 /* ---- pooling, coefficients: float64, a few operations a channel ----------------------------------------------- */
 
 /* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
@@ -1164,9 +1281,9 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
         }
         return;
     }
-    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
-        const ptrdiff_t cols = min_z(LANES, c1 - cb);
-        double m[LANES], q[LANES];
+    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
+        const ptrdiff_t cols = min_z(BLOCK, c1 - cb);
+        double m[BLOCK], q[BLOCK];
         for (ptrdiff_t c = 0; c < cols; c++)
             m[c] = q[c] = 0.0;
         for (ptrdiff_t t = 0; t < T; t++) {
@@ -1249,11 +1366,11 @@ INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
                 r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
 }
 
-/* Of n <= LANES channels from cb on, from their means hi + lo and v = var + eps. */
+/* Of n <= BLOCK channels from cb on, from their means hi + lo and v = var + eps. */
 INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
                        const float *weight, const float *bias, const bn_coef *k) {
     float *restrict mean = k->mean + cb, *restrict scale = k->scale + cb, *restrict shift = k->shift + cb;
-    double invstd[LANES];
+    double invstd[BLOCK];
     inverse_deviation(v, n, invstd);
     for (ptrdiff_t c = 0; c < n; c++) {
         const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
@@ -1285,10 +1402,10 @@ static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const b
 
 static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
                  const float *weight, const float *bias, double eps, const bn_coef *k) {
-    for (ptrdiff_t cb = c0; cb < c1; cb += LANES) {
-        const ptrdiff_t n = min_z(LANES, c1 - cb);
-        double lo[LANES], v[LANES];
-        float hi[LANES];
+    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
+        const ptrdiff_t n = min_z(BLOCK, c1 - cb);
+        double lo[BLOCK], v[BLOCK];
+        float hi[BLOCK];
         for (ptrdiff_t c = 0; c < n; c++) {
             hi[c] = (float)mean[cb + c];
             lo[c] = mean[cb + c] - hi[c];
@@ -1301,10 +1418,10 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *
 
 static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
                          const float *bias, double eps, const bn_coef *k) {
-    const double lo[LANES] = {0.0};
-    for (ptrdiff_t cb = 0; cb < p->C; cb += LANES) {
-        const ptrdiff_t n = min_z(LANES, p->C - cb);
-        double v[LANES];
+    const double lo[BLOCK] = {0.0};
+    for (ptrdiff_t cb = 0; cb < p->C; cb += BLOCK) {
+        const ptrdiff_t n = min_z(BLOCK, p->C - cb);
+        double v[BLOCK];
         for (ptrdiff_t c = 0; c < n; c++)
             v[c] = var[cb + c] + eps;
         coef_block(cb, n, mean + cb, lo, v, weight, bias, k);
@@ -1337,6 +1454,8 @@ static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const
         {forward_planes, forward_rows},                                                                                \
         {sums_planes, sums_rows},                                                                                      \
         {backward_planes, backward_rows},                                                                              \
+        forward_and_stats,                                                                                             \
+        backward_and_sums,                                                                                             \
         pool_stats,                                                                                                    \
         pool_sums,                                                                                                     \
         coef,                                                                                                          \

@@ -25,12 +25,13 @@ SUM = 2e-6  # of the sum of the absolute values of its terms
 @contextmanager
 def kernels(isa=None, shared_out=False, streamed=None):
     """The kernels of another instruction set, all work shared out among threads, outputs (not) streamed past
-    the cache: where by default the best one is taken, and large work is shared out and streamed."""
+    the cache, by groups of few channels: where by default the best one is taken, and large work is shared out
+    and streamed."""
     previous = _kernels.set_isa(isa or _kernels.get_isa())
     if shared_out:
         _kernels.tune(serial=0)
     if streamed is not None:
-        _kernels.tune(stream_bytes=1 if streamed else 2**62)
+        _kernels.tune(stream_bytes=1 if streamed else 2**62, group_bytes=2**16)
     try:
         yield
     finally:
@@ -38,7 +39,7 @@ def kernels(isa=None, shared_out=False, streamed=None):
         if shared_out:
             _kernels.tune(serial=65536)
         if streamed is not None:
-            _kernels.tune(stream_bytes=0)
+            _kernels.tune(stream_bytes=0, group_bytes=0)
 
 
 def call(function, *args, writes=(), **kwargs):
