@@ -1164,6 +1164,8 @@ INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef
         }
 #pragma GCC unroll 8
         for (ptrdiff_t b = i + lane; b < i + INTERLEAVE; b += LANES) {
+            for (int j = 0; direction == FORWARD && j < pass; j += LINE)
+                prefetch_at(other, b + j, direction);
             for (int j = 0; j < pass / VL; j++)
                 if (direction == BACKWARD)
                     sum_at(k_other, other, b + j * VL, all, 1, 0, act, res, &sa[j], &qa[j]);
@@ -1186,7 +1188,8 @@ INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef
 INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, ptrdiff_t len, const vcoef *k_other,
                            ptrdiff_t c_other, const vcoef *k, ptrdiff_t c, int direction, int act, int res, vf *s,
                            vf *q) {
-    const cursor other = cursor_at(p, n, c_other, begin, direction);
+    cursor other = cursor_at(p, n, c_other, begin, direction);
+    other.ahead = p->S < PLANE_TILE ? p->x.outer : 0; /* long planes the hardware prefetches better */
     const cursor first = cursor_at(p, n, c, begin, direction);
     const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)first.out / sizeof(float)) % LINE));
     const cursor here = cursor_at(p, n, c, begin + head, direction);
