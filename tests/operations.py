@@ -31,7 +31,7 @@ def kernels(isa=None, shared_out=False, streamed=None):
     if shared_out:
         _kernels.tune(serial=0)
     if streamed is not None:
-        _kernels.tune(stream_bytes=1 if streamed else 2**62, group_bytes=2**16)
+        _kernels.tune(stream_bytes=1 if streamed else 2**62, group_bytes=2**17)
     try:
         yield
     finally:
