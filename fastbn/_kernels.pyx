@@ -630,8 +630,8 @@ cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, dou
 
 
 cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t beside) noexcept nogil:
-    """Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many from `beside` on,
-    unless that is negative."""
+    """Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many channels from
+    `beside` on, unless that is negative."""
     cdef double *a = plan.tile_a + c0 * plan.T
     cdef double *b = plan.tile_b + c0 * plan.T
     if plan.need_stats:

@@ -15,7 +15,7 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES         32         /* partial sums of a plane's values: with two sums, half of AVX2's registers */
+#define LANES         32 /* partial sums of a plane's values: with two sums, half of AVX2's registers */
 #define SHORT_PLANE   BN_SHORT_PLANE
 #define SHORT_LANES   16         /* of short planes: adding up more would take longer than the values */
 #define SHORT_BLOCK   64         /* channels whose short planes are gone through in memory's order */
@@ -1238,8 +1238,8 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
                         sums[l] = r ? sum[j][l] : vset1(0.0f);
                         sqs[l] = r ? sq[j][l] : vset1(0.0f);
                     }
-                    interleave_run(p, d.n + r, d.s, d.len, &k_other, other + i + j, &k, c0 + i + j, direction, act,
-                                   res, sums, sqs);
+                    interleave_run(p, d.n + r, d.s, d.len, &k_other, other + i + j, &k, c0 + i + j, direction, act, res,
+                                   sums, sqs);
                     for (int l = 0; l < LANES / VL; l++) {
                         sum[j][l] = sums[l];
                         sq[j][l] = sqs[l];
@@ -1257,10 +1257,10 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
     }
 }
 
-#define INTERLEAVED(direction, name)                                                                                    \
+#define INTERLEAVED(direction, name)                                                                                   \
     static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,         \
                      double *a, double *b) {                                                                           \
-        SPECIALIZE(p, INTERLEAVED_##direction);                                                                            \
+        SPECIALIZE(p, INTERLEAVED_##direction);                                                                        \
         vfence();                                                                                                      \
     }
 #define INTERLEAVED_FORWARD(act, res)  interleave(p, k, c0, other, channels, a, b, FORWARD, act, res)
