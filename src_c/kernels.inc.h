@@ -15,8 +15,7 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define LANES         32 /* partial sums of a plane's values: with two sums, half of AVX2's registers */
-#define SHORT_PLANE   BN_SHORT_PLANE
+#define LANES         32         /* partial sums of a plane's values: with two sums, half of AVX2's registers */
 #define SHORT_LANES   16         /* of short planes: adding up more would take longer than the values */
 #define SHORT_BLOCK   64         /* channels whose short planes are gone through in memory's order */
 #define ACC           4          /* vectors a loop keeps for each sum: again half of 16 registers */
@@ -294,7 +293,7 @@ INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, 
         cursor a = cursor_at(p, n, c, s, direction);
         a.ahead = ahead;
         e0 += len;
-        if (p->packed && p->S >= LINE && p->S <= SHORT_PLANE)
+        if (p->packed && p->S >= LINE && p->S <= BN_SHORT_PLANE)
             work_short_planes(p, coef, &a, c, s, len, direction, act, res, stream);
         else
             for (; len > 0; c++, s = 0) {
@@ -441,7 +440,7 @@ INLINE ptrdiff_t piece_length(ptrdiff_t S) {
 
 /* Planes of a tile at most: short ones are summed in fewer lanes, each of which takes CHAIN values. */
 INLINE ptrdiff_t most_planes(ptrdiff_t S) {
-    return S <= SHORT_PLANE ? CHAIN / ((S + SHORT_LANES - 1) / SHORT_LANES) : PLANE_TILE / S;
+    return S <= BN_SHORT_PLANE ? CHAIN / ((S + SHORT_LANES - 1) / SHORT_LANES) : PLANE_TILE / S;
 }
 
 /* Tiles of rows are of about equal height, and as many as divide among threads: a power of two or a multiple of 16. */
@@ -651,7 +650,7 @@ INLINE vf ninther(const vf v[SAMPLES]) {
     return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
 }
 
-/* The shifts of cols <= VL channels; step is a constant. */
+/* The shifts of cols <= VL channels, and nothing of meaning behind them; step is a constant. */
 INLINE void median_of_samples(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int step, ptrdiff_t cols,
                               float *shift) {
     float value[SAMPLES][VL];
@@ -731,7 +730,7 @@ INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrd
 
 static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                          double *m2, ptrdiff_t ld) {
-    const int is_short = p->S <= SHORT_PLANE;
+    const int is_short = p->S <= BN_SHORT_PLANE;
     const ptrdiff_t inner = p->x.inner, step = is_short && p->stream ? SHORT_BLOCK : VL;
     for (ptrdiff_t t = t0; t < t1; t++) {
         const tile a = plane_tile(p, t);
@@ -1039,12 +1038,12 @@ INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, 
 
 INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,
                        double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
-    const ptrdiff_t step = p->S <= SHORT_PLANE ? SHORT_BLOCK : VL;
+    const ptrdiff_t step = p->S <= BN_SHORT_PLANE ? SHORT_BLOCK : VL;
     for (ptrdiff_t t = t0; t < t1; t++) {
         const tile b = plane_tile(p, t);
         for (ptrdiff_t c = c0; c < c1; c += step) {
             const ptrdiff_t cols = min_z(step, c1 - c), at = (t - t0) * ld + (c - c0);
-            if (p->S <= SHORT_PLANE) {
+            if (p->S <= BN_SHORT_PLANE) {
                 if (p->stream)
                     short_sums(p, coef, &b, c, cols, frozen, act, res, 1, g + at, gx + at);
                 else
