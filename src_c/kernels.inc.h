@@ -697,7 +697,18 @@ INLINE void settle_planes(const bn_problem *p, const tile *a, const float *x, pt
                 exact_stats(x + j * p->x.inner, p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
 }
 
-/* Short planes of cols <= SHORT_BLOCK channels, batch by batch, as they lie in memory. */
+/* A channel's partial sums, kept while others' values are gone through, as they lie in memory. */
+INLINE void resume(const vf *kept, int begun, int n, vf *v) {
+    for (int i = 0; i < n; i++)
+        v[i] = begun ? kept[i] : vset1(0.0f);
+}
+
+INLINE void keep(const vf *v, int n, vf *kept) {
+    for (int i = 0; i < n; i++)
+        kept[i] = v[i];
+}
+
+/* Short planes of cols <= SHORT_BLOCK channels, batch by batch. */
 INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const ptrdiff_t *sample,
                         int small, double *mean, double *m2) {
     const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
@@ -708,15 +719,11 @@ INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrd
     for (ptrdiff_t r = 0; r < a->runs; r++)
         for (ptrdiff_t c = 0; c < cols; c++) {
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
-            for (int j = 0; j < SHORT_LANES / VL; j++) {
-                s[j] = r ? sum[c][j] : vset1(0.0f);
-                q[j] = r ? sq[c][j] : vset1(0.0f);
-            }
+            resume(sum[c], r > 0, SHORT_LANES / VL, s);
+            resume(sq[c], r > 0, SHORT_LANES / VL, q);
             add_shifted(x + r * outer + c * inner, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
-            for (int j = 0; j < SHORT_LANES / VL; j++) {
-                sum[c][j] = s[j];
-                sq[c][j] = q[j];
-            }
+            keep(s, SHORT_LANES / VL, sum[c]);
+            keep(q, SHORT_LANES / VL, sq[c]);
         }
     for (ptrdiff_t c = 0; c < cols; c += VL) {
         vf s[VL], q[VL];
@@ -922,9 +929,8 @@ INLINE void next_batch(const bn_problem *p, cursor *a, int frozen, int act, int 
 }
 
 /* As add_shifted does, from a cursor that it may move. */
-INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_t runs, ptrdiff_t len,
-                      ptrdiff_t x_ahead, ptrdiff_t dy_ahead, int frozen, int act, int res, int prefetch, int lanes,
-                      vf *g, vf *gx) {
+INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_t runs, ptrdiff_t len, int frozen,
+                      int act, int res, int lanes, vf *g, vf *gx) {
     const ptrdiff_t rest = len % lanes, full = len - rest;
     const int pass = lanes < PASS ? lanes : PASS;
     const vt t = vtail(rest % VL);
@@ -938,21 +944,12 @@ INLINE void add_grads(const bn_problem *p, const vcoef *k, cursor from, ptrdiff_
         }
         for (ptrdiff_t r = 0; r < runs; r++) {
             for (ptrdiff_t i = lane; i < full; i += lanes)
-                for (int j = 0; j < pass / VL; j++) {
-                    if (prefetch && j * VL % LINE == 0) {
-                        vprefetch(a.x + i + j * VL + x_ahead);
-                        vprefetch(a.dy + i + j * VL + dy_ahead);
-                    }
+                for (int j = 0; j < pass / VL; j++)
                     sum_at(k, &a, i + j * VL, t, 1, frozen, act, res, &ga[j], &gxa[j]);
-                }
             for (int j = 0; j < pass / VL; j++) {
                 if (rest <= lane + j * VL)
                     continue;
                 const ptrdiff_t i = full + lane + j * VL;
-                if (prefetch && j * VL % LINE == 0) {
-                    vprefetch(a.x + i + x_ahead);
-                    vprefetch(a.dy + i + dy_ahead);
-                }
                 if (rest >= lane + (j + 1) * VL)
                     sum_at(k, &a, i, t, 1, frozen, act, res, &ga[j], &gxa[j]);
                 else
@@ -975,17 +972,16 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
     for (int j = 0; j < LANES / VL; j++)
         s[j] = q[j] = vset1(0.0f);
     if (PASS >= LANES || b->len < 2 * PIECE)
-        add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, 0, 0, frozen, act, res, 0, LANES, s,
-                  q);
+        add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, frozen, act, res, LANES, s, q);
     else
         for (ptrdiff_t r = 0; r < b->runs; r++) {
             ptrdiff_t i = 0;
             for (; i + PIECE <= b->len; i += PIECE)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, 0, 0, frozen, act, res, 0,
-                          LANES, s, q);
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, frozen, act, res, LANES, s,
+                          q);
             if (i < b->len)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, 0, 0, frozen, act, res,
-                          0, LANES, s, q);
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, frozen, act, res, LANES,
+                          s, q);
         }
     *g = add_vectors(s, LANES);
     *gx = add_vectors(q, LANES);
@@ -1006,23 +1002,18 @@ INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *g, double *gx) {
 
 /* As short_stats does. */
 INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c0, ptrdiff_t cols,
-                       int frozen, int act, int res, int prefetch, double *g, double *gx) {
+                       int frozen, int act, int res, double *g, double *gx) {
     vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
     for (ptrdiff_t r = 0; r < b->runs; r++) {
         cursor a = cursor_at(p, b->n + r, c0, 0, BACKWARD);
         for (ptrdiff_t c = 0; c < cols; c++) {
             const vcoef k = coef_of_channel(p, coef, c0 + c, BACKWARD);
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
-            for (int j = 0; j < SHORT_LANES / VL; j++) {
-                s[j] = r ? sum[c][j] : vset1(0.0f);
-                q[j] = r ? sq[c][j] : vset1(0.0f);
-            }
-            add_grads(p, &k, a, 1, b->len, p->x.outer, p->grad_output.outer, frozen, act, res, prefetch, SHORT_LANES, s,
-                      q);
-            for (int j = 0; j < SHORT_LANES / VL; j++) {
-                sum[c][j] = s[j];
-                sq[c][j] = q[j];
-            }
+            resume(sum[c], r > 0, SHORT_LANES / VL, s);
+            resume(sq[c], r > 0, SHORT_LANES / VL, q);
+            add_grads(p, &k, a, 1, b->len, frozen, act, res, SHORT_LANES, s, q);
+            keep(s, SHORT_LANES / VL, sum[c]);
+            keep(q, SHORT_LANES / VL, sq[c]);
             next_plane(p, &a, 0, BACKWARD, res);
         }
     }
@@ -1044,10 +1035,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
         for (ptrdiff_t c = c0; c < c1; c += step) {
             const ptrdiff_t cols = min_z(step, c1 - c), at = (t - t0) * ld + (c - c0);
             if (p->S <= BN_SHORT_PLANE) {
-                if (p->stream)
-                    short_sums(p, coef, &b, c, cols, frozen, act, res, 1, g + at, gx + at);
-                else
-                    short_sums(p, coef, &b, c, cols, frozen, act, res, 0, g + at, gx + at);
+                short_sums(p, coef, &b, c, cols, frozen, act, res, g + at, gx + at);
                 continue;
             }
             vf s[VL], q[VL];
@@ -1199,7 +1187,7 @@ INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, pt
     const cursor other_rest = cursor_at(p, n, c_other, begin + i, direction);
     const cursor rest = cursor_at(p, n, c, begin + head + i, direction);
     if (direction == BACKWARD)
-        add_grads(p, k_other, other_rest, 1, len - i, 0, 0, 0, act, res, 0, LANES, s, q);
+        add_grads(p, k_other, other_rest, 1, len - i, 0, act, res, LANES, s, q);
     else
         add_shifted(other_rest.x, 0, 1, len - i, k_other->mean, 0, 0, LANES, s, q);
     work_run(k, &rest, len - head - i, direction, act, res, 1);
@@ -1233,16 +1221,12 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
                         k_other = coef_of_channel(p, coef, other + i + j, direction);
                     else
                         k_other.mean = vset1(shift[j]);
-                    for (int l = 0; l < LANES / VL; l++) {
-                        sums[l] = r ? sum[j][l] : vset1(0.0f);
-                        sqs[l] = r ? sq[j][l] : vset1(0.0f);
-                    }
+                    resume(sum[j], r > 0, LANES / VL, sums);
+                    resume(sq[j], r > 0, LANES / VL, sqs);
                     interleave_run(p, d.n + r, d.s, d.len, &k_other, other + i + j, &k, c0 + i + j, direction, act, res,
                                    sums, sqs);
-                    for (int l = 0; l < LANES / VL; l++) {
-                        sum[j][l] = sums[l];
-                        sq[j][l] = sqs[l];
-                    }
+                    keep(sums, LANES / VL, sum[j]);
+                    keep(sqs, LANES / VL, sq[j]);
                 }
             for (ptrdiff_t j = 0; j < cols; j++) {
                 s[j] = add_vectors(sum[j], LANES);
