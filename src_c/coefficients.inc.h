@@ -1,0 +1,179 @@
+/* coefficients.inc.h: pools tiles and makes coefficients, in float64, a few operations a channel. */
+
+/* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
+ * and a tile adds n * (its mean - the mean)^2 to its own squared deviations. Means are taken relative to the first
+ * tile's, so that equal ones pool to exactly themselves. */
+static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
+                       ptrdiff_t ld, double *mean, double *var) {
+    const ptrdiff_t T = tiles(p);
+    const double total = (double)(p->N * p->S);
+    if (T == 1 && p->fold == 1) {
+        for (ptrdiff_t c = c0; c < c1; c++) {
+            mean[c] = tile_mean[c - c0];
+            var[c] = tile_m2[c - c0] / total;
+        }
+        return;
+    }
+    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
+        const ptrdiff_t cols = min_z(BLOCK, c1 - cb);
+        double m[BLOCK], q[BLOCK];
+        for (ptrdiff_t c = 0; c < cols; c++)
+            m[c] = q[c] = 0.0;
+        for (ptrdiff_t t = 0; t < T; t++) {
+            double w;
+            const ptrdiff_t F = tile_repetitions(p, t, &w);
+            for (ptrdiff_t f = 0; f < F; f++) {
+                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
+                for (ptrdiff_t c = 0; c < cols; c++)
+                    m[c] += w * (tm[c] - tile_mean[cb - c0 + c]);
+            }
+        }
+        for (ptrdiff_t c = 0; c < cols; c++)
+            m[c] = tile_mean[cb - c0 + c] + m[c] / total;
+        for (ptrdiff_t t = 0; t < T; t++) {
+            double w;
+            const ptrdiff_t F = tile_repetitions(p, t, &w);
+            for (ptrdiff_t f = 0; f < F; f++) {
+                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
+                const double *tq = tile_m2 + t * ld + f * p->C + (cb - c0);
+                for (ptrdiff_t c = 0; c < cols; c++) {
+                    const double d = tm[c] - m[c];
+                    q[c] += tq[c] + w * (d * d);
+                }
+            }
+        }
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            mean[cb + c] = m[c];
+            var[cb + c] = q[c] / total;
+        }
+    }
+}
+
+/* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
+static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
+                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx) {
+    const ptrdiff_t T = tiles(p);
+    for (ptrdiff_t c = c0; c < c1; c++)
+        g[c] = gx[c] = 0.0;
+    for (ptrdiff_t t = 0; t < T; t++) {
+        double values;
+        const ptrdiff_t F = tile_repetitions(p, t, &values);
+        for (ptrdiff_t f = 0; f < F; f++) {
+            const ptrdiff_t at = t * ld + f * p->C - c0;
+            for (ptrdiff_t c = c0; c < c1; c++) {
+                g[c] += tile_g[at + c];
+                gx[c] += tile_gx[at + c];
+            }
+        }
+    }
+    for (ptrdiff_t c = c0; c < c1; c++)
+        gx[c] += g[c] * k->offset[c];
+}
+
+/* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
+static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
+    const ptrdiff_t width = p->C * p->fold + LINE;
+    if (c0 == c1)
+        return;
+    if (c1 - c0 == p->C)
+        for (ptrdiff_t n = p->C; n < width; n *= 2)
+            memcpy(v + n, v, (size_t)min_z(n, width - n) * sizeof *v);
+    else
+        for (ptrdiff_t f = p->C; f < width; f += p->C)
+            for (ptrdiff_t c = c0; c < min_z(c1, width - f); c++)
+                v[f + c] = v[c];
+}
+
+/* 1 / sqrt(v), and 0 for 0: a float32 estimate and one step of Newton's are as good in the end as float64's own square
+ * root and division, which take three times as long. */
+INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
+    int beyond = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double a = 1.0f / sqrtf((float)v[i]);
+        r[i] = a * (1.5 - 0.5 * v[i] * (a * a));
+        beyond |= !(v[i] >= FLT_MIN) | !(v[i] <= FLT_MAX);
+    }
+    if (beyond)
+        for (ptrdiff_t i = 0; i < n; i++)
+            if (!(v[i] >= FLT_MIN && v[i] <= FLT_MAX))
+                r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
+}
+
+/* Of n <= BLOCK channels from cb on, from their means hi + lo and v = var + eps. */
+INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
+                       const float *weight, const float *bias, const bn_coef *k) {
+    float *restrict mean = k->mean + cb, *restrict scale = k->scale + cb, *restrict shift = k->shift + cb;
+    double invstd[BLOCK];
+    inverse_deviation(v, n, invstd);
+    for (ptrdiff_t c = 0; c < n; c++) {
+        const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
+        scale[c] = (float)a;
+        shift[c] = (float)((bias ? bias[cb + c] : 0.0) - lo[c] * a);
+    }
+    for (ptrdiff_t c = 0; c < n; c++)
+        mean[c] = hi[c];
+    if (k->invstd)
+        for (ptrdiff_t c = 0; c < n; c++) {
+            k->invstd[cb + c] = (float)invstd[c];
+            k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
+            /* no batch terms, unless backward_coef puts them in */
+            k->g_mean[cb + c] = k->g_proj[cb + c] = k->g_shift[cb + c] = 0.0f;
+        }
+}
+
+static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_coef *k) {
+    repeat(p, c0, c1, k->mean);
+    repeat(p, c0, c1, k->scale);
+    repeat(p, c0, c1, k->shift);
+    if (k->invstd) {
+        repeat(p, c0, c1, k->invstd);
+        repeat(p, c0, c1, k->g_mean);
+        repeat(p, c0, c1, k->g_proj);
+        repeat(p, c0, c1, k->g_shift);
+    }
+}
+
+static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
+                 const float *weight, const float *bias, double eps, const bn_coef *k) {
+    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
+        const ptrdiff_t n = min_z(BLOCK, c1 - cb);
+        double lo[BLOCK], v[BLOCK];
+        float hi[BLOCK];
+        for (ptrdiff_t c = 0; c < n; c++) {
+            hi[c] = (float)mean[cb + c];
+            lo[c] = mean[cb + c] - hi[c];
+            v[c] = var[cb + c] + eps;
+        }
+        coef_block(cb, n, hi, lo, v, weight, bias, k);
+    }
+    repeat_coef(p, c0, c1, k);
+}
+
+static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
+                         const float *bias, double eps, const bn_coef *k) {
+    const double lo[BLOCK] = {0.0};
+    for (ptrdiff_t cb = 0; cb < p->C; cb += BLOCK) {
+        const ptrdiff_t n = min_z(BLOCK, p->C - cb);
+        double v[BLOCK];
+        for (ptrdiff_t c = 0; c < n; c++)
+            v[c] = var[cb + c] + eps;
+        coef_block(cb, n, mean + cb, lo, v, weight, bias, k);
+    }
+    repeat_coef(p, 0, p->C, k);
+}
+
+static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
+                          const bn_coef *k) {
+    const float *restrict scale = k->scale, *restrict invstd = k->invstd, *restrict offset = k->offset;
+    float *restrict mean = k->g_mean, *restrict proj = k->g_proj, *restrict shift = k->g_shift;
+    const double share = 1.0 / (double)(p->N * p->S);
+    for (ptrdiff_t c = c0; c < c1; c++) {
+        const double g_mean = g[c] * share, gx_mean = gx[c] * share;
+        mean[c] = (float)g_mean;
+        proj[c] = (float)(-gx_mean * invstd[c]);
+        shift[c] = (float)(-scale[c] * ((g_mean - mean[c]) + gx_mean * offset[c]));
+    }
+    repeat(p, c0, c1, k->g_mean);
+    repeat(p, c0, c1, k->g_proj);
+    repeat(p, c0, c1, k->g_shift);
+}

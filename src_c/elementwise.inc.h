@@ -1,0 +1,349 @@
+/* elementwise.inc.h: the forward and the backward pass over elements, from each channel's coefficients. */
+
+/* One channel's coefficients in all lanes (planes), or those of VL channels that follow one another (rows). */
+typedef struct {
+    vf mean, scale, shift, slope; /* what a direction does not use, the compiler drops */
+    vf invstd, g_mean, g_proj, g_shift;
+} vcoef;
+
+/* Where a run of values lies in each operand. */
+typedef struct {
+    const float *x, *r, *dy;
+    float *out, *gr;
+    ptrdiff_t ahead; /* from x and dy to what will be read next; 0: unknown */
+} cursor;
+
+enum { FORWARD, BACKWARD };
+
+INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
+    const int b = direction == BACKWARD;
+    const vf none = vset1(0.0f);
+    const vcoef v = {
+        vset1(k->mean[c]),
+        vset1(k->scale[c]),
+        vset1(k->shift[c]),
+        vset1(p->negative_slope),
+        b ? vset1(k->invstd[c]) : none,
+        b ? vset1(k->g_mean[c]) : none,
+        b ? vset1(k->g_proj[c]) : none,
+        b ? vset1(k->g_shift[c]) : none,
+    };
+    return v;
+}
+
+INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
+    const int b = direction == BACKWARD;
+    const vf none = vset1(0.0f);
+    const vcoef v = {
+        vload(k->mean + c),
+        vload(k->scale + c),
+        vload(k->shift + c),
+        vset1(p->negative_slope),
+        b ? vload(k->invstd + c) : none,
+        b ? vload(k->g_mean + c) : none,
+        b ? vload(k->g_proj + c) : none,
+        b ? vload(k->g_shift + c) : none,
+    };
+    return v;
+}
+
+/* g from d = x - mean; with the expression of the forward pass, so that both agree on which side of 0 z lies. */
+INLINE vf masked_grad(const vcoef *k, vf d, vf r, vf dy, int act, int res) {
+    if (act == BN_IDENTITY)
+        return dy;
+    const vf z = vfma(d, k->scale, k->shift);
+    return activate_backward(dy, res ? vadd(z, r) : z, act, k->slope);
+}
+
+/* The elementwise work on the lanes of t at offset i. Where a whole vector is meant, `whole` is a constant 1 and t is
+ * not looked at. */
+INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int act, int res,
+                    int stream) {
+    const vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
+    vf r = d, v;
+    if (res && (direction == FORWARD || act != BN_IDENTITY))
+        r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
+    if (direction == FORWARD) {
+        const vf z = vfma(d, k->scale, k->shift);
+        v = activate(res ? vadd(z, r) : z, act, k->slope);
+    } else {
+        const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
+        const vf g = masked_grad(k, d, r, dy, act, res);
+        v = vfma(vfma(d, k->g_proj, vsub(g, k->g_mean)), k->scale, k->g_shift);
+        if (res) {
+            if (whole)
+                vstore(a->gr + i, g);
+            else
+                vstore_tail(a->gr + i, g, t);
+        }
+    }
+    if (!whole)
+        vstore_tail(a->out + i, v, t);
+    else if (stream)
+        vstream(a->out + i, v);
+    else
+        vstore(a->out + i, v);
+}
+
+#define LONG_RUN 128 /* values from which on a run is worth being aligned */
+
+/* What lies `ahead` of offset i. It lets reads go on while streaming stores drain. */
+INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int direction) {
+    vprefetch(a->x + i + a->ahead);
+    if (direction == BACKWARD)
+        vprefetch(a->dy + i + a->ahead);
+}
+
+/* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
+ * of memory, which several rows at once hide from the hardware. */
+INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
+
+/* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
+ * last goes through the cache. */
+INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream) {
+    const vt all = vtail(VL);
+    ptrdiff_t i = 0;
+    if (stream || len >= LONG_RUN) {
+        const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % LINE));
+        for (; i + VL <= head; i += VL)
+            work_at(k, a, i, all, 1, direction, act, res, 0);
+        if (i < head)
+            work_at(k, a, i, vtail(head - i), 0, direction, act, res, 0);
+        i = head;
+    }
+    for (; i + 4 * VL <= len; i += 4 * VL)
+        for (int j = 0; j < 4 * VL; j += VL)
+            work_at(k, a, i + j, all, 1, direction, act, res, stream);
+    for (; i + LINE <= len; i += LINE)
+        for (int j = 0; j < LINE; j += VL)
+            work_at(k, a, i + j, all, 1, direction, act, res, stream);
+    for (; i + VL <= len; i += VL)
+        work_at(k, a, i, all, 1, direction, act, res, 0);
+    if (i < len)
+        work_at(k, a, i, vtail(len - i), 0, direction, act, res, 0);
+}
+
+INLINE cursor cursor_at(const bn_problem *p, ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t i, int direction) {
+    cursor a;
+    const bn_operand *out = direction == FORWARD ? &p->y : &p->grad_input;
+    a.x = p->x.data + outer * p->x.outer + inner * p->x.inner + i;
+    a.out = out->data + outer * out->outer + inner * out->inner + i;
+    a.r = p->residual.data ? p->residual.data + outer * p->residual.outer + inner * p->residual.inner + i : NULL;
+    a.dy = NULL;
+    a.gr = NULL;
+    a.ahead = 0;
+    if (direction == BACKWARD) {
+        a.dy = p->grad_output.data + outer * p->grad_output.outer + inner * p->grad_output.inner + i;
+        if (p->grad_residual.data)
+            a.gr = p->grad_residual.data + outer * p->grad_residual.outer + inner * p->grad_residual.inner + i;
+    }
+    return a;
+}
+
+/* From offset s of a plane to the beginning of the next. */
+INLINE void next_plane(const bn_problem *p, cursor *a, ptrdiff_t s, int direction, int res) {
+    a->x += p->x.inner - s;
+    if (res)
+        a->r += p->residual.inner - s;
+    if (direction == FORWARD)
+        a->out += p->y.inner - s;
+    else {
+        a->out += p->grad_input.inner - s;
+        a->dy += p->grad_output.inner - s;
+        if (res)
+            a->gr += p->grad_residual.inner - s;
+    }
+}
+
+/* Column 0 of a row of the kernel's width: `fold` rows of memory, or one row anywhere. */
+INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
+    if (p->fold > 1)
+        return cursor_at(p, 0, 0, row * p->C * p->fold, direction);
+    return p->N == 1 ? cursor_at(p, 0, row, 0, direction) : cursor_at(p, row / p->S, row % p->S, 0, direction);
+}
+
+INLINE vcoef join_coef(const vcoef *a, const vcoef *b, vt t) {
+    const vcoef v = {
+        vjoin(a->mean, b->mean, t),     vjoin(a->scale, b->scale, t),
+        vjoin(a->shift, b->shift, t),   a->slope,
+        vjoin(a->invstd, b->invstd, t), vjoin(a->g_mean, b->g_mean, t),
+        vjoin(a->g_proj, b->g_proj, t), vjoin(a->g_shift, b->g_shift, t),
+    };
+    return v;
+}
+
+/* Short planes that follow one another, from offset s of channel c on: vectors keep to those of the output, across
+ * planes, with the coefficients of both where they lie in two. Masked stores, one a plane, would take as long as all
+ * the rest, and streamed planes would share lines. */
+INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t s,
+                              ptrdiff_t len, int direction, int act, int res, int stream) {
+    const vt all = vtail(VL);
+    ptrdiff_t i = 0, end = p->S - s;                                                     /* of channel c */
+    ptrdiff_t n = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % VL)); /* before the first vector */
+    vcoef k = coef_of_channel(p, coef, c, direction);
+    for (;;) {
+        if (n == 0) {
+            for (; i + VL <= min_z(end, len); i += VL) {
+                if (stream)
+                    prefetch_at(a, i, direction);
+                work_at(&k, a, i, all, 1, direction, act, res, stream);
+            }
+            n = min_z(VL, len - i);
+        }
+        if (n == 0)
+            return;
+        vcoef both = k;
+        if (i + n > end) {
+            const vcoef next = coef_of_channel(p, coef, ++c, direction);
+            both = join_coef(&k, &next, vtail(end - i));
+            k = next;
+            end += p->S;
+        }
+        if (n == VL)
+            work_at(&both, a, i, all, 1, direction, act, res, stream);
+        else
+            work_at(&both, a, i, vtail(n), 0, direction, act, res, 0);
+        i += n;
+        n = 0;
+    }
+}
+
+INLINE void work_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead,
+                        int direction, int act, int res, int stream) {
+    ptrdiff_t s = e0 % p->S, c = e0 / p->S % p->C, n = e0 / p->S / p->C;
+    while (e0 < e1) {
+        ptrdiff_t len = min_z((p->C - c) * p->S - s, e1 - e0);
+        cursor a = cursor_at(p, n, c, s, direction);
+        a.ahead = ahead;
+        e0 += len;
+        if (p->packed && p->S >= LINE && p->S <= BN_SHORT_PLANE)
+            work_short_planes(p, coef, &a, c, s, len, direction, act, res, stream);
+        else
+            for (; len > 0; c++, s = 0) {
+                const ptrdiff_t run = min_z(p->S - s, len);
+                const vcoef k = coef_of_channel(p, coef, c, direction);
+                work_run(&k, &a, run, direction, act, res, stream);
+                next_plane(p, &a, s, direction, res);
+                len -= run;
+            }
+        s = c = 0;
+        n++;
+    }
+}
+
+/* `rows` rows of the kernel's width. Those of a packed tensor may begin at any element (`from`): then every row is
+ * seen rotated, so that its vectors keep to the lines of the output. */
+typedef struct {
+    ptrdiff_t from, rows, phase;
+} rowset;
+
+INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int direction) {
+    return p->packed ? cursor_at(p, 0, 0, b->from + r * p->C * p->fold, direction)
+                     : row_cursor(p, b->from + r, direction);
+}
+
+/* Part of one row, in order. */
+INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t end,
+                      int direction, int act, int res) {
+    for (; c + VL <= end; c += VL) {
+        const vcoef k = coef_of_columns(p, coef, c, direction);
+        work_at(&k, a, c, vtail(VL), 1, direction, act, res, 0);
+    }
+    if (c < end) {
+        const vcoef k = coef_of_columns(p, coef, c, direction);
+        work_at(&k, a, c, vtail(end - c), 0, direction, act, res, 0);
+    }
+}
+
+/* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
+ * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
+ * hardware prefetches well, and more than it combines streaming stores for. */
+INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
+                           int direction, int act, int res, int stream) {
+    const ptrdiff_t K = p->C * p->fold;
+    cursor a = row_of(p, b, r, direction);
+    a.ahead = rows * K;
+    ptrdiff_t c = 0;
+    for (; c + LINE <= K; c += LINE) {
+        vcoef k[LINE / VL];
+        for (int v = 0; v < LINE / VL; v++) {
+            const ptrdiff_t at = b->phase + c + v * VL;
+            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+        }
+        for (int j = 0; far && j < rows; j++) {
+            const ptrdiff_t next = rows * c + j * LINE;
+            prefetch_at(&a, next, direction);
+            vprefetch(a.out + a.ahead + next);
+            if (res)
+                vprefetch(a.r + a.ahead + next);
+        }
+        for (int j = 0; j < rows; j++)
+            for (int v = 0; v < LINE / VL; v++)
+                work_at(&k[v], &a, j * K + c + v * VL, vtail(VL), 1, direction, act, res, stream);
+    }
+    for (int j = 0; c < K && j < rows; j++) {
+        const cursor rest = row_of(p, b, r + j, direction);
+        work_part(p, coef, &rest, c, K, direction, act, res);
+    }
+}
+
+INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
+                      int act, int res, int stream) {
+    /* Copies: to the compiler a vector may be stored to whatever there is a pointer to, these included. */
+    const bn_problem local = *problem, *const p = &local;
+    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const ptrdiff_t K = p->C * p->fold;
+    const int rotate = p->packed && K % LINE == 0;
+    const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
+    while (e0 < e1) {
+        const ptrdiff_t row = e0 / K, c = e0 % K;
+        ptrdiff_t misfit = 0; /* elements before the first that may begin a row */
+        if (rotate)
+            misfit = (ptrdiff_t)((0 - (uintptr_t)(out + e0) / sizeof(float)) % LINE);
+        else if (c)
+            misfit = K - c;
+        if (misfit || e1 - e0 < K) {
+            const ptrdiff_t end = min_z(K, c + (misfit ? min_z(misfit, e1 - e0) : e1 - e0));
+            const cursor a = row_cursor(p, row, direction);
+            work_part(p, coef, &a, c, end, direction, act, res);
+            e0 += end - c;
+            continue;
+        }
+        const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
+        ptrdiff_t r = 0;
+        if (p->packed && !stream && far_rows(p, K))
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
+        else if (p->packed && !stream)
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
+        for (; r < b.rows; r++)
+            if (stream && rotate)
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 1);
+            else
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 0);
+        e0 += b.rows * K;
+    }
+}
+
+#define WORK(layout, direction, name)                                                                                  \
+    static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead) {             \
+        if (p->stream) {                                                                                               \
+            SPECIALIZE(p, WORK_STREAM_##layout##_##direction);                                                         \
+            vfence();                                                                                                  \
+        } else {                                                                                                       \
+            SPECIALIZE(p, WORK_CACHED_##layout##_##direction);                                                         \
+        }                                                                                                              \
+    }
+#define WORK_STREAM_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 1)
+#define WORK_CACHED_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 0)
+#define WORK_STREAM_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 1)
+#define WORK_CACHED_planes_BACKWARD(act, res) work_planes(p, k, e0, e1, ahead, BACKWARD, act, res, 0)
+#define WORK_STREAM_rows_FORWARD(act, res)    (void)ahead, work_rows(p, k, e0, e1, FORWARD, act, res, 1)
+#define WORK_CACHED_rows_FORWARD(act, res)    (void)ahead, work_rows(p, k, e0, e1, FORWARD, act, res, 0)
+#define WORK_STREAM_rows_BACKWARD(act, res)   (void)ahead, work_rows(p, k, e0, e1, BACKWARD, act, res, 1)
+#define WORK_CACHED_rows_BACKWARD(act, res)   (void)ahead, work_rows(p, k, e0, e1, BACKWARD, act, res, 0)
+WORK(planes, FORWARD, forward_planes)
+WORK(planes, BACKWARD, backward_planes)
+WORK(rows, FORWARD, forward_rows)
+WORK(rows, BACKWARD, backward_rows)

@@ -1,0 +1,365 @@
+/* statistics.inc.h: each tile's means and squared deviations. */
+
+#define TINY 1e-30 /* below this the squares have lost bits to underflow */
+
+/* Whether the sums of n shifted values tell too little: float32 has not the range, or the shift was over two deviations
+ * off the mean (the variance loses accuracy with the square of that). */
+INLINE int unsound(double n, double sum, double sq) {
+    return !(1.25 * (sum * (sum / n)) <= sq) | !(sq <= FLT_MAX) | ((sq < TINY) & (sum != 0.0));
+}
+
+/* Means and squared deviations of n values a column from their shifted sums. Returns whether any is unsound. */
+static int settle(double n, ptrdiff_t cols, const float *shift, const double *sum, const double *sq, double *mean,
+                  double *m2) {
+    int any = 0;
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        const double a = sum[c] / n, m = sq[c] - sum[c] * a;
+        mean[c] = shift[c] + a;
+        m2[c] = m > 0.0 ? m : 0.0;
+        any |= unsound(n, sum[c], sq[c]);
+    }
+    return any;
+}
+
+/* In float64, twice over the values; eight partial sums, because one would wait for itself. */
+static void exact_stats(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, double *mean, double *m2) {
+    double s[8] = {0.0}, q[8] = {0.0};
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++)
+            s[i % 8] += x[r * stride + i];
+    const double m = (((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))) / (double)(runs * len);
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++) {
+            const double d = x[r * stride + i] - m;
+            q[i % 8] += d * d;
+        }
+    *mean = m;
+    *m2 = ((q[0] + q[1]) + (q[2] + q[3])) + ((q[4] + q[5]) + (q[6] + q[7]));
+}
+
+/* From a tile to the one that is prefetched meanwhile: the next channel's, or the plane's own next piece where a
+ * channel is so large that what is fetched of another would be gone from L2 by the time it is read. */
+INLINE ptrdiff_t to_next_tile(const bn_problem *p, ptrdiff_t inner, ptrdiff_t len) {
+    return p->S >= PLANE_TILE && p->N * p->S > LARGE_CHANNEL ? len : inner;
+}
+
+INLINE void add_halves(vf *v, int half) {
+    for (int i = 0; i < half; i++)
+        v[i] = vadd(v[i], v[i + half]);
+}
+
+/* Lanes to VL, the first steps of a tree that vsums goes on with. Not one loop over the halves: the compiler would keep
+ * v in memory for it. */
+INLINE vf add_vectors(vf *v, int lanes) {
+    if (lanes / VL >= 16)
+        add_halves(v, 8);
+    if (lanes / VL >= 8)
+        add_halves(v, 4);
+    if (lanes / VL >= 4)
+        add_halves(v, 2);
+    if (lanes / VL >= 2)
+        add_halves(v, 1);
+    return v[0];
+}
+
+/* Adds (x - shift) and its square to sums of so many lanes; value i of a run goes to lane i % lanes. Each pass is
+ * unrolled, so that its sums stay in registers. */
+INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
+                        int prefetch, int lanes, vf *s, vf *q) {
+    const ptrdiff_t rest = len % lanes, full = len - rest;
+    const int pass = lanes < PASS ? lanes : PASS;
+    const vt t = vtail(rest % VL);
+#pragma GCC unroll 4
+    for (int lane = 0; lane < lanes; lane += pass) {
+        vf *const sa = s + lane / VL, *const qa = q + lane / VL;
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            const float *a = x + r * stride + lane;
+            for (ptrdiff_t i = 0; i < full; i += lanes)
+                for (int j = 0; j < pass / VL; j++) {
+                    if (prefetch && j * VL % LINE == 0)
+                        vprefetch(a + i + j * VL + ahead);
+                    const vf d = vsub(vload(a + i + j * VL), k);
+                    sa[j] = vadd(sa[j], d);
+                    qa[j] = vfma(d, d, qa[j]);
+                }
+            for (int j = 0; j < pass / VL; j++) {
+                if (rest <= lane + j * VL)
+                    continue;
+                const float *b = a + full + j * VL;
+                if (prefetch && j * VL % LINE == 0)
+                    vprefetch(b + ahead);
+                const vf d = rest >= lane + (j + 1) * VL ? vsub(vload(b), k) : vkeep(vsub(vload_tail(b, t), k), t);
+                sa[j] = vadd(sa[j], d);
+                qa[j] = vfma(d, d, qa[j]);
+            }
+        }
+    }
+}
+
+/* The sums of a tile, still in VL lanes. */
+INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
+                         int prefetch, int lanes, vf *sum, vf *sq) {
+    vf s[LANES / VL], q[LANES / VL];
+    for (int j = 0; j < lanes / VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    if (PASS >= lanes || len < 2 * PIECE)
+        add_shifted(x, stride, runs, len, k, ahead, prefetch, lanes, s, q);
+    else
+        for (ptrdiff_t r = 0; r < runs; r++) {
+            const float *a = x + r * stride;
+            ptrdiff_t i = 0;
+            for (; i + PIECE <= len; i += PIECE)
+                add_shifted(a + i, 0, 1, PIECE, k, ahead, prefetch, lanes, s, q);
+            if (i < len)
+                add_shifted(a + i, 0, 1, len - i, k, ahead, prefetch, lanes, s, q);
+        }
+    *sum = add_vectors(s, lanes);
+    *sq = add_vectors(q, lanes);
+}
+
+/* The shift is the median of the medians of three times three values from all over the tile (Tukey's ninther): one of
+ * the values itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. */
+#define SAMPLES    9
+#define SMALL_TILE 256 /* values */
+
+INLINE vf median3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
+
+INLINE vf ninther(const vf v[SAMPLES]) {
+    return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
+}
+
+/* The shifts of cols <= VL channels, and nothing of meaning behind them; step is a constant. */
+INLINE void median_of_samples(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int step, ptrdiff_t cols,
+                              float *shift) {
+    float value[SAMPLES][VL];
+    vf v[SAMPLES];
+    for (ptrdiff_t c = 0; c < cols; c++)
+        for (int i = 0; i < SAMPLES; i += step)
+            value[i][c] = x[c * inner + sample[i]];
+    for (int i = 0; i < SAMPLES; i += step)
+        v[i] = vload(value[i]);
+    vstore(shift, step == 1 ? ninther(v) : median3(v[0], v[3], v[6]));
+}
+
+INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
+    for (int i = 0; i < SAMPLES; i++)
+        at[i] = i * a->runs / SAMPLES * p->x.outer + i * a->len / SAMPLES;
+}
+
+/* Of small tiles three values will do: the others would take as long as the sums. */
+INLINE void plane_shifts(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int small, ptrdiff_t cols,
+                         float *shift) {
+    if (small)
+        median_of_samples(x, inner, sample, 3, cols, shift);
+    else
+        median_of_samples(x, inner, sample, 1, cols, shift);
+}
+
+/* Of cols <= VL channels, from their sums in VL lanes. */
+INLINE void settle_planes(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const float *shift, vf *s,
+                          vf *q, double *mean, double *m2) {
+    const double n = (double)(a->runs * a->len);
+    float sum32[VL], sq32[VL];
+    double sum[VL], sq[VL];
+    for (ptrdiff_t j = cols; j < VL; j++)
+        s[j] = q[j] = vset1(0.0f);
+    vstore(sum32, vsums(s));
+    vstore(sq32, vsums(q));
+    for (int j = 0; j < VL; j++) {
+        sum[j] = sum32[j];
+        sq[j] = sq32[j];
+    }
+    if (settle(n, cols, shift, sum, sq, mean, m2))
+        for (ptrdiff_t j = 0; j < cols; j++)
+            if (unsound(n, sum[j], sq[j]))
+                exact_stats(x + j * p->x.inner, p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
+}
+
+/* A channel's partial sums, kept while others' values are gone through, as they lie in memory. */
+INLINE void resume(const vf *kept, int begun, int n, vf *v) {
+    for (int i = 0; i < n; i++)
+        v[i] = begun ? kept[i] : vset1(0.0f);
+}
+
+INLINE void keep(const vf *v, int n, vf *kept) {
+    for (int i = 0; i < n; i++)
+        kept[i] = v[i];
+}
+
+/* Short planes of cols <= SHORT_BLOCK channels, batch by batch. */
+INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const ptrdiff_t *sample,
+                        int small, double *mean, double *m2) {
+    const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
+    float shift[SHORT_BLOCK];
+    vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
+    for (ptrdiff_t c = 0; c < cols; c += VL)
+        plane_shifts(x + c * inner, inner, sample, small, min_z(VL, cols - c), shift + c);
+    for (ptrdiff_t r = 0; r < a->runs; r++)
+        for (ptrdiff_t c = 0; c < cols; c++) {
+            vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
+            resume(sum[c], r > 0, SHORT_LANES / VL, s);
+            resume(sq[c], r > 0, SHORT_LANES / VL, q);
+            add_shifted(x + r * outer + c * inner, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
+            keep(s, SHORT_LANES / VL, sum[c]);
+            keep(q, SHORT_LANES / VL, sq[c]);
+        }
+    for (ptrdiff_t c = 0; c < cols; c += VL) {
+        vf s[VL], q[VL];
+        for (ptrdiff_t j = 0; j < min_z(VL, cols - c); j++) {
+            s[j] = add_vectors(sum[c + j], SHORT_LANES);
+            q[j] = add_vectors(sq[c + j], SHORT_LANES);
+        }
+        settle_planes(p, a, x + c * inner, min_z(VL, cols - c), shift + c, s, q, mean + c, m2 + c);
+    }
+}
+
+static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                         double *m2, ptrdiff_t ld) {
+    const int is_short = p->S <= BN_SHORT_PLANE;
+    const ptrdiff_t inner = p->x.inner, step = is_short && p->stream ? SHORT_BLOCK : VL;
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        const tile a = plane_tile(p, t);
+        const ptrdiff_t ahead = to_next_tile(p, inner, a.len);
+        const int small = a.runs * a.len <= SMALL_TILE;
+        ptrdiff_t sample[SAMPLES];
+        samples(p, &a, sample);
+        for (ptrdiff_t c = c0; c < c1; c += step) {
+            const ptrdiff_t cols = min_z(step, c1 - c);
+            const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
+            double *mean_t = mean + (t - t0) * ld + (c - c0), *m2_t = m2 + (t - t0) * ld + (c - c0);
+            if (is_short && p->stream) {
+                short_stats(p, &a, x, cols, sample, small, mean_t, m2_t);
+                continue;
+            }
+            float shift[VL];
+            vf s[VL], q[VL];
+            plane_shifts(x, inner, sample, small, cols, shift);
+            for (ptrdiff_t j = 0; j < cols; j++) {
+                const float *plane = x + j * inner;
+                const vf mid = vset1(shift[j]);
+                if (is_short)
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, SHORT_LANES, &s[j], &q[j]);
+                else if (p->stream)
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, ahead, 1, LANES, &s[j], &q[j]);
+                else
+                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, LANES, &s[j], &q[j]);
+            }
+            settle_planes(p, &a, x, cols, shift, s, q, mean_t, m2_t);
+        }
+    }
+}
+
+/* Column 0 of a row of x, of the kernel's width: `fold` rows of memory, or one row anywhere. */
+INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
+
+/* Whether to add several rows at a time, because a sum in memory costs more than the value that is added to it. From
+ * beyond the cache one row after the other, as the elementwise work, unless the sums themselves crowd L1. */
+INLINE int several_rows(const bn_problem *p) { return p->packed && (!p->stream || p->C * p->fold > WIDE); }
+
+/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. */
+INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdiff_t cols, const float *shift, float *s,
+                     float *q) {
+    const vt t = vtail(cols % VL);
+    ptrdiff_t c = 0;
+    for (; c + VL <= cols; c += VL) {
+        const vf k = vload(shift + c);
+        vf sum = vload(s + c), sq = vload(q + c);
+        for (int j = 0; far && j < rows * VL; j += LINE)
+            vprefetch(x + rows * (stride + c) + j);
+        for (int r = 0; r < rows; r++) {
+            const vf d = vsub(vload(x + r * stride + c), k);
+            sum = vadd(sum, d);
+            sq = vfma(d, d, sq);
+        }
+        vstore(s + c, sum);
+        vstore(q + c, sq);
+    }
+    if (c < cols) {
+        const vf k = vload(shift + c);
+        vf sum = vload(s + c), sq = vload(q + c);
+        for (int r = 0; r < rows; r++) {
+            const vf d = vsub(vload_tail(x + r * stride + c, t), k);
+            sum = vadd(sum, d);
+            sq = vfma(d, d, sq);
+        }
+        vstore(s + c, sum);
+        vstore(q + c, sq);
+    }
+}
+
+/* Starts partial sums of whole vectors. */
+INLINE void clear(ptrdiff_t cols, float *s, float *q) {
+    const size_t size = (size_t)((cols + VL - 1) / VL * VL) * sizeof *s;
+    memset(s, 0, size);
+    memset(q, 0, size);
+}
+
+/* Moves float32 partial sums to the float64 ones and starts them anew. */
+INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        sum[c] += s[c];
+        sq[c] += q[c];
+    }
+    clear(cols, s, q);
+}
+
+/* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
+INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
+                       float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
+    const ptrdiff_t K = p->C * p->fold;
+    const int several = several_rows(p), far = far_rows(p, cols);
+    const float *x[SAMPLES];
+    for (int i = 0; i < SAMPLES; i++)
+        x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
+    for (ptrdiff_t i = 0; i < cols; i += VL) {
+        vf v[SAMPLES];
+        for (int j = 0; j < SAMPLES; j++)
+            v[j] = vload_tail(x[j] + i, vtail(cols - i));
+        vstore(shift + i, ninther(v));
+    }
+    memset(sum, 0, (size_t)cols * sizeof *sum);
+    memset(sq, 0, (size_t)cols * sizeof *sq);
+    for (ptrdiff_t r = 0, n; r < rows; r += n) {
+        n = min_z(CHAIN, rows - r);
+        ptrdiff_t i = 0;
+        for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, cols, shift, s, q);
+        for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 0, cols, shift, s, q);
+        for (; i < n; i++)
+            add_rows(row_at(p, row0 + r + i) + c, K, 1, 0, cols, shift, s, q);
+        carry(cols, s, q, sum, sq);
+    }
+    if (settle((double)rows, cols, shift, sum, sq, mean, m2))
+        for (ptrdiff_t i = 0; i < cols; i++)
+            if (unsound((double)rows, sum[i], sq[i])) {
+                float v[ROW_TILE];
+                for (ptrdiff_t r = 0; r < rows; r++)
+                    v[r] = row_at(p, row0 + r)[c + i];
+                exact_stats(v, 0, 1, rows, &mean[i], &m2[i]);
+            }
+}
+
+static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                       double *m2, ptrdiff_t ld) {
+    float shift[PANEL], s[PANEL], q[PANEL];
+    double sum[PANEL], sq[PANEL];
+    clear(min_z(PANEL, c1 - c0), s, q);
+    for (ptrdiff_t t = t0; t < t1; t++) {
+        ptrdiff_t row0;
+        const ptrdiff_t rows = row_tile(p, t, &row0);
+        if (rows == 0) { /* one value a column */
+            const float *x = row_at(p, row0);
+            for (ptrdiff_t c = c0; c < min_z(c1, p->N * p->S % p->fold * p->C); c++) {
+                const double v = x[c];
+                mean[(t - t0) * ld + c - c0] = v;
+                m2[(t - t0) * ld + c - c0] = v - v; /* 0, or NaN for what is not finite */
+            }
+            continue;
+        }
+        for (ptrdiff_t c = c0; c < c1; c += PANEL) {
+            const ptrdiff_t at = (t - t0) * ld + (c - c0);
+            tile_stats(p, row0, rows, c, min_z(PANEL, c1 - c), shift, s, q, sum, sq, mean + at, m2 + at);
+        }
+    }
+}

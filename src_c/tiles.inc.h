@@ -1,0 +1,94 @@
+/* tiles.inc.h: the tiles over which sums are taken. They depend on N, C, S and the layout alone. */
+
+/* A tile of planes: `runs` runs of len values, one in each of the planes n, n + 1, ... */
+typedef struct {
+    ptrdiff_t n, s, runs, len;
+} tile;
+
+/* A long plane is cut into pieces of about equal length, whole LANES but for the last. */
+INLINE ptrdiff_t piece_length(ptrdiff_t S) {
+    const ptrdiff_t pieces = (S + PLANE_TILE - 1) / PLANE_TILE, len = (S + pieces - 1) / pieces;
+    return (len + LANES - 1) / LANES * LANES;
+}
+
+/* Planes of a tile at most: short ones are summed in fewer lanes, each of which takes CHAIN values. */
+INLINE ptrdiff_t most_planes(ptrdiff_t S) {
+    return S <= BN_SHORT_PLANE ? CHAIN / ((S + SHORT_LANES - 1) / SHORT_LANES) : PLANE_TILE / S;
+}
+
+/* Tiles of rows are of about equal height, and as many as divide among threads: a power of two or a multiple of 16. */
+INLINE ptrdiff_t row_tiles(ptrdiff_t rows) {
+    const ptrdiff_t least = (rows + ROW_TILE - 1) / ROW_TILE;
+    ptrdiff_t n = least > 0;
+    while (n < 16 && n < least)
+        n *= 2;
+    return n < least ? (least + 15) / 16 * 16 : n;
+}
+
+static ptrdiff_t tiles(const bn_problem *p) {
+    if (p->layout == BN_ROWS)
+        return row_tiles(p->N * p->S / p->fold) + (p->N * p->S % p->fold != 0);
+    if (p->S < PLANE_TILE)
+        return (p->N + most_planes(p->S) - 1) / most_planes(p->S);
+    const ptrdiff_t len = piece_length(p->S);
+    return p->N * ((p->S + len - 1) / len);
+}
+
+/* Whole lines, and enough vectors to keep a loop going, as long as that does not take too many columns; more of them
+ * where there are so many rows that memory is what they wait for. Statistics want few columns: they pass 0 rows. */
+static ptrdiff_t fold(ptrdiff_t C, ptrdiff_t rows) {
+    const ptrdiff_t columns = rows > MANY / (C + 1) ? 4 * FOLDED : FOLDED;
+    ptrdiff_t f = 1;
+    if (C == 0)
+        return 1;
+    while (C * f % LINE)
+        f *= 2;
+    if (C * f > 32 * FOLDED)
+        return 1;
+    while (C * f < columns)
+        f *= 2;
+    return f;
+}
+
+INLINE tile plane_tile(const bn_problem *p, ptrdiff_t t) {
+    tile a;
+    if (p->S < PLANE_TILE) {
+        const ptrdiff_t n = tiles(p);
+        a.n = p->N * t / n;
+        a.s = 0;
+        a.runs = p->N * (t + 1) / n - a.n;
+        a.len = p->S;
+    } else {
+        const ptrdiff_t len = piece_length(p->S), pieces = (p->S + len - 1) / len;
+        a.n = t / pieces;
+        a.s = t % pieces * len;
+        a.runs = 1;
+        a.len = min_z(len, p->S - a.s);
+    }
+    return a;
+}
+
+/* Values in column j of tile t of rows; the rows that do not fill a wide one make a last tile of their own. */
+INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
+    const ptrdiff_t wide = p->N * p->S / p->fold, n = row_tiles(wide);
+    if (t >= n) {
+        *row0 = wide;
+        return 0;
+    }
+    *row0 = wide * t / n;
+    return wide * (t + 1) / n - *row0;
+}
+
+/* How many values of a channel a column of tile t holds, and in how many repetitions of the channels: in all of them,
+ * but where the last rows do not fill a wide one. */
+INLINE ptrdiff_t tile_repetitions(const bn_problem *p, ptrdiff_t t, double *values) {
+    if (p->layout == BN_PLANES) {
+        const tile a = plane_tile(p, t);
+        *values = (double)(a.runs * a.len);
+        return 1;
+    }
+    ptrdiff_t row0;
+    const ptrdiff_t rows = row_tile(p, t, &row0);
+    *values = rows ? (double)rows : 1.0;
+    return rows ? p->fold : p->N * p->S % p->fold;
+}
