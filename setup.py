@@ -34,6 +34,7 @@ MSVC_OPENMP = [(["/openmp"], [])]
 OPENMP_PROBE = "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
 
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
+INCLUDED = glob("fastbn/*.pxi")  # by _kernels.pyx
 
 
 class BuildKernels(build_ext):
@@ -55,7 +56,7 @@ class BuildKernels(build_ext):
         ext.define_macros += [(f"FASTBN_HAVE_{isa.upper()}", "1") for isa in isas]
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
-        ext.depends = [*sources, *HEADERS, self.remember("extension", ext.extra_compile_args)]
+        ext.depends = [*sources, *HEADERS, *INCLUDED, self.remember("extension", ext.extra_compile_args)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext.define_macros))
             ext.extra_objects = list(objects)

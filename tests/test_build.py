@@ -111,8 +111,9 @@ def test_what_is_built_again_when(recorder):
     assert set(recorder.build()) == SOURCES | EXTENSION
     recorder.touch("src_c/kernels_baseline.c")
     assert set(recorder.build()) == {"src_c/kernels_baseline.c"} | EXTENSION
-    recorder.touch("fastbn/_kernels.pyx")
-    assert set(recorder.build()) == EXTENSION
+    for source in "fastbn/_kernels.pyx", "fastbn/_arrays.pxi":
+        recorder.touch(source)
+        assert set(recorder.build()) == EXTENSION, source
     assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
 
 
@@ -181,8 +182,9 @@ def packages(tmp_path_factory):
 def test_sdist_holds_the_sources(packages):
     with tarfile.open(packages[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / "src_c").iterdir()}
-    assert sources | {"setup.py", "LICENSE", "fastbn/_kernels.pyx", "fastbn/py.typed"} <= names
+    sources = [*(ROOT / "src_c").iterdir(), *(ROOT / "fastbn").glob("*.p[xy][xi]")]
+    sources = {file.relative_to(ROOT).as_posix() for file in sources}
+    assert sources | {"setup.py", "LICENSE", "fastbn/py.typed"} <= names
     assert not {name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))}
 
 

@@ -1,0 +1,359 @@
+# Which arrays the kernels take, how their memory is walked, and where new ones come from: a part of _kernels.pyx.
+
+cdef int activation_code(activation) except -1:
+    if activation is None:
+        return BN_IDENTITY
+    if isinstance(activation, str):
+        if activation == "relu":
+            return BN_RELU
+        if activation == "relu6":
+            return BN_RELU6
+        if activation == "leaky_relu":
+            return BN_LEAKY_RELU
+    raise ValueError(f"activation must be None, 'relu', 'relu6' or 'leaky_relu', got {activation!r}")
+
+
+cdef int check_slope(double negative_slope) except -1:
+    if not isfinite(negative_slope):
+        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
+    return 0
+
+
+def check_activation(activation, double negative_slope):
+    activation_code(activation)
+    check_slope(negative_slope)
+
+
+cdef object foreign(a, str name):
+    """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
+    reason = ""
+    try:
+        if isinstance(a, np.generic):
+            reason = " (a scalar)"
+        elif hasattr(a, "__array_interface__"):
+            return np.asarray(a)
+        elif not hasattr(a, "__dlpack__"):
+            return np.asarray(memoryview(a))
+        elif a.__dlpack_device__()[0] == 1:  # kDLCPU
+            return np.from_dlpack(a)
+        else:
+            reason = " (not in the memory of the CPU)"
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        if hasattr(a, "__dlpack__"):
+            reason = f" ({error})"
+    raise TypeError(
+        f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; "
+        f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+    )
+
+
+cpdef cnp.ndarray array32(a, str name):
+    """`a` as an array of float32 that shares its memory; raises where it is none."""
+    b = a if cnp.PyArray_Check(a) else foreign(a, name)
+    if cnp.PyArray_TYPE(b) != cnp.NPY_FLOAT32 or not cnp.PyArray_ISNOTSWAPPED(b):
+        raise TypeError(
+            f"{name} must have dtype float32 in native byte order, got {type(a).__name__} of {b.dtype!s} "
+            f"({b.dtype.str}); convert it with numpy.asarray({name}, dtype=numpy.float32)"
+        )
+    if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
+    return b
+
+
+cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1:
+    cdef int i, nd = cnp.PyArray_NDIM(x)
+    if cnp.PyArray_NDIM(a) == nd:
+        for i in range(nd):
+            if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(x, i):
+                break
+        else:
+            return 0
+    raise ValueError(f"{name} must have the shape of {like}, {(<object> x).shape}, got {(<object> a).shape}")
+
+
+cdef Py_ssize_t check_axis(cnp.ndarray x, axis, str name) except -1:
+    cdef Py_ssize_t nd = cnp.PyArray_NDIM(x), i
+    if nd < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions (batch and channels), got shape {(<object> x).shape}")
+    try:
+        i = axis
+    except (TypeError, OverflowError):
+        raise TypeError(f"axis must be an int, got {axis!r}") from None
+    if not -nd <= i < nd:
+        raise ValueError(f"axis must lie in [{-nd}, {nd}) for {name} of shape {(<object> x).shape}, got {axis}")
+    return i + nd if i < 0 else i
+
+
+cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
+    """`a` as a float32 vector of C values."""
+    cdef cnp.ndarray v = array32(a, name)
+    if cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != C:
+        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {(<object> v).shape}")
+    if writable and not cnp.PyArray_ISWRITEABLE(v):
+        raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
+    return v
+
+
+cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
+    cdef Py_ssize_t i, span
+    low[0] = high[0] = <uintptr_t> cnp.PyArray_DATA(a)
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) == 0:
+            high[0] = low[0]
+            return
+        span = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if span < 0:
+            low[0] -= <uintptr_t> -span
+        else:
+            high[0] += <uintptr_t> span
+    high[0] += <uintptr_t> cnp.PyArray_ITEMSIZE(a)
+
+
+cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
+    cdef uintptr_t a0, a1, b0, b1
+    extent(a, &a0, &a1)
+    extent(b, &b0, &b1)
+    if a0 >= b1 or b0 >= a1:
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int i
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
+            return False
+    return True
+
+
+cdef bint distinct(cnp.ndarray a) noexcept:
+    """Whether each stride steps over all that the smaller ones reach, or two elements may lie in one place."""
+    cdef Py_ssize_t reach = cnp.PyArray_ITEMSIZE(a), least, stride
+    cdef int i, _, next_dim, nd = cnp.PyArray_NDIM(a)
+    cdef unsigned long long done = 0  # a bit for each dimension: NumPy allows 64
+    for _ in range(nd):
+        next_dim = -1
+        least = 0
+        for i in range(nd):
+            stride = cnp.PyArray_STRIDE(a, i)
+            stride = -stride if stride < 0 else stride
+            if cnp.PyArray_DIM(a, i) > 1 and not done >> i & 1 and (next_dim < 0 or stride < least):
+                next_dim, least = i, stride
+        if next_dim < 0:
+            return True
+        if least < reach:
+            return False
+        reach = least * cnp.PyArray_DIM(a, next_dim)
+        done |= 1ULL << next_dim
+    return True
+
+
+cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
+    """`a` as an array that the result for x may be written into."""
+    cdef cnp.ndarray out = array32(a, "out")
+    check_shape(out, x, "out", "the input")
+    if not cnp.PyArray_ISWRITEABLE(out):
+        raise ValueError("out is read-only; pass a writable array")
+    if in_place and same_memory(out, x):
+        return out
+    if not (cnp.PyArray_IS_C_CONTIGUOUS(out) or distinct(out)):
+        raise ValueError(
+            f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
+        )
+    if overlap(out, x):
+        raise ValueError(
+            "out overlaps x; pass x itself (in place) or memory of its own" if in_place else
+            "out overlaps x; pass memory of its own"
+        )
+    return out
+
+
+cdef int check_clear(cnp.ndarray out, a, str name) except -1:
+    if a is not None and overlap(out, a if cnp.PyArray_Check(a) else foreign(a, name)):
+        raise ValueError(f"out overlaps {name}; pass memory of its own")
+    return 0
+
+
+cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
+    """A result of one value a channel; without zero, memory that only the kernels write: clearing it takes its lines
+    from the core of the thread that is about to."""
+    cdef cnp.npy_intp shape = C
+    return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+
+
+cdef double *data64(cnp.ndarray a) noexcept:
+    return <double *> cnp.PyArray_DATA(a)
+
+
+cdef struct Strides:
+    Py_ssize_t outer, channel, inner  # in elements
+    bint walkable
+
+
+cdef bint collapse(cnp.ndarray a, int first, int end, Py_ssize_t *stride) noexcept:
+    """The one stride, in bytes, over dimensions [first, end), where there is one."""
+    cdef Py_ssize_t i, size = 1
+    stride[0] = 0
+    for i in range(end - 1, first - 1, -1):
+        if cnp.PyArray_DIM(a, i) == 1:
+            continue
+        if size == 1:
+            stride[0] = cnp.PyArray_STRIDE(a, i)
+        elif cnp.PyArray_STRIDE(a, i) != stride[0] * size:
+            return False
+        size *= cnp.PyArray_DIM(a, i)
+    return True
+
+
+cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
+    cdef Strides s
+    cdef int nd = cnp.PyArray_NDIM(a)
+    s.outer = s.inner = 0
+    s.channel = cnp.PyArray_STRIDE(a, axis)
+    if axis == nd - 1 and nd > 2:
+        s.walkable = collapse(a, 0, 1, &s.outer) and collapse(a, 1, axis, &s.inner)
+    else:
+        s.walkable = collapse(a, 0, axis, &s.outer) and collapse(a, axis + 1, nd, &s.inner)
+    if (s.outer | s.channel | s.inner) & 3 or not cnp.PyArray_ISALIGNED(a):
+        s.walkable = False
+    s.outer //= 4
+    s.channel //= 4
+    s.inner //= 4
+    return s
+
+
+cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
+    """Sizes and layout of p from x."""
+    cdef Strides s = strides_of(x, axis)
+    cdef int i, nd = cnp.PyArray_NDIM(x)
+    memset(p, 0, sizeof(bn_problem))
+    p.N = p.S = 1
+    p.C = cnp.PyArray_DIM(x, axis)
+    for i in range(nd):
+        if i < axis and (i == 0 or axis < nd - 1 or nd == 2):
+            p.N *= cnp.PyArray_DIM(x, i)
+        elif i != axis:
+            p.S *= cnp.PyArray_DIM(x, i)
+    if p.S == 1:
+        p.layout = BN_ROWS
+    elif p.C == 1 or (s.walkable and s.inner == 1):
+        p.layout = BN_PLANES
+    elif s.walkable and s.channel == 1:
+        p.layout = BN_ROWS
+    else:
+        p.layout = BN_ROWS if axis == nd - 1 else BN_PLANES
+    p.fold = 1
+    if p.layout == BN_ROWS and (not s.walkable or (
+            (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
+        p.fold = K.fold(p.C, 0)  # rows with gaps are walked one by one; what is not walkable will be copied
+
+
+cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
+    """Fill in an operand; False where the kernels cannot walk it."""
+    cdef Strides s = strides_of(a, axis)
+    o.data = <float *> cnp.PyArray_DATA(a)
+    o.outer = s.outer
+    o.inner = s.channel if p.layout == BN_PLANES else s.inner
+    if not s.walkable:
+        return False
+    if p.layout == BN_PLANES:
+        return p.S == 1 or s.inner == 1
+    if p.fold > 1:
+        return ((p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C)
+                and (p.N == 1 or s.outer == p.S * p.C))
+    return p.C == 1 or s.channel == 1
+
+
+cdef void flatten(bn_problem *p) noexcept:
+    """Whether there are gaps; rows whose batch needs no stride of its own become one batch."""
+    cdef bn_operand *o
+    cdef bn_operand **all = [&p.x, &p.residual, &p.grad_output, &p.y, &p.grad_input, &p.grad_residual]
+    cdef Py_ssize_t gapless = p.C if p.layout == BN_ROWS else p.S
+    cdef bint one_batch = p.layout == BN_ROWS
+    cdef int i
+    for i in range(6):
+        o = all[i]
+        if o.data != NULL and p.layout == BN_ROWS:
+            if p.S == 1:
+                o.inner = o.outer
+            elif p.N > 1 and o.outer != p.S * o.inner:
+                one_batch = False
+    if one_batch:
+        p.S *= p.N
+        p.N = 1
+    p.packed = one_batch or p.layout == BN_PLANES
+    for i in range(6):
+        o = all[i]
+        if o.data != NULL and o.inner != gapless and (p.S > 1 or p.layout == BN_PLANES):
+            p.packed = False
+
+
+# Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next
+# output. It is in force while such an array is made, and for all the life of that array.
+cdef PyDataMem_Handler output_handler
+memset(&output_handler, 0, sizeof(output_handler))
+strcpy(output_handler.name, b"fastbn_outputs")
+output_handler.version = 1
+output_handler.allocator.malloc = bn_output_malloc
+output_handler.allocator.calloc = bn_output_calloc
+output_handler.allocator.realloc = bn_output_realloc
+output_handler.allocator.free = bn_output_free
+cdef object output_handler_capsule = PyCapsule_New(&output_handler, "mem_handler", NULL)
+cdef Py_ssize_t KEEP_FROM = 1 << 18  # bytes; smaller arrays do not pay for page faults
+
+
+def set_output_limit(Py_ssize_t max_bytes):
+    bn_output_set_limit(<size_t> max_bytes)
+
+
+def output_memory():
+    """(bytes kept now, bytes kept at most)"""
+    return bn_output_held(), bn_output_limit()
+
+
+cdef cnp.ndarray empty_like(cnp.ndarray x):
+    if cnp.PyArray_NBYTES(x) < KEEP_FROM or bn_output_limit() == 0:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    previous = PyDataMem_SetHandler(output_handler_capsule)
+    try:
+        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+    finally:
+        PyDataMem_SetHandler(previous)
+
+
+cdef cnp.ndarray empty_for(const bn_problem *p, cnp.ndarray x, int axis):
+    """An array of x's shape, without gaps, in the memory order of p's layout."""
+    cdef bn_operand o
+    cdef cnp.ndarray a = empty_like(x)
+    if not place(&o, p, a, axis):
+        to = axis
+        if p.layout == BN_ROWS:
+            to = -1
+        elif axis == cnp.PyArray_NDIM(x) - 1:
+            to = 1
+        a = np.moveaxis(np.empty(np.moveaxis(x, axis, to).shape, np.float32), to, axis)
+    return a
+
+
+cdef cnp.ndarray readable(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis):
+    """Fill in an operand that is read; returns the array that must live as long: `a` or a copy."""
+    if place(o, p, a, axis):
+        return a
+    copy = empty_for(p, a, axis)
+    copy[...] = a
+    place(o, p, copy, axis)
+    return copy
+
+
+cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x, int axis):
+    """Fill in an operand that is written: `out`, or a new array where that is None or cannot be walked."""
+    if out is not None and place(o, p, out, axis):
+        return out
+    fresh = empty_for(p, x, axis)
+    place(o, p, fresh, axis)
+    return fresh
