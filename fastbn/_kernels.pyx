@@ -225,18 +225,19 @@ cdef struct Plan:
     Py_ssize_t first    # channels before this one have an owner, later ones are split
     Py_ssize_t group    # channels that go through all passes together
     Py_ssize_t items, panels, pieces
+    int threads
 
 
 ctypedef void (*Item)(const Plan *plan, Py_ssize_t i) noexcept nogil
 
 
-cdef void for_each(Item item, const Plan *plan, Py_ssize_t n, int threads) noexcept nogil:
+cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
     cdef Py_ssize_t i
-    if threads == 1 or n == 1:
-        for i in range(n):
+    if plan.threads == 1 or plan.items == 1:
+        for i in range(plan.items):
             item(plan, i)
     else:
-        for i in prange(n, num_threads=threads, schedule="static"):
+        for i in prange(plan.items, num_threads=plan.threads, schedule="static"):
             item(plan, i)
 
 
@@ -258,6 +259,30 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
 
 
 # one owner for a group of channels: all passes back to back, while the data is in its cache
+
+cdef enum:
+    GAP = 256  # elements: more than a core prefetches beyond what it writes, which would take it from its neighbour
+
+
+cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
+    """Between the owners' sums and coefficients."""
+    return plan.threads - 1 if plan.p.layout == BN_PLANES else 0
+
+
+cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    """The plan as the thread of item i goes by it: with sums and coefficients that are a gap away from all others'."""
+    cdef Plan own = plan[0]
+    cdef Py_ssize_t j, distance = i * plan.threads // plan.items * GAP
+    cdef float **coefficients = <float **> &own.k
+    own.tile_a += distance
+    own.tile_b += distance
+    own.g += distance
+    own.gx += distance
+    for j in range(sizeof(bn_coef) // sizeof(float *)):
+        if coefficients[j] != NULL:
+            coefficients[j] += distance
+    return own
+
 
 cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,
                              Py_ssize_t ld) noexcept nogil:
@@ -313,22 +338,24 @@ cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
 
 cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
     cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1)
-    first_pass(plan, c0, c1, -1)
-    if second_is_due(plan):
-        second_pass(plan, c0, c1)
+    cdef Plan own = of_owner(plan, i)
+    first_pass(&own, c0, c1, -1)
+    if second_is_due(&own):
+        second_pass(&own, c0, c1)
 
 
 cdef void interleaved_groups(const Plan *plan, Py_ssize_t i) noexcept nogil:
     """The second pass of each group of channels in one loop with the first pass of the next."""
     cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), end = share(plan.first, i + 1, plan.items, 1), c1, c2
+    cdef Plan own = of_owner(plan, i)
     c1 = min(c0 + plan.group, end)
-    first_pass(plan, c0, c1, -1)
+    first_pass(&own, c0, c1, -1)
     while c0 < end:
         c2 = min(c1 + plan.group, end)
         if c1 < c2:
-            first_pass(plan, c1, c2, c0)
+            first_pass(&own, c1, c2, c0)
         if c2 - c1 < c1 - c0:
-            second_pass(plan, c0 + c2 - c1, c1)
+            second_pass(&own, c0 + c2 - c1, c1)
         c0 = c1
         c1 = c2
 
@@ -405,9 +432,9 @@ cdef void backward_elements(const Plan *plan, Py_ssize_t i) noexcept nogil:
     backwards(plan, e[0], e[1], True)
 
 
-cdef void plan_tiles(Plan *plan, int threads) noexcept nogil:
+cdef void plan_tiles(Plan *plan) noexcept nogil:
     """Tiles to threads; where one would have an eighth more to do than most, columns too, but whole rows go faster."""
-    cdef Py_ssize_t n = plan.T, most = (plan.width - plan.first + 63) // 64
+    cdef Py_ssize_t n = plan.T, most = (plan.width - plan.first + 63) // 64, threads = plan.threads
     plan.panels = 1
     while (n + threads - 1) // threads * threads * 8 > n * 9 and plan.panels < most:
         plan.panels += 1
@@ -415,16 +442,16 @@ cdef void plan_tiles(Plan *plan, int threads) noexcept nogil:
     plan.items = n if plan.panels > 1 else min(n, threads)
 
 
-cdef void plan_elements(Plan *plan, int threads) noexcept nogil:
-    plan.items = threads
+cdef void plan_elements(Plan *plan) noexcept nogil:
+    plan.items = plan.threads
     if plan.first:
-        plan.pieces = (4 * threads + plan.p.N - 1) // plan.p.N
+        plan.pieces = (4 * plan.threads + plan.p.N - 1) // plan.p.N
         plan.items = plan.pieces * plan.p.N
 
 
-cdef void two_passes(Plan *plan, int threads) noexcept nogil:
+cdef void two_passes(Plan *plan) noexcept nogil:
     """Sums of some kind for each channel, then elementwise work that needs them."""
-    cdef Py_ssize_t bytes_of_channel, group_bytes, groups
+    cdef Py_ssize_t bytes_of_channel, group_bytes, groups, threads = plan.threads
     plan.first = 0
     if plan.p.layout == BN_PLANES:
         # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
@@ -436,7 +463,7 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
         if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
             plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
             plan.items = threads
-            for_each(interleaved_groups, plan, plan.items, threads)
+            for_each_item(plan, interleaved_groups)
         else:
             groups = threads
             if plan.p.stream or plan.p.N == 1:
@@ -444,22 +471,22 @@ cdef void two_passes(Plan *plan, int threads) noexcept nogil:
                 groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
                 groups = (groups + threads - 1) // threads * threads
             plan.items = min(plan.first, groups)
-            for_each(both_passes_group, plan, plan.items, threads)
+            for_each_item(plan, both_passes_group)
     if plan.first == plan.p.C:
         return
-    plan_tiles(plan, threads)
+    plan_tiles(plan)
     if plan.T == 1 and plan.width == plan.p.C and plan.first == 0:
-        for_each(first_pass_group, plan, plan.items, threads)
+        for_each_item(plan, first_pass_group)
     else:
         if not plan.need_stats:
             plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
-        for_each(stats_tiles if plan.need_stats else sums_tiles, plan, plan.items, threads)
+        for_each_item(plan, stats_tiles if plan.need_stats else sums_tiles)
         plan.items = 1 if plan.T * plan.width <= SERIAL_SUMS else min(threads, (plan.p.C - plan.first + 63) // 64)
-        for_each(pool_channels, plan, plan.items, threads)
+        for_each_item(plan, pool_channels)
     if not second_is_due(plan):
         return
-    plan_elements(plan, threads)
-    for_each(forward_elements if plan.need_stats else backward_elements, plan, plan.items, threads)
+    plan_elements(plan)
+    for_each_item(plan, forward_elements if plan.need_stats else backward_elements)
 
 
 cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
@@ -510,31 +537,31 @@ def openmp_library():
 
 # ---- coefficients ---------------------------------------------------------------------------------------------
 
-cdef Py_ssize_t coef_width(Py_ssize_t C) noexcept:
-    """Floats of one array of coefficients: as many repetitions as rows may want and 16 more, in whole lines."""
-    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16
+cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t gaps) noexcept:
+    """Floats of one array of coefficients: as many repetitions as rows may want and 16 more, in whole lines, and the
+    gaps between those of several threads."""
+    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16 + gaps * GAP
 
 
 cdef enum:
     ROOM = 3 * (1024 + 16) + 15  # floats: coefficients that need no allocation
 
 
-cdef Py_ssize_t coef_floats(Py_ssize_t C, bint backward) noexcept:
+cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
     """Of all arrays, with what it takes to begin at a cache line: a vector across two takes twice as long to load."""
-    return coef_width(C) * (8 if backward else 3) + 15
+    return width * (8 if backward else 3) + 15
 
 
-cdef float *allocate_coef(bn_coef *k, Py_ssize_t C, bint backward) except NULL:
+cdef float *allocate_coef(bn_coef *k, Py_ssize_t width, bint backward) except NULL:
     """Where k's arrays lie; to be freed."""
-    cdef float *block = <float *> malloc(<size_t> coef_floats(C, backward) * sizeof(float))
+    cdef float *block = <float *> malloc(<size_t> coef_floats(width, backward) * sizeof(float))
     if block == NULL:
-        raise MemoryError(f"no memory for the coefficients of {C} channels")
-    lay_out_coef(k, block, C, backward)
+        raise MemoryError(f"no memory for coefficients, {width} of each")
+    lay_out_coef(k, block, width, backward)
     return block
 
 
-cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t C, bint backward) noexcept:
-    cdef Py_ssize_t width = coef_width(C)
+cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward) noexcept:
     memset(k, 0, sizeof(bn_coef))
     block = <float *> ((<uintptr_t> block + 63) // 64 * 64)
     k.mean = block
@@ -587,10 +614,11 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     memset(&p, 0, sizeof(p))
     p.C = C
     p.fold = K.fold(C, rows)
-    if room != NULL and coef_floats(C, False) <= ROOM:
-        lay_out_coef(k, room, C, False)
+    cdef Py_ssize_t width = coef_width(C, 0)
+    if room != NULL and coef_floats(width, False) <= ROOM:
+        lay_out_coef(k, room, width, False)
     else:
-        block = allocate_coef(k, C, False)
+        block = allocate_coef(k, width, False)
     if float64:
         K.coef(&p, 0, C, data64(mean), data64(var), data32(weight), data32(bias), eps, k)
     else:
@@ -609,19 +637,22 @@ def channels(x, axis):
 cdef int allocate_tiles(Plan *plan) except -1:
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
-    cdef size_t n = <size_t> (plan.T * plan.width)
-    plan.tile_a = <double *> malloc(2 * (n + <size_t> plan.p.C) * sizeof(double))
+    cdef Py_ssize_t C = plan.p.C + gaps(plan) * GAP, n = plan.T * plan.width + gaps(plan) * GAP
+    plan.tile_a = <double *> malloc(2 * <size_t> (n + C) * sizeof(double))
     if plan.tile_a == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
     plan.tile_b = plan.tile_a + n
     plan.g = plan.tile_b + n
-    plan.gx = plan.g + plan.p.C
+    plan.gx = plan.g + C
     return 0
 
 
 cdef int allocate_scratch(Plan *plan, bint backward) except -1:
     """Tiles and coefficients; plan.tile_a and plan.coef_block are to be freed."""
-    plan.coef_block = allocate_coef(&plan.k, plan.p.C, backward)
+    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
+    plan.coef_block = allocate_coef(&plan.k, width, backward)
+    if plan.frozen:  # without batch terms
+        memset(plan.k.g_mean, 0, 3 * width * sizeof(float))
     try:
         return allocate_tiles(plan)
     except MemoryError:
@@ -644,7 +675,7 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     cdef Py_ssize_t limit = STREAM_BYTES
     cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
                         + (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL))
-    cdef int eighths = (6 if threads > 1 else 4) - (2 if p.layout == BN_ROWS else 0)
+    cdef int eighths = 6 if threads > 1 else 4
     if limit == 0:
         limit = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
@@ -684,9 +715,10 @@ def stats(x, axis, num_threads):
     plan.var = data64(var)
     plan.need_stats = True
     plan.p.stream = past_cache(&plan.p, threads)
+    plan.threads = threads
     allocate_tiles(&plan)
     with nogil:
-        two_passes(&plan, threads)
+        two_passes(&plan)
         free(plan.tile_a)
     return mean, var, m
 
@@ -740,9 +772,10 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     plan.var = data64(var)
     plan.eps = eps
     plan.need_stats = True
+    plan.threads = threads
     allocate_scratch(&plan, False)
     with nogil:
-        two_passes(&plan, threads)
+        two_passes(&plan)
         free(plan.tile_a)
         free(plan.coef_block)
     if out is not None and y is not out:
@@ -861,9 +894,10 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     if threads == 1 and elements < SERIAL:
         plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL
     else:
+        plan.threads = threads
         plan.items = threads
         with nogil:
-            for_each(forward_elements, &plan, threads, threads)
+            for_each_item(&plan, forward_elements)
     if out is None:
         return y
     if y is not out:
@@ -924,9 +958,10 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     plan.grad_bias = data32(grad_bias)
     plan.eps = eps
     plan.frozen = not training
+    plan.threads = threads
     allocate_scratch(&plan, True)
     with nogil:
-        two_passes(&plan, threads)
+        two_passes(&plan)
         free(plan.tile_a)
         free(plan.coef_block)
     if out is not None and dx is not out:
@@ -934,15 +969,25 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     return (dx if out is None else given), grad_weight, grad_bias, grad_residual
 
 
-def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var, double momentum, double factor):
-    """running = (1 - momentum) * running + momentum * batch in float64, in place; factor makes var unbiased."""
+cdef inline void move_towards(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t C, double momentum,
+                              double factor) noexcept:
     cdef Py_ssize_t c
-    cdef char *rm = <char *> cnp.PyArray_DATA(running_mean)
-    cdef char *rv = <char *> cnp.PyArray_DATA(running_var)
-    cdef double *mu = data64(mean)
-    cdef double *v = data64(var)
-    cdef Py_ssize_t sm = cnp.PyArray_STRIDE(running_mean, 0), sv = cnp.PyArray_STRIDE(running_var, 0)
-    for c in range(cnp.PyArray_DIM(mean, 0)):
-        (<float *> (rm + c * sm))[0] = <float> ((1.0 - momentum) * (<float *> (rm + c * sm))[0] + momentum * mu[c])
-        (<float *> (rv + c * sv))[0] = <float> ((1.0 - momentum) * (<float *> (rv + c * sv))[0]
-                                                + momentum * (v[c] * factor))
+    cdef float *a
+    for c in range(C):
+        a = <float *> (running + c * stride)
+        a[0] = <float> ((1.0 - momentum) * a[0] + momentum * (batch[c] * factor))
+
+
+cdef move_running(running, cnp.ndarray batch, double momentum, double factor):
+    cdef char *data = <char *> cnp.PyArray_DATA(running)
+    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(running, 0), C = cnp.PyArray_DIM(batch, 0)
+    if stride == 4:  # a constant to the compiler, which then takes several at a time
+        move_towards(data, 4, data64(batch), C, momentum, factor)
+    else:
+        move_towards(data, stride, data64(batch), C, momentum, factor)
+
+
+def update_running(running_mean, running_var, mean, var, double momentum, double factor):
+    """running = (1 - momentum) * running + momentum * batch in float64, in place; factor makes var unbiased."""
+    move_running(running_mean, mean, momentum, 1.0)
+    move_running(running_var, var, momentum, factor)

@@ -116,8 +116,6 @@ INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double 
         for (ptrdiff_t c = 0; c < n; c++) {
             k->invstd[cb + c] = (float)invstd[c];
             k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
-            /* no batch terms, unless backward_coef puts them in */
-            k->g_mean[cb + c] = k->g_proj[cb + c] = k->g_shift[cb + c] = 0.0f;
         }
 }
 
@@ -125,12 +123,8 @@ static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const b
     repeat(p, c0, c1, k->mean);
     repeat(p, c0, c1, k->scale);
     repeat(p, c0, c1, k->shift);
-    if (k->invstd) {
+    if (k->invstd)
         repeat(p, c0, c1, k->invstd);
-        repeat(p, c0, c1, k->g_mean);
-        repeat(p, c0, c1, k->g_proj);
-        repeat(p, c0, c1, k->g_shift);
-    }
 }
 
 static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
