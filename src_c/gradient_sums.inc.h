@@ -123,6 +123,10 @@ INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, 
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
             resume(sum[c], r > 0, SHORT_LANES / VL, s);
             resume(sq[c], r > 0, SHORT_LANES / VL, q);
+            for (ptrdiff_t i = 0; p->stream && i < b->len; i += LINE) { /* the next run's */
+                vprefetch(a.x + p->x.outer + i);
+                vprefetch(a.dy + p->grad_output.outer + i);
+            }
             add_grads(p, &k, a, 1, b->len, frozen, act, res, SHORT_LANES, s, q);
             keep(s, SHORT_LANES / VL, sum[c]);
             keep(q, SHORT_LANES / VL, sq[c]);
