@@ -51,6 +51,8 @@ def forward(
     num_threads: int | None,
     running_mean: NDArray[float32] | None,
     running_var: NDArray[float32] | None,
+    momentum: float,
+    unbiased: bool,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: NDArray[float32],
@@ -88,7 +90,8 @@ def update_running(
     running_var: NDArray[float32],
     mean: NDArray[np.float64],
     var: NDArray[np.float64],
+    count: int,
     momentum: float,
-    factor: float,
+    unbiased: bool,
 ) -> None: ...
 def tune(stream_bytes: int = -1, serial: int = -1, group_bytes: int = -1) -> None: ...

@@ -278,7 +278,7 @@ cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
     own.tile_b += distance
     own.g += distance
     own.gx += distance
-    for j in range(sizeof(bn_coef) // sizeof(float *)):
+    for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
         if coefficients[j] != NULL:
             coefficients[j] += distance
     return own
@@ -612,6 +612,7 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     weight = contiguous(weight, "weight", C)
     bias = contiguous(bias, "bias", C)
     memset(&p, 0, sizeof(p))
+    p.layout = BN_ROWS  # or planes, which want less
     p.C = C
     p.fold = K.fold(C, rows)
     cdef Py_ssize_t width = coef_width(C, 0)
@@ -666,11 +667,10 @@ cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, 
 cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
 
-    That is so many eighths of the last-level cache, or of all of those that the threads are spread over. Less of it for
-    one thread alone, which waits for memory longer, and for rows: what a second pass finds in L2 of planes it does not
-    of rows, and a single pass was measured to be faster past the cache from there on too. And it is not the huge sliced
-    cache of some servers: those are shared with others, and were measured to be no faster than streaming to memory
-    from about the size of all threads' L2 on.
+    That is so many eighths of the last-level cache, or of all of those that the threads are spread over; less of it for
+    one thread alone, which waits for memory longer. And it is not the huge sliced cache of some servers: those are
+    shared with others, and were measured to be no faster than streaming to memory from about the size of all threads'
+    L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
     cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
@@ -724,8 +724,8 @@ def stats(x, axis, num_threads):
 
 
 def forward(x, weight, bias, double eps, axis, residual, activation, double negative_slope, out, num_threads,
-            running_mean, running_var):
-    """Training forward: (y, mean, var, count). The running statistics must only be clear of out."""
+            running_mean, running_var, double momentum, bint unbiased):
+    """Training forward: (y, mean, var, count). Running statistics, or two times None, are updated."""
     x = array32(x, "x")
     check_eps(eps)
     cdef int ax = check_axis(x, axis, "x"), threads
@@ -739,6 +739,11 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     cdef object flat_weight = contiguous(weight, "weight", C), flat_bias = contiguous(bias, "bias", C)
     plan.weight = data32(flat_weight)
     plan.bias = data32(flat_bias)
+    if running_mean is not None:
+        running_mean = vector(running_mean, "running_mean", C, True)
+        running_var = vector(running_var, "running_var", C, True)
+        if not isfinite(momentum):
+            raise ValueError(f"momentum must be finite, got {momentum}")
     if residual is not None:
         residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
@@ -780,6 +785,8 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         free(plan.coef_block)
     if out is not None and y is not out:
         out[...] = y
+    if running_mean is not None:
+        update_running(running_mean, running_var, mean, var, m, momentum, unbiased)
     return (y if out is None else given), mean, var, m
 
 
@@ -987,7 +994,7 @@ cdef move_running(running, cnp.ndarray batch, double momentum, double factor):
         move_towards(data, stride, data64(batch), C, momentum, factor)
 
 
-def update_running(running_mean, running_var, mean, var, double momentum, double factor):
-    """running = (1 - momentum) * running + momentum * batch in float64, in place; factor makes var unbiased."""
+cpdef update_running(running_mean, running_var, mean, var, Py_ssize_t count, double momentum, bint unbiased):
+    """running = (1 - momentum) * running + momentum * batch in float64, in place."""
     move_running(running_mean, mean, momentum, 1.0)
-    move_running(running_var, var, momentum, factor)
+    move_running(running_var, var, momentum, <double> count / (count - 1) if unbiased and count > 1 else 1.0)

@@ -109,17 +109,10 @@ def batch_norm(
             x, running_mean, running_var, False, weight, bias, eps, axis, residual, activation,
             negative_slope, out, num_threads,
         )  # fmt: skip
-    channels = _kernels.channels(x, axis)
-    running_mean = _kernels.vector(running_mean, "running_mean", channels, True)
-    running_var = _kernels.vector(running_var, "running_var", channels, True)
-    momentum = _finite("momentum", momentum)
-    y, mean, var, count = _kernels.forward(
+    return _kernels.forward(
         x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
-        running_mean, running_var,
-    )  # fmt: skip
-    if count:
-        _kernels.update_running(running_mean, running_var, mean, var, momentum, _correction(count, unbiased))
-    return y
+        running_mean, running_var, momentum, unbiased,
+    )[0]  # fmt: skip
 
 
 def batch_stats(x: Array, *, axis: int = 1, num_threads: int | None = None) -> BatchStats:
@@ -191,8 +184,9 @@ def batch_norm_forward(
         )  # fmt: skip
         return y, stats
     y, mean, var, count = _kernels.forward(
-        x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, None, None
-    )
+        x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
+        None, None, 0.0, False,
+    )  # fmt: skip
     return y, BatchStats._wrap(mean, var, count)
 
 
@@ -283,12 +277,8 @@ def update_running(
     momentum = _finite("momentum", momentum)
     if stats.count:
         _kernels.update_running(
-            running_mean, running_var, stats.mean, stats.var, momentum, _correction(stats.count, unbiased)
+            running_mean, running_var, stats.mean, stats.var, stats.count, momentum, unbiased
         )
-
-
-def _correction(count: int, unbiased: bool) -> float:
-    return count / (count - 1) if unbiased and count > 1 else 1.0
 
 
 def _finite(name: str, value: float) -> float:

@@ -70,10 +70,11 @@ static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdi
         gx[c] += g[c] * k->offset[c];
 }
 
-/* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. */
+/* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. Planes
+ * want none of it, and there an owner may have its coefficients. */
 static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
     const ptrdiff_t width = p->C * p->fold + LINE;
-    if (c0 == c1)
+    if (c0 == c1 || p->layout == BN_PLANES)
         return;
     if (c1 - c0 == p->C)
         for (ptrdiff_t n = p->C; n < width; n *= 2)

@@ -41,8 +41,8 @@ typedef struct {
     bn_operand y, grad_input, grad_residual; /* written */
 } bn_problem;
 
-/* Per-channel coefficients, float32: C * fold of them (of offset C), then 16 more that begin again with the
- * first.
+/* Per-channel coefficients, float32. For rows C * fold of them (of offset C), then 16 more that begin again with the
+ * first; for planes C.
  *   forward:   z = (x - mean) * scale + shift
  *   backward:  xhat = (x - mean) * invstd + offset
  *              dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
