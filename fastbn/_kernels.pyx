@@ -265,14 +265,14 @@ cdef enum:
 
 
 cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
-    """Between the owners' sums and coefficients."""
-    return plan.threads - 1 if plan.p.layout == BN_PLANES else 0
+    """Between the sums and coefficients of threads that own channels."""
+    return min(plan.threads, plan.p.C) - 1 if plan.p.layout == BN_PLANES else 0
 
 
 cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
     """The plan as the thread of item i goes by it: with sums and coefficients that are a gap away from all others'."""
     cdef Plan own = plan[0]
-    cdef Py_ssize_t j, distance = i * plan.threads // plan.items * GAP
+    cdef Py_ssize_t j, distance = i * (gaps(plan) + 1) // plan.items * GAP
     cdef float **coefficients = <float **> &own.k
     own.tile_a += distance
     own.tile_b += distance
