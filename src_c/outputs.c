@@ -11,7 +11,10 @@
 
 #include "outputs.h"
 
-#define ALIGNMENT 64 /* a cache line: streaming stores need not peel */
+/* A page, so that an output lies at its input's offset or just below, as long as that is of ours or malloc's too. A bit
+ * above, loads would wait for the stores before them, whose addresses look alike to the CPU in their low 12 bits. */
+#define ALIGNMENT 4096
+#define HEADER    64 /* bytes */
 #define HUGE_PAGE ((size_t)2 << 20)
 #define MAX_KEPT  64
 
@@ -25,15 +28,15 @@ static void *kept[MAX_KEPT]; /* oldest first */
 static int n_kept;
 static size_t held, limit;
 
-static header *header_of(void *memory) { return (header *)((char *)memory - ALIGNMENT); }
+static header *header_of(void *memory) { return (header *)((char *)memory - HEADER); }
 
 static void *allocate(size_t size) {
     if (size > SIZE_MAX / 2)
         return NULL;
-    char *start = malloc(size + 2 * ALIGNMENT);
+    char *start = malloc(size + HEADER + ALIGNMENT);
     if (!start)
         return NULL;
-    char *memory = start + 2 * ALIGNMENT - (uintptr_t)start % ALIGNMENT;
+    char *memory = start + HEADER + ALIGNMENT - (uintptr_t)(start + HEADER) % ALIGNMENT;
 #if defined(__linux__)
     if (size >= 2 * HUGE_PAGE) { /* advice: that it is not taken does no harm */
         const uintptr_t page = ((uintptr_t)memory + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);

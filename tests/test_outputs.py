@@ -55,7 +55,7 @@ def test_outputs_own_aligned_writable_memory(make):
     y = make(images(1), normalizer())
     assert y.flags.owndata
     assert y.flags.writeable
-    assert y.ctypes.data % 64 == 0
+    assert y.ctypes.data % 4096 == 0
 
 
 def test_memory_lives_as_long_as_a_view():
