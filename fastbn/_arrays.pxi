@@ -24,6 +24,11 @@ def check_activation(activation, double negative_slope):
     check_slope(negative_slope)
 
 
+cpdef check_momentum(double momentum):
+    if not isfinite(momentum):
+        raise ValueError(f"momentum must be finite, got {momentum}")
+
+
 cdef object foreign(a, str name):
     """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
     reason = ""

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
-"""The OpenMP-parallel kernels: the arrays of _arrays.pxi, work cut into items, and the items run in parallel.
+"""The OpenMP-parallel kernels: the operations on the arrays of _arrays.pxi, run in parallel by _partition.pxi.
 
 An item is one call into the serial C kernels of src_c/, or a few for the same channels. Which thread runs which item
 never changes a result: tiles and the order in which they are pooled depend on shape and memory layout alone.
@@ -192,302 +192,10 @@ if os.environ.get("FASTBN_ISA"):
 
 
 include "_arrays.pxi"
+include "_partition.pxi"
 
 
-# ---- the plan of a call, and the items it is cut into -------------------------------------------------------------
-
-cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
-cdef Py_ssize_t SERIAL_SUMS = 4096  # tiles times columns up to which one thread pools them: the same reason
-# of x: so much at a time goes through all passes, beyond the cache and, of a single sample, within it
-cdef Py_ssize_t GROUP_BYTES = max(L2_BYTES // 2, 1 << 19), SAMPLE_GROUP_BYTES = L2_BYTES // 4
-cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
-
-
-cdef struct Plan:
-    const bn_kernels *K
-    bn_problem p
-    bn_coef k
-    float *coef_block
-    const float *weight
-    const float *bias
-    double eps
-    double *mean
-    double *var
-    double *g
-    double *gx
-    float *grad_weight
-    float *grad_bias
-    double *tile_a  # what stats or sums wrote, a slab for each group or a row for each tile
-    double *tile_b
-    bint frozen, need_stats
-    Py_ssize_t T        # tiles of each channel
-    Py_ssize_t width    # columns: C, or C * fold in rows
-    Py_ssize_t first    # channels before this one have an owner, later ones are split
-    Py_ssize_t group    # channels that go through all passes together
-    Py_ssize_t items, panels, pieces
-    int threads
-
-
-ctypedef void (*Item)(const Plan *plan, Py_ssize_t i) noexcept nogil
-
-
-cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
-    cdef Py_ssize_t i
-    if plan.threads == 1 or plan.items == 1:
-        for i in range(plan.items):
-            item(plan, i)
-    else:
-        for i in prange(plan.items, num_threads=plan.threads, schedule="static"):
-            item(plan, i)
-
-
-cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit) noexcept nogil:
-    """Where part i of n begins, at a multiple of unit."""
-    return total if i == n else total * i // n // unit * unit
-
-
-cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backward) noexcept nogil:
-    """Elementwise work from the end: what the pass before read last is still in cache."""
-    cdef Py_ssize_t e = e1
-    while e > e0:
-        e = max(e0, (e - 1) // BLOCK * BLOCK)
-        if backward:
-            plan.K.backward[plan.p.layout](&plan.p, &plan.k, e, e1, -BLOCK)
-        else:
-            plan.K.forward[plan.p.layout](&plan.p, &plan.k, e, e1, -BLOCK)
-        e1 = e
-
-
-# one owner for a group of channels: all passes back to back, while the data is in its cache
-
-cdef enum:
-    GAP = 256  # elements: more than a core prefetches beyond what it writes, which would take it from its neighbour
-
-
-cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
-    """Between the sums and coefficients of threads that own channels."""
-    return min(plan.threads, plan.p.C) - 1 if plan.p.layout == BN_PLANES else 0
-
-
-cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    """The plan as the thread of item i goes by it: with sums and coefficients that are a gap away from all others'."""
-    cdef Plan own = plan[0]
-    cdef Py_ssize_t j, distance = i * (gaps(plan) + 1) // plan.items * GAP
-    cdef float **coefficients = <float **> &own.k
-    own.tile_a += distance
-    own.tile_b += distance
-    own.g += distance
-    own.gx += distance
-    for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
-        if coefficients[j] != NULL:
-            coefficients[j] += distance
-    return own
-
-
-cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,
-                             Py_ssize_t ld) noexcept nogil:
-    """From the tiles' sums of channels [c0, c1) to their gradients and to the coefficients of the second pass."""
-    cdef Py_ssize_t c
-    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, ld, plan.g, plan.gx)
-    for c in range(c0, c1):
-        plan.grad_bias[c] = <float> plan.g[c]
-        plan.grad_weight[c] = <float> plan.gx[c]
-    if not plan.frozen:
-        plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
-
-
-cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, Py_ssize_t beside) noexcept nogil:
-    """Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many channels from
-    `beside` on, unless that is negative."""
-    cdef double *a = plan.tile_a + c0 * plan.T
-    cdef double *b = plan.tile_b + c0 * plan.T
-    if plan.need_stats:
-        if beside < 0:
-            plan.K.stats[plan.p.layout](&plan.p, 0, plan.T, c0, c1, a, b, c1 - c0)
-        else:
-            plan.K.forward_and_stats(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
-        plan.K.pool_stats(&plan.p, c0, c1, a, b, c1 - c0, plan.mean, plan.var)
-    if not plan.need_stats or plan.p.y.data != NULL:
-        plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
-    if not plan.need_stats:
-        if beside < 0:
-            plan.K.sums[plan.p.layout](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
-        else:
-            plan.K.backward_and_sums(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
-        finish_sums(plan, c0, c1, a, b, c1 - c0)
-
-
-cdef inline bint second_is_due(const Plan *plan) noexcept nogil:
-    return not plan.frozen and (not plan.need_stats or plan.p.y.data != NULL)
-
-
-cdef inline void second_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    cdef Py_ssize_t n, e0, e1, ahead = (c1 - c0) * plan.p.x.inner
-    for n in range(plan.p.N - 1, -1, -1):
-        e0 = (n * plan.p.C + c0) * plan.p.S
-        e1 = (n * plan.p.C + c1) * plan.p.S
-        if plan.need_stats:
-            plan.K.forward[BN_PLANES](&plan.p, &plan.k, e0, e1, ahead)
-        else:
-            plan.K.backward[BN_PLANES](&plan.p, &plan.k, e0, e1, ahead)
-
-
-cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    first_pass(plan, share(plan.width, i, plan.items, 16), share(plan.width, i + 1, plan.items, 16), -1)
-
-
-cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1)
-    cdef Plan own = of_owner(plan, i)
-    first_pass(&own, c0, c1, -1)
-    if second_is_due(&own):
-        second_pass(&own, c0, c1)
-
-
-cdef void interleaved_groups(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    """The second pass of each group of channels in one loop with the first pass of the next."""
-    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), end = share(plan.first, i + 1, plan.items, 1), c1, c2
-    cdef Plan own = of_owner(plan, i)
-    c1 = min(c0 + plan.group, end)
-    first_pass(&own, c0, c1, -1)
-    while c0 < end:
-        c2 = min(c1 + plan.group, end)
-        if c1 < c2:
-            first_pass(&own, c1, c2, c0)
-        if c2 - c1 < c1 - c0:
-            second_pass(&own, c0 + c2 - c1, c1)
-        c0 = c1
-        c1 = c2
-
-
-# no owner: tiles are shared out, then channels, then elements
-
-cdef inline void tile_range(const Plan *plan, Py_ssize_t i, Py_ssize_t *r) noexcept nogil:
-    """Item i's tiles [r0, r1) and columns [r2, r3)."""
-    cdef Py_ssize_t strips = plan.items // plan.panels, columns = plan.width - plan.first
-    r[0] = share(plan.T, i // plan.panels, strips, 1)
-    r[1] = share(plan.T, i // plan.panels + 1, strips, 1)
-    r[2] = plan.first + share(columns, i % plan.panels, plan.panels, 16)
-    r[3] = plan.first + share(columns, i % plan.panels + 1, plan.panels, 16)
-
-
-cdef void stats_tiles(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t r[4]
-    tile_range(plan, i, r)
-    cdef Py_ssize_t at = plan.first * plan.T + r[0] * (plan.width - plan.first) + r[2] - plan.first
-    plan.K.stats[plan.p.layout](&plan.p, r[0], r[1], r[2], r[3], plan.tile_a + at, plan.tile_b + at,
-                                plan.width - plan.first)
-
-
-cdef void sums_tiles(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t r[4]
-    tile_range(plan, i, r)
-    cdef Py_ssize_t at = plan.first * plan.T + r[0] * (plan.width - plan.first) + r[2] - plan.first
-    plan.K.sums[plan.p.layout](&plan.p, &plan.k, plan.frozen, r[0], r[1], r[2], r[3], plan.tile_a + at,
-                               plan.tile_b + at, plan.width - plan.first)
-
-
-cdef void pool_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t C = plan.p.C - plan.first, ld = plan.width - plan.first, at = plan.first * plan.T
-    cdef Py_ssize_t c0 = share(C, i, plan.items, 16), c1 = share(C, i + 1, plan.items, 16)
-    if c0 == c1:
-        return
-    if plan.need_stats:
-        plan.K.pool_stats(&plan.p, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld,
-                          plan.mean, plan.var)
-        if plan.p.y.data != NULL:
-            plan.K.coef(&plan.p, plan.first + c0, plan.first + c1, plan.mean, plan.var, plan.weight, plan.bias,
-                        plan.eps, &plan.k)
-    else:
-        finish_sums(plan, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld)
-
-
-cdef inline void element_range(const Plan *plan, Py_ssize_t i, Py_ssize_t *e) noexcept nogil:
-    """Item i's elements: all of them are shared out, or (behind owned channels) those of one n."""
-    cdef Py_ssize_t n, base, length
-    if plan.first == 0:
-        n = plan.p.N * plan.p.C * plan.p.S
-        e[0] = share(n, i, plan.items, 16)
-        e[1] = share(n, i + 1, plan.items, 16)
-        return
-    n = i // plan.pieces
-    base = (n * plan.p.C + plan.first) * plan.p.S
-    length = (plan.p.C - plan.first) * plan.p.S
-    e[0] = base + share(length, i % plan.pieces, plan.pieces, 16)
-    e[1] = base + share(length, i % plan.pieces + 1, plan.pieces, 16)
-
-
-cdef void forward_elements(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t e[2]
-    element_range(plan, i, e)
-    if plan.need_stats:
-        backwards(plan, e[0], e[1], False)
-    else:
-        plan.K.forward[plan.p.layout](&plan.p, &plan.k, e[0], e[1], 0)
-
-
-cdef void backward_elements(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t e[2]
-    element_range(plan, i, e)
-    backwards(plan, e[0], e[1], True)
-
-
-cdef void plan_tiles(Plan *plan) noexcept nogil:
-    """Tiles to threads; where one would have an eighth more to do than most, columns too, but whole rows go faster."""
-    cdef Py_ssize_t n = plan.T, most = (plan.width - plan.first + 63) // 64, threads = plan.threads
-    plan.panels = 1
-    while (n + threads - 1) // threads * threads * 8 > n * 9 and plan.panels < most:
-        plan.panels += 1
-        n += plan.T
-    plan.items = n if plan.panels > 1 else min(n, threads)
-
-
-cdef void plan_elements(Plan *plan) noexcept nogil:
-    plan.items = plan.threads
-    if plan.first:
-        plan.pieces = (4 * plan.threads + plan.p.N - 1) // plan.p.N
-        plan.items = plan.pieces * plan.p.N
-
-
-cdef void two_passes(Plan *plan) noexcept nogil:
-    """Sums of some kind for each channel, then elementwise work that needs them."""
-    cdef Py_ssize_t bytes_of_channel, group_bytes, groups, threads = plan.threads
-    plan.first = 0
-    if plan.p.layout == BN_PLANES:
-        # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
-        plan.first = plan.p.C // threads * threads
-        if plan.p.C >= 16 * threads or (plan.p.C - plan.first) * plan.p.N * plan.p.S < SERIAL:
-            plan.first = plan.p.C
-    if plan.first:
-        bytes_of_channel = plan.p.N * plan.p.S * 4
-        if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
-            plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
-            plan.items = threads
-            for_each_item(plan, interleaved_groups)
-        else:
-            groups = threads
-            if plan.p.stream or plan.p.N == 1:
-                group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
-                groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
-                groups = (groups + threads - 1) // threads * threads
-            plan.items = min(plan.first, groups)
-            for_each_item(plan, both_passes_group)
-    if plan.first == plan.p.C:
-        return
-    plan_tiles(plan)
-    if plan.T == 1 and plan.width == plan.p.C and plan.first == 0:
-        for_each_item(plan, first_pass_group)
-    else:
-        if not plan.need_stats:
-            plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
-        for_each_item(plan, stats_tiles if plan.need_stats else sums_tiles)
-        plan.items = 1 if plan.T * plan.width <= SERIAL_SUMS else min(threads, (plan.p.C - plan.first + 63) // 64)
-        for_each_item(plan, pool_channels)
-    if not second_is_due(plan):
-        return
-    plan_elements(plan)
-    for_each_item(plan, forward_elements if plan.need_stats else backward_elements)
-
+# ---- how many threads ---------------------------------------------------------------------------------------------
 
 cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
     cdef Py_ssize_t n = 1
@@ -537,10 +245,10 @@ def openmp_library():
 
 # ---- coefficients ---------------------------------------------------------------------------------------------
 
-cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t gaps) noexcept:
+cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t n_gaps) noexcept:
     """Floats of one array of coefficients: as many repetitions as rows may want and 16 more, in whole lines, and the
     gaps between those of several threads."""
-    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16 + gaps * GAP
+    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16 + n_gaps * GAP
 
 
 cdef enum:
@@ -650,10 +358,7 @@ cdef int allocate_tiles(Plan *plan) except -1:
 
 cdef int allocate_scratch(Plan *plan, bint backward) except -1:
     """Tiles and coefficients; plan.tile_a and plan.coef_block are to be freed."""
-    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
-    plan.coef_block = allocate_coef(&plan.k, width, backward)
-    if plan.frozen:  # without batch terms
-        memset(plan.k.g_mean, 0, 3 * width * sizeof(float))
+    plan.coef_block = allocate_coef(&plan.k, coef_width(plan.p.C, gaps(plan)), backward)
     try:
         return allocate_tiles(plan)
     except MemoryError:
@@ -661,49 +366,15 @@ cdef int allocate_scratch(Plan *plan, bint backward) except -1:
         raise
 
 
-cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests
-
-
-cdef bint past_cache(const bn_problem *p, int threads) noexcept:
-    """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
-
-    That is so many eighths of the last-level cache, or of all of those that the threads are spread over; less of it for
-    one thread alone, which waits for memory longer. And it is not the huge sliced cache of some servers: those are
-    shared with others, and were measured to be no faster than streaming to memory from about the size of all threads'
-    L2 on.
-    """
-    cdef Py_ssize_t limit = STREAM_BYTES
-    cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
-                        + (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL))
-    cdef int eighths = 6 if threads > 1 else 4
-    if limit == 0:
-        limit = threads * L2_BYTES
-        if LLC_BYTES <= 64 << 20:
-            limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // 8 * eighths
-    return p.N * p.C * p.S * 4 * tensors > limit
-
-
-def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_bytes=-1):
-    """Move the sizes from which outputs are streamed and work is shared out, and that of groups of channels beyond the
-    cache (0: the best), so that tests reach all paths."""
-    global STREAM_BYTES, SERIAL, GROUP_BYTES
-    if stream_bytes >= 0:
-        STREAM_BYTES = stream_bytes
-    if serial >= 0:
-        SERIAL = serial
-    if group_bytes >= 0:
-        GROUP_BYTES = group_bytes or max(L2_BYTES // 2, 1 << 19)
-
-
 def stats(x, axis, num_threads):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
     x = array32(x, "x")
-    cdef int ax = check_axis(x, axis, "x"), threads
+    cdef int ax = check_axis(x, axis, "x")
     cdef Plan plan
     memset(&plan, 0, sizeof(plan))
     describe(&plan.p, x, ax)
     cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    threads = ask_threads(num_threads, C * m)
+    plan.threads = ask_threads(num_threads, C * m)
     cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     if C * m == 0:
@@ -714,8 +385,7 @@ def stats(x, axis, num_threads):
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.need_stats = True
-    plan.p.stream = past_cache(&plan.p, threads)
-    plan.threads = threads
+    plan.p.stream = past_cache(&plan.p, plan.threads)
     allocate_tiles(&plan)
     with nogil:
         two_passes(&plan)
@@ -728,7 +398,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     """Training forward: (y, mean, var, count). Running statistics, or two times None, are updated."""
     x = array32(x, "x")
     check_eps(eps)
-    cdef int ax = check_axis(x, axis, "x"), threads
+    cdef int ax = check_axis(x, axis, "x")
     cdef Plan plan
     memset(&plan, 0, sizeof(plan))
     describe(&plan.p, x, ax)
@@ -742,8 +412,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     if running_mean is not None:
         running_mean = vector(running_mean, "running_mean", C, True)
         running_var = vector(running_var, "running_var", C, True)
-        if not isfinite(momentum):
-            raise ValueError(f"momentum must be finite, got {momentum}")
+        check_momentum(momentum)
     if residual is not None:
         residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
@@ -755,7 +424,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         check_clear(out, bias, "bias")
         check_clear(out, running_mean, "running_mean")
         check_clear(out, running_var, "running_var")
-    threads = ask_threads(num_threads, C * m)
+    plan.threads = ask_threads(num_threads, C * m)
     cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
     if C * m == 0:
@@ -771,13 +440,12 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, threads)
+    plan.p.stream = past_cache(&plan.p, plan.threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.eps = eps
     plan.need_stats = True
-    plan.threads = threads
     allocate_scratch(&plan, False)
     with nogil:
         two_passes(&plan)
@@ -869,7 +537,7 @@ cdef class Frozen:
 
 
 cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_slope, out, num_threads):
-    cdef int ax = check_axis(x, axis, "x"), threads
+    cdef int ax = check_axis(x, axis, "x")
     cdef Plan plan
     cdef Py_ssize_t elements
     memset(&plan, 0, sizeof(plan))
@@ -884,7 +552,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     if out is not None:
         out = output(out, x, True)
         check_clear(out, residual, "residual")
-    threads = ask_threads(num_threads, elements)
+    plan.threads = ask_threads(num_threads, elements)
     if elements == 0:
         return empty_for(&plan.p, x, ax) if out is None else given
     x0 = x
@@ -893,16 +561,15 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
         residual = readable(&plan.p.residual, &plan.p, residual, ax)
     y = writable(&plan.p.y, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, threads)
+    plan.p.stream = past_cache(&plan.p, plan.threads)
     plan.K = K
     plan.k = k[0]
     if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
         plan.p.fold = K.fold(plan.p.C, plan.p.S)
-    if threads == 1 and elements < SERIAL:
+    if plan.threads == 1 and elements < SERIAL:
         plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL
     else:
-        plan.threads = threads
-        plan.items = threads
+        plan.items = plan.threads
         with nogil:
             for_each_item(&plan, forward_elements)
     if out is None:
@@ -918,7 +585,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     x = array32(x, "x")
     grad_output = array32(grad_output, "grad_output")
     check_eps(eps)
-    cdef int ax = check_axis(x, axis, "x"), threads
+    cdef int ax = check_axis(x, axis, "x")
     check_shape(grad_output, x, "grad_output", "x")
     cdef Plan plan
     memset(&plan, 0, sizeof(plan))
@@ -940,7 +607,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
         check_clear(out, residual, "residual")
         check_clear(out, weight, "weight")
         check_clear(out, bias, "bias")
-    threads = ask_threads(num_threads, C * m)
+    plan.threads = ask_threads(num_threads, C * m)
     if mean.size != C:
         raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
     cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
@@ -957,7 +624,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
         grad_residual = writable(&plan.p.grad_residual, &plan.p, None, x0, ax)
     dx = writable(&plan.p.grad_input, &plan.p, out, x0, ax)
     flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, threads)
+    plan.p.stream = past_cache(&plan.p, plan.threads)
     plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
@@ -965,7 +632,6 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     plan.grad_bias = data32(grad_bias)
     plan.eps = eps
     plan.frozen = not training
-    plan.threads = threads
     allocate_scratch(&plan, True)
     with nogil:
         two_passes(&plan)
@@ -995,6 +661,9 @@ cdef move_running(running, cnp.ndarray batch, double momentum, double factor):
 
 
 cpdef update_running(running_mean, running_var, mean, var, Py_ssize_t count, double momentum, bint unbiased):
-    """running = (1 - momentum) * running + momentum * batch in float64, in place."""
+    """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
+    check_momentum(momentum)
+    if count == 0:
+        return
     move_running(running_mean, mean, momentum, 1.0)
     move_running(running_var, var, momentum, <double> count / (count - 1) if unbiased and count > 1 else 1.0)

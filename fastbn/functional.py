@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -274,17 +273,7 @@ def update_running(
     channels = stats.mean.size
     running_mean = _kernels.vector(running_mean, "running_mean", channels, True)
     running_var = _kernels.vector(running_var, "running_var", channels, True)
-    momentum = _finite("momentum", momentum)
-    if stats.count:
-        _kernels.update_running(
-            running_mean, running_var, stats.mean, stats.var, stats.count, momentum, unbiased
-        )
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    _kernels.update_running(running_mean, running_var, stats.mean, stats.var, stats.count, momentum, unbiased)
 
 
 def _check_stats(stats: BatchStats) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastbn import _kernels
 from fastbn.frozen import FrozenBatchNorm
-from fastbn.functional import _finite, batch_norm_backward
+from fastbn.functional import batch_norm_backward
 from fastbn.statistics import BatchStats
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class BatchNorm:
         if not (math.isfinite(eps) and eps >= 0):
             raise ValueError(f"eps must be finite and >= 0, got {eps}")
         if momentum is not None:
-            _finite("momentum", momentum)
+            _kernels.check_momentum(momentum)
         _kernels.check_activation(activation, negative_slope)
         self.num_features = num_features
         self.eps = eps

@@ -47,7 +47,7 @@ typedef struct {
  *   backward:  xhat = (x - mean) * invstd + offset
  *              dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
 typedef struct {
-    float *mean, *scale, *shift;
+    float *mean, *scale, *shift; /* pointers to float alone: owners move all of them by one distance */
     float *invstd, *offset, *g_mean, *g_proj, *g_shift;
 } bn_coef;
 
