@@ -103,18 +103,15 @@ def start_again_in(environment):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | environment)
 
 
-def pin(threads):
-    """Keep to as many CPUs as threads, on different cores if possible: not every pool is told its size."""
-    allowed = os.sched_getaffinity(0)
-    if threads > len(allowed):
-        sys.exit(f"--threads {threads}: this process may run on {len(allowed)} CPUs")
+def cpus_by_core():
+    """The CPUs this process may run on: one of each core, then the others."""
 
     def rank_on_core(cpu):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         first = siblings.read_text().replace("-", ",").split(",")[0] if siblings.exists() else cpu
         return int(first) != cpu, cpu
 
-    os.sched_setaffinity(0, sorted(allowed, key=rank_on_core)[:threads])
+    return sorted(os.sched_getaffinity(0), key=rank_on_core)
 
 
 def settle(limit=0.2):
@@ -294,6 +291,15 @@ def thread_runtimes():
     return sorted(name for name in names if name.startswith(("libgomp", "libiomp", "libomp", "libtbb")))
 
 
+def groups(args):
+    """(shape, operations) to time."""
+    for shape in SHAPES:
+        if args.shapes and not any(fnmatch(label(shape), pattern) for pattern in args.shapes):
+            continue
+        ops = [op for op in peers.OPS if op in (args.ops or peers.OPS)]
+        yield shape, [op for op in ops if values_per_channel(shape) > 1 or op.startswith("inference")]
+
+
 class Bench:
     """All contestants that are installed, and the rows they are timed on."""
 
@@ -322,14 +328,6 @@ class Bench:
         if text not in self.notes:
             self.notes.append(text)
             self.console.print(f"[yellow]{text}", highlight=False)
-
-    def groups(self):
-        """(shape, operations) to time."""
-        for shape in SHAPES:
-            if self.args.shapes and not any(fnmatch(label(shape), pattern) for pattern in self.args.shapes):
-                continue
-            ops = [op for op in peers.OPS if op in (self.args.ops or peers.OPS)]
-            yield shape, [op for op in ops if values_per_channel(shape) > 1 or op.startswith("inference")]
 
     def row(self, shape, op, data, progress):
         """One row: every contestant in every layout it has, interleaved."""
@@ -371,14 +369,14 @@ class Bench:
 
     def rows(self):
         libc = ctypes.CDLL(None)
-        groups = list(self.groups())
+        todo = list(groups(self.args))
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         # Without its refreshing thread, which would be timed too.
         with Progress(
             *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, auto_refresh=False
         ) as progress:
-            bar = progress.add_task("", total=sum(len(ops) for _, ops in groups))
-            for shape, ops in groups:
+            bar = progress.add_task("", total=sum(len(ops) for _, ops in todo))
+            for shape, ops in todo:
                 data = {layout: peers.Data(shape, layout) for layout in peers.user_layouts(shape)}
                 for op in ops:
                     progress.update(bar, description=f"{label(shape)} {op}", refresh=True)
@@ -397,7 +395,10 @@ def main():
     environment |= {} if args.default_calls else {"GLIBC_TUNABLES": KEEP_PAGES}
     environment |= ISA_ENVIRONMENT.get(args.isa, {})
     start_again_in(environment)
-    pin(args.threads)
+    cpus = cpus_by_core()
+    if args.threads > len(cpus):
+        sys.exit(f"--threads {args.threads}: this process may run on {len(cpus)} CPUs")
+    os.sched_setaffinity(0, cpus[: args.threads])  # not every pool is told its size
 
     console = Console(width=None if sys.stdout.isatty() else 200)
     bench = Bench(args, console)
