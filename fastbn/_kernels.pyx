@@ -11,7 +11,7 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport prange
+from cython.parallel cimport parallel, threadid
 from libc.math cimport isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -114,8 +114,12 @@ cdef extern from *:
     #endif
     #if FASTBN_OPENMP
     #define fastbn_openmp_threads() omp_get_max_threads()
+    #define fastbn_team_size() omp_get_num_threads()
+    #define fastbn_barrier() _Pragma("omp barrier")
     #else
     #define fastbn_openmp_threads() 1
+    #define fastbn_team_size() 1
+    #define fastbn_barrier() ((void)0)
     #endif
     /* the library that our OpenMP calls reach; NULL: unknown */
     #if FASTBN_OPENMP && !defined(_WIN32)
@@ -131,6 +135,8 @@ cdef extern from *:
     int FASTBN_OPENMP
     void fastbn_release_pool() nogil
     int fastbn_openmp_threads()
+    int fastbn_team_size() nogil
+    void fastbn_barrier() nogil
     const char *fastbn_openmp_library()
 
 
@@ -388,7 +394,7 @@ def stats(x, axis, num_threads):
     plan.p.stream = past_cache(&plan.p, plan.threads)
     allocate_tiles(&plan)
     with nogil:
-        two_passes(&plan)
+        in_team(&plan, two_passes)
         free(plan.tile_a)
     return mean, var, m
 
@@ -446,15 +452,19 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     plan.var = data64(var)
     plan.eps = eps
     plan.need_stats = True
+    if running_mean is not None:
+        plan.running_mean = <char *> cnp.PyArray_DATA(running_mean)
+        plan.running_var = <char *> cnp.PyArray_DATA(running_var)
+        plan.running_stride = [cnp.PyArray_STRIDE(running_mean, 0), cnp.PyArray_STRIDE(running_var, 0)]
+        plan.momentum = momentum
+        plan.unbiasing = unbiasing(m, unbiased)
     allocate_scratch(&plan, False)
     with nogil:
-        two_passes(&plan)
+        in_team(&plan, two_passes)
         free(plan.tile_a)
         free(plan.coef_block)
     if out is not None and y is not out:
         out[...] = y
-    if running_mean is not None:
-        update_running(running_mean, running_var, mean, var, m, momentum, unbiased)
     return (y if out is None else given), mean, var, m
 
 
@@ -569,9 +579,8 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     if plan.threads == 1 and elements < SERIAL:
         plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL
     else:
-        plan.items = plan.threads
         with nogil:
-            for_each_item(&plan, forward_elements)
+            in_team(&plan, elementwise)
     if out is None:
         return y
     if y is not out:
@@ -634,7 +643,7 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     plan.frozen = not training
     allocate_scratch(&plan, True)
     with nogil:
-        two_passes(&plan)
+        in_team(&plan, two_passes)
         free(plan.tile_a)
         free(plan.coef_block)
     if out is not None and dx is not out:
@@ -642,28 +651,19 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     return (dx if out is None else given), grad_weight, grad_bias, grad_residual
 
 
-cdef inline void move_towards(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t C, double momentum,
-                              double factor) noexcept:
-    cdef Py_ssize_t c
-    cdef float *a
-    for c in range(C):
-        a = <float *> (running + c * stride)
-        a[0] = <float> ((1.0 - momentum) * a[0] + momentum * (batch[c] * factor))
+cdef double unbiasing(Py_ssize_t count, bint unbiased) noexcept:
+    """Bessel's correction."""
+    return <double> count / (count - 1) if unbiased and count > 1 else 1.0
 
 
-cdef move_running(running, cnp.ndarray batch, double momentum, double factor):
-    cdef char *data = <char *> cnp.PyArray_DATA(running)
-    cdef Py_ssize_t stride = cnp.PyArray_STRIDE(running, 0), C = cnp.PyArray_DIM(batch, 0)
-    if stride == 4:  # a constant to the compiler, which then takes several at a time
-        move_towards(data, 4, data64(batch), C, momentum, factor)
-    else:
-        move_towards(data, stride, data64(batch), C, momentum, factor)
-
-
-cpdef update_running(running_mean, running_var, mean, var, Py_ssize_t count, double momentum, bint unbiased):
+def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var, Py_ssize_t count, double momentum,
+                   bint unbiased):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
+    cdef Py_ssize_t C = cnp.PyArray_DIM(mean, 0)
     check_momentum(momentum)
     if count == 0:
         return
-    move_running(running_mean, mean, momentum, 1.0)
-    move_running(running_var, var, momentum, <double> count / (count - 1) if unbiased and count > 1 else 1.0)
+    move_running(<char *> cnp.PyArray_DATA(running_mean), cnp.PyArray_STRIDE(running_mean, 0), data64(mean), 0, C,
+                 momentum, 1.0)
+    move_running(<char *> cnp.PyArray_DATA(running_var), cnp.PyArray_STRIDE(running_var, 0), data64(var), 0, C,
+                 momentum, unbiasing(count, unbiased))

@@ -17,6 +17,10 @@ cdef struct Plan:
     double eps
     double *mean
     double *var
+    char *running_mean  # float32, so many bytes apart; NULL: none
+    char *running_var
+    Py_ssize_t running_stride[2]
+    double momentum, unbiasing
     double *g
     double *gx
     float *grad_weight
@@ -29,20 +33,44 @@ cdef struct Plan:
     Py_ssize_t first    # channels before this one have an owner, later ones are split
     Py_ssize_t group    # channels that go through all passes together
     Py_ssize_t items, panels, pieces
-    int threads
+    int threads         # that were asked for: they decide how the work is cut
+    int team, member    # that there are, and which of them goes by this plan
 
 
+ctypedef void (*Work)(Plan *plan) noexcept nogil
 ctypedef void (*Item)(const Plan *plan, Py_ssize_t i) noexcept nogil
 
 
-cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
-    cdef Py_ssize_t i
-    if plan.threads == 1 or plan.items == 1:
-        for i in range(plan.items):
-            item(plan, i)
+cdef void as_member(const Plan *plan, Work work, int member) noexcept nogil:
+    cdef Plan own = plan[0]
+    own.member = member
+    own.team = fastbn_team_size()
+    work(&own)
+
+
+cdef void in_team(Plan *plan, Work work) noexcept nogil:
+    """Work, in one parallel region, each thread with a plan of its own: a barrier costs less than a second region. It
+    is never less than all threads: to GNU OpenMP a smaller team means that the others end."""
+    if plan.threads == 1:
+        plan.member = 0
+        plan.team = 1
+        work(plan)
     else:
-        for i in prange(plan.items, num_threads=plan.threads, schedule="static"):
-            item(plan, i)
+        with parallel(num_threads=plan.threads):
+            as_member(plan, work, threadid())
+
+
+cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
+    """This member's share of the items: the first members may have one more."""
+    cdef Py_ssize_t i
+    for i in range((plan.items * plan.member + plan.team - 1) // plan.team,
+                   (plan.items * (plan.member + 1) + plan.team - 1) // plan.team):
+        item(plan, i)
+
+
+cdef inline void wait_for_all(const Plan *plan) noexcept nogil:
+    if plan.team > 1:
+        fastbn_barrier()
 
 
 cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit) noexcept nogil:
@@ -62,6 +90,24 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
         e1 = e
 
 
+cdef inline void move_towards(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t c0, Py_ssize_t c1,
+                              double momentum, double factor) noexcept nogil:
+    cdef Py_ssize_t c
+    cdef float *a
+    for c in range(c0, c1):
+        a = <float *> (running + c * stride)
+        a[0] = <float> ((1.0 - momentum) * a[0] + momentum * (batch[c] * factor))
+
+
+cdef void move_running(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t c0, Py_ssize_t c1,
+                       double momentum, double factor) noexcept nogil:
+    """running = (1 - momentum) * running + momentum * batch, in float64."""
+    if stride == 4:  # a constant to the compiler, which then takes several at a time
+        move_towards(running, 4, batch, c0, c1, momentum, factor)
+    else:
+        move_towards(running, stride, batch, c0, c1, momentum, factor)
+
+
 # one owner for a group of channels: all passes back to back, while the data is in its cache
 
 cdef enum:
@@ -73,19 +119,39 @@ cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
     return min(plan.threads, plan.p.C) - 1 if plan.p.layout == BN_PLANES else 0
 
 
-cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    """The plan as the thread of item i goes by it: with sums and coefficients that are a gap away from all others'."""
-    cdef Plan own = plan[0]
-    cdef Py_ssize_t j, distance = i * (gaps(plan) + 1) // plan.items * GAP
-    cdef float **coefficients = <float **> &own.k
-    own.tile_a += distance
-    own.tile_b += distance
-    own.g += distance
-    own.gx += distance
+cdef inline void move_away(Plan *plan, Py_ssize_t n_gaps) noexcept nogil:
+    """Sums and coefficients are those of another thread from now on."""
+    cdef Py_ssize_t j, distance = n_gaps * GAP
+    cdef float **coefficients = <float **> &plan.k
+    plan.tile_a += distance
+    plan.tile_b += distance
+    plan.g += distance
+    plan.gx += distance
     for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
         if coefficients[j] != NULL:
             coefficients[j] += distance
+
+
+cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    """The plan as the owner of item i goes by it."""
+    cdef Plan own = plan[0]
+    move_away(&own, i * (gaps(plan) + 1) // plan.items)
     return own
+
+
+cdef inline void coefficients(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
+
+
+cdef inline void finish_stats(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, const double *a, const double *b,
+                              Py_ssize_t ld) noexcept nogil:
+    """From the tiles' statistics of channels [c0, c1) to all that needs them."""
+    plan.K.pool_stats(&plan.p, c0, c1, a, b, ld, plan.mean, plan.var)
+    if plan.p.y.data != NULL:
+        coefficients(plan, c0, c1)
+    if plan.running_mean != NULL:
+        move_running(plan.running_mean, plan.running_stride[0], plan.mean, c0, c1, plan.momentum, 1.0)
+        move_running(plan.running_var, plan.running_stride[1], plan.var, c0, c1, plan.momentum, plan.unbiasing)
 
 
 cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,
@@ -110,10 +176,9 @@ cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, Py_s
             plan.K.stats[plan.p.layout](&plan.p, 0, plan.T, c0, c1, a, b, c1 - c0)
         else:
             plan.K.forward_and_stats(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
-        plan.K.pool_stats(&plan.p, c0, c1, a, b, c1 - c0, plan.mean, plan.var)
-    if not plan.need_stats or plan.p.y.data != NULL:
-        plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
-    if not plan.need_stats:
+        finish_stats(plan, c0, c1, a, b, c1 - c0)
+    else:
+        coefficients(plan, c0, c1)
         if beside < 0:
             plan.K.sums[plan.p.layout](&plan.p, &plan.k, plan.frozen, 0, plan.T, c0, c1, a, b, c1 - c0)
         else:
@@ -175,6 +240,11 @@ cdef inline void tile_range(const Plan *plan, Py_ssize_t i, Py_ssize_t *r) noexc
     r[3] = plan.first + share(columns, i % plan.panels + 1, plan.panels, 16)
 
 
+cdef void coefficients_of_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    cdef Py_ssize_t C = plan.p.C - plan.first
+    coefficients(plan, plan.first + share(C, i, plan.items, 16), plan.first + share(C, i + 1, plan.items, 16))
+
+
 cdef void stats_tiles(const Plan *plan, Py_ssize_t i) noexcept nogil:
     cdef Py_ssize_t r[4]
     tile_range(plan, i, r)
@@ -192,18 +262,15 @@ cdef void sums_tiles(const Plan *plan, Py_ssize_t i) noexcept nogil:
 
 
 cdef void pool_channels(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t C = plan.p.C - plan.first, ld = plan.width - plan.first, at = plan.first * plan.T
+    cdef Py_ssize_t C = plan.p.C - plan.first, ld = plan.width - plan.first
     cdef Py_ssize_t c0 = share(C, i, plan.items, 16), c1 = share(C, i + 1, plan.items, 16)
+    cdef Py_ssize_t at = plan.first * plan.T + c0
     if c0 == c1:
         return
     if plan.need_stats:
-        plan.K.pool_stats(&plan.p, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld,
-                          plan.mean, plan.var)
-        if plan.p.y.data != NULL:
-            plan.K.coef(&plan.p, plan.first + c0, plan.first + c1, plan.mean, plan.var, plan.weight, plan.bias,
-                        plan.eps, &plan.k)
+        finish_stats(plan, plan.first + c0, plan.first + c1, plan.tile_a + at, plan.tile_b + at, ld)
     else:
-        finish_sums(plan, plan.first + c0, plan.first + c1, plan.tile_a + at + c0, plan.tile_b + at + c0, ld)
+        finish_sums(plan, plan.first + c0, plan.first + c1, plan.tile_a + at, plan.tile_b + at, ld)
 
 
 cdef inline void element_range(const Plan *plan, Py_ssize_t i, Py_ssize_t *e) noexcept nogil:
@@ -246,6 +313,11 @@ cdef void plan_tiles(Plan *plan) noexcept nogil:
     plan.items = n if plan.panels > 1 else min(n, threads)
 
 
+cdef void plan_channels(Plan *plan, Py_ssize_t work) noexcept nogil:
+    """Channels without an owner to threads, or all of them to one if that is little work."""
+    plan.items = 1 if work <= SERIAL_SUMS else min(plan.threads, (plan.p.C - plan.first + 15) // 16)
+
+
 cdef void plan_elements(Plan *plan) noexcept nogil:
     plan.items = plan.threads
     if plan.first:
@@ -253,44 +325,58 @@ cdef void plan_elements(Plan *plan) noexcept nogil:
         plan.items = plan.pieces * plan.p.N
 
 
-cdef void two_passes(Plan *plan) noexcept nogil:
-    """Sums of some kind for each channel, then elementwise work that needs them."""
-    cdef Py_ssize_t bytes_of_channel, group_bytes, groups, threads = plan.threads
-    plan.first = 0
-    if plan.p.layout == BN_PLANES:
-        # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
-        plan.first = plan.p.C // threads * threads
-        if plan.p.C >= 16 * threads or (plan.p.C - plan.first) * plan.p.N * plan.p.S < SERIAL:
-            plan.first = plan.p.C
-    if plan.first:
-        bytes_of_channel = plan.p.N * plan.p.S * 4
-        if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
-            plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
-            plan.items = threads
-            for_each_item(plan, interleaved_groups)
-        else:
-            groups = threads
-            if plan.p.stream or plan.p.N == 1:
-                group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
-                groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
-                groups = (groups + threads - 1) // threads * threads
-            plan.items = min(plan.first, groups)
-            for_each_item(plan, both_passes_group)
-    if plan.first == plan.p.C:
+cdef void elementwise(Plan *plan) noexcept nogil:
+    plan_elements(plan)
+    for_each_item(plan, forward_elements if plan.p.grad_input.data == NULL else backward_elements)
+
+
+cdef void owned_channels(Plan *plan) noexcept nogil:
+    cdef Py_ssize_t bytes_of_channel = plan.p.N * plan.p.S * 4, groups = plan.threads, group_bytes
+    if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
+        plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
+        plan.items = plan.threads
+        for_each_item(plan, interleaved_groups)
         return
+    if plan.p.stream or plan.p.N == 1:
+        group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
+        groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
+        groups = (groups + plan.threads - 1) // plan.threads * plan.threads
+    plan.items = min(plan.first, groups)
+    for_each_item(plan, both_passes_group)
+
+
+cdef void shared_channels(Plan *plan) noexcept nogil:
+    move_away(plan, gaps(plan))  # from those of owners, who may still be at work
     plan_tiles(plan)
     if plan.T == 1 and plan.width == plan.p.C and plan.first == 0:
         for_each_item(plan, first_pass_group)
     else:
         if not plan.need_stats:
-            plan.K.coef(&plan.p, plan.first, plan.p.C, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
+            plan_channels(plan, plan.p.C - plan.first)
+            for_each_item(plan, coefficients_of_channels)
+            wait_for_all(plan)
+            plan_tiles(plan)
         for_each_item(plan, stats_tiles if plan.need_stats else sums_tiles)
-        plan.items = 1 if plan.T * plan.width <= SERIAL_SUMS else min(threads, (plan.p.C - plan.first + 63) // 64)
+        wait_for_all(plan)
+        plan_channels(plan, plan.T * plan.width)
         for_each_item(plan, pool_channels)
-    if not second_is_due(plan):
-        return
-    plan_elements(plan)
-    for_each_item(plan, forward_elements if plan.need_stats else backward_elements)
+    if second_is_due(plan):
+        wait_for_all(plan)
+        elementwise(plan)
+
+
+cdef void two_passes(Plan *plan) noexcept nogil:
+    """Sums of some kind for each channel, then elementwise work that needs them."""
+    plan.first = 0
+    if plan.p.layout == BN_PLANES:
+        # channels that do not divide among the threads have no owner, unless the odd ones hardly matter
+        plan.first = plan.p.C // plan.threads * plan.threads
+        if plan.p.C >= 16 * plan.threads or (plan.p.C - plan.first) * plan.p.N * plan.p.S < SERIAL:
+            plan.first = plan.p.C
+    if plan.first:
+        owned_channels(plan)
+    if plan.first < plan.p.C:
+        shared_channels(plan)
 
 
 cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests
