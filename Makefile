@@ -9,7 +9,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 C_SOURCES = $(wildcard src_c/*.[ch] bench/*.c bench/*.cpp tests/*/*.c)
 
-.PHONY: help demo serve load test test-arm test-noavx test-service lint format bench bench-peers sanitize wheel \
+.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers bench-scaling sanitize wheel \
     build torch emulators chromium wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -40,6 +40,10 @@ test-service: $(VENV)/service.stamp build ## test the reference service, under l
 	@$(MAKE) --no-print-directory -k chromium wrk || echo "The tests that need them will be SKIPPED"
 	$(PY) -m pytest tests/service/check_service.py
 
+test-races: $(VENV)/test.stamp ## look for data races between the threads of the kernels (clang, ThreadSanitizer)
+	$(call debian,clang,clang libomp-dev)
+	$(PY) -m pytest tests/races/check_races.py
+
 lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
 	ruff check
 	ruff format --check
@@ -64,6 +68,9 @@ bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the rati
 
 bench-peers: $(VENV)/peers.stamp build ## time fastbn against PyTorch, oneDNN, TensorFlow, JAX, ONNX Runtime, OpenVINO
 	$(PY) bench/compare.py
+
+bench-scaling: $(VENV)/bench.stamp build ## time fastbn with 1, 2, 4 ... all CPUs
+	$(PY) bench/scaling.py
 
 # In a copy, so that no object is ever mixed with those of an ordinary build.
 SANITIZED := build/sanitize

@@ -402,6 +402,32 @@ big_call(); big_call(num_threads=4); print(tasks() - before, len(hooks))
     assert run_python(TASKS + code).split("\n") == ["0 1", "2 1", "3 1"]
 
 
+@linux_only
+@needs_openmp
+@pytest.mark.parametrize(
+    ("environment", "started"), [({"OMP_THREAD_LIMIT": "3"}, 2), ({"OMP_MAX_ACTIVE_LEVELS": "0"}, 0)], ids=str
+)
+def test_openmp_may_start_fewer_than_were_asked_for(environment, started):
+    code = """
+import numpy as np, fastbn
+values = np.random.default_rng(0).standard_normal((3, 4, 30, 30, 100), np.float32)
+def training(x, axis, num_threads):
+    running = np.zeros((2, x.shape[axis]), np.float32)
+    y, stats = fastbn.batch_norm_forward(x, axis=axis, num_threads=num_threads)
+    fastbn.batch_norm(x, *running, training=True, axis=axis, num_threads=num_threads)
+    grads = fastbn.batch_norm_backward(x, y, stats, axis=axis, num_threads=num_threads)
+    return [a.tobytes() for a in (y, stats.mean, stats.var, running, *grads[:3])]
+for x, axis in (values[0], -1), (np.moveaxis(values[1], -1, 1).copy(), 1), (values[2, :1, :1], -1):
+    before = tasks()
+    shared = training(x, axis, 7)  # 100 channels: two are left over
+    same = shared == training(x, axis, 1)
+    print(tasks() - before or "no", "more:", "same" if same else "other", "bits")
+"""
+    first, *others = run_python(TASKS + code, **environment).split("\n")
+    assert first == f"{started or 'no'} more: same bits"
+    assert others == ["no more: same bits"] * 2
+
+
 @needs_openmp
 def test_a_senseless_setting_is_told_by_the_call_that_needs_it():
     code = f"""
