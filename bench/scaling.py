@@ -46,6 +46,7 @@ def parse():
     parser.add_argument("--ops", nargs="+", metavar="OP", help="such as training backward+relu; default: all")
     parser.add_argument("--shapes", nargs="+", metavar="PATTERN", help="such as '*x7x7'; default: all")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--results", type=Path, metavar="JSON", help="show those of an earlier run")
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--markdown", type=Path, metavar="PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH")
@@ -81,12 +82,13 @@ def measure(shape, op, data, layout, args, cpus):
 
 
 def slower(row, threads):
-    """(more, fewer, ratio) of each number of threads that is slower than some lower one."""
-    times = row["fastbn"]
+    """(more threads, fewer, fastbn's ratio, the memory limit's or None) where more are slower."""
+    times, limits = row["fastbn"], row["limit"]
     for i, time_of_more in enumerate(times):
         best = min(range(i + 1), key=times.__getitem__)
         if time_of_more > SLOWER * times[best]:
-            yield threads[i], threads[best], time_of_more / times[best]
+            limit = limits[i] / limits[best] if limits else None
+            yield threads[i], threads[best], time_of_more / times[best], limit
 
 
 def speedups(rows, name):
@@ -121,11 +123,18 @@ def tables(results):
     )
     yield (
         "Rows that more threads slow down",
-        ("shape", "op", "layout", "threads", "times as long"),
+        ("shape", "op", "layout", "threads", "times as long", "memory limit"),
         [
-            [label(row["shape"]), row["op"], row["layout"], f"{more}, not {fewer}", f"{ratio:.2f}"]
+            [
+                label(row["shape"]),
+                row["op"],
+                row["layout"],
+                f"{more}, not {fewer}",
+                f"{ratio:.2f}",
+                f"{limit:.2f}" if limit else "",
+            ]
             for row in results["rows"]
-            for more, fewer, ratio in slower(row, threads)
+            for more, fewer, ratio, limit in slower(row, threads)
         ],
     )
     yield (
@@ -180,14 +189,13 @@ def plot(results, path):
     plt.close(figure)
 
 
-def main():
-    args = parse()
+def run(args, console):
+    """Time all rows."""
     compare.start_again_in({"GLIBC_TUNABLES": compare.KEEP_PAGES})
     cpus = compare.cpus_by_core()
     args.threads = args.threads or sorted({*(1 << i for i in range(len(cpus).bit_length())), len(cpus)})
     if max(args.threads) > len(cpus):
         sys.exit(f"--threads {max(args.threads)}: this process may run on {len(cpus)} CPUs")
-    console = Console(width=None if sys.stdout.isatty() else 160)
     gc.disable()
     start = time.perf_counter()
     results = {
@@ -204,7 +212,13 @@ def main():
             data = peers.Data(shape, layout)
             results["rows"] += [measure(shape, op, data, layout, args, cpus) for op in ops]
     results["seconds"] = round(time.perf_counter() - start)
+    return results
 
+
+def main():
+    args = parse()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    results = json.loads(args.results.read_text()) if args.results else run(args, console)
     text = []
     for title, headings, lines in tables(results):
         table = Table(*headings, title=title)
