@@ -88,15 +88,18 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
 #define LONG_RUN 128 /* values from which on a run is worth being aligned */
 
 /* What lies `ahead` of offset i. It lets reads go on while streaming stores drain. */
-INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int direction) {
-    vprefetch(a->x + i + a->ahead);
+INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) {
+    vprefetch(a->x + i + a->ahead, cache);
     if (direction == BACKWARD)
-        vprefetch(a->dy + i + a->ahead);
+        vprefetch(a->dy + i + a->ahead, cache);
 }
 
 /* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
- * of memory, which several rows at once hide from the hardware. */
-INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
+ * of memory, which several rows at once hide from the hardware, and to L1. Rows that are more than L1 holds several of
+ * are long enough for the hardware. */
+INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) {
+    return p->N * p->S * p->C >= FAR && cols == p->C * p->fold && cols <= NARROW;
+}
 
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
  * last goes through the cache. */
@@ -185,7 +188,7 @@ INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cu
         if (n == 0) {
             for (; i + VL <= min_z(end, len); i += VL) {
                 if (stream)
-                    prefetch_at(a, i, direction);
+                    prefetch_at(a, i, TO_L2, direction);
                 work_at(&k, a, i, all, 1, direction, act, res, stream);
             }
             n = min_z(VL, len - i);
@@ -272,10 +275,10 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
         }
         for (int j = 0; far && j < rows; j++) {
             const ptrdiff_t next = rows * c + j * LINE;
-            prefetch_at(&a, next, direction);
-            vprefetch(a.out + a.ahead + next);
+            prefetch_at(&a, next, TO_L1, direction);
+            vprefetch(a.out + a.ahead + next, TO_L1);
             if (res)
-                vprefetch(a.r + a.ahead + next);
+                vprefetch(a.r + a.ahead + next, TO_L1);
         }
         for (int j = 0; j < rows; j++)
             for (int v = 0; v < LINE / VL; v++)

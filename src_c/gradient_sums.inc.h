@@ -6,7 +6,7 @@ INLINE void sum_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole
     vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
     if (!whole)
         d = vkeep(d, t); /* 0 * d must be 0 there */
-    const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
+    const vf dy = vhold(whole ? vload(a->dy + i) : vload_tail(a->dy + i, t));
     vf r = d;
     if (res && act != BN_IDENTITY)
         r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
@@ -124,8 +124,8 @@ INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, 
             resume(sum[c], r > 0, SHORT_LANES / VL, s);
             resume(sq[c], r > 0, SHORT_LANES / VL, q);
             for (ptrdiff_t i = 0; p->stream && i < b->len; i += LINE) { /* the next run's */
-                vprefetch(a.x + p->x.outer + i);
-                vprefetch(a.dy + p->grad_output.outer + i);
+                vprefetch(a.x + p->x.outer + i, TO_L2);
+                vprefetch(a.dy + p->grad_output.outer + i, TO_L2);
             }
             add_grads(p, &k, a, 1, b->len, frozen, act, res, SHORT_LANES, s, q);
             keep(s, SHORT_LANES / VL, sum[c]);
@@ -172,7 +172,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
         const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int j = 0; far && j < rows * VL; j += LINE)
-            prefetch_at(a, rows * i + j, BACKWARD);
+            prefetch_at(a, rows * i + j, TO_L1, BACKWARD);
         for (int r = 0; r < rows; r++)
             sum_at(&k, a, r * K + c + i, tail, 1, frozen, act, res, &s, &q);
         vstore(sum + i, s);

@@ -25,7 +25,7 @@ INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef
 #pragma GCC unroll 8
         for (ptrdiff_t b = i + lane; b < i + INTERLEAVE; b += LANES) {
             for (int j = 0; (VL == LINE || direction == FORWARD) && j < pass; j += LINE)
-                prefetch_at(other, b + j, direction);
+                prefetch_at(other, b + j, TO_L2, direction);
             for (int j = 0; j < pass / VL; j++)
                 if (direction == BACKWARD)
                     sum_at(k_other, other, b + j * VL, all, 1, 0, act, res, &sa[j], &qa[j]);
@@ -84,7 +84,7 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
                 plane_shifts(x, p->x.inner, sample, d.runs * d.len <= SMALL_TILE, cols, shift);
             for (ptrdiff_t j = 0; direction == FORWARD && j < cols; j++) /* the next tile's, of the same shape */
                 for (int l = 0; l < SAMPLES; l++)
-                    vprefetch(cursor_at(p, next.n, other + i + j, next.s, direction).x + sample[l]);
+                    vprefetch(cursor_at(p, next.n, other + i + j, next.s, direction).x + sample[l], TO_L2);
             for (ptrdiff_t r = 0; r < d.runs; r++)
                 for (ptrdiff_t j = 0; j < cols; j++) {
                     const vcoef k = coef_of_channel(p, coef, c0 + i + j, direction);

@@ -36,6 +36,7 @@
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
 #define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
+#define NARROW        320       /* columns: eight rows of two operands are 20 KB */
 #define MANY          (1 << 21) /* elements from which on inference folds more rows */
 #define LARGE_CHANNEL (1 << 18) /* values: 1 MB, an L2 */
 

@@ -11,6 +11,8 @@
  *   vfma(a, b, c)   a * b + c        vfnma(a, b, c)   c - a * b
  *   vjoin(a, b, t)  a in the lanes of t, b in the others
  *   vsums(v)        in lane i the sum of the lanes of v[i], for VL vectors, as a tree: lane j + lane j + VL / 2, ...
+ *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
+ *   vprefetch(p, cache)
  */
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
@@ -24,10 +26,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
+enum { TO_L1, TO_L2 };
+
 #if defined(FASTBN_SIMD_AVX512)
 
 #include <immintrin.h>
-#define VL 16
+#define VECTOR_REGISTER "v"
+#define VL              16
 typedef __m512 vf;
 typedef __mmask16 vm;
 typedef __mmask16 vt;
@@ -36,7 +41,6 @@ INLINE vf vload(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vstore(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE void vstream(float *p, vf a) { _mm512_stream_ps(p, a); }
 INLINE void vfence(void) { _mm_sfence(); }
-INLINE void vprefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -70,7 +74,8 @@ INLINE vf vsums(const vf *v) {
 #elif defined(FASTBN_SIMD_AVX2)
 
 #include <immintrin.h>
-#define VL 8
+#define VECTOR_REGISTER "x"
+#define VL              8
 typedef __m256 vf;
 typedef __m256 vm;
 typedef __m256i vt;
@@ -79,7 +84,6 @@ INLINE vf vload(const float *p) { return _mm256_loadu_ps(p); }
 INLINE void vstore(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE void vstream(float *p, vf a) { _mm256_stream_ps(p, a); }
 INLINE void vfence(void) { _mm_sfence(); }
-INLINE void vprefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
@@ -113,7 +117,8 @@ INLINE vf vsums(const vf *v) {
 #elif defined(__aarch64__) || defined(_M_ARM64)
 
 #include <arm_neon.h>
-#define VL 4
+#define VECTOR_REGISTER "w"
+#define VL              4
 typedef float32x4_t vf;
 typedef uint32x4_t vm;
 typedef int vt;
@@ -122,7 +127,6 @@ INLINE vf vload(const float *p) { return vld1q_f32(p); }
 INLINE void vstore(float *p, vf a) { vst1q_f32(p, a); }
 INLINE void vstream(float *p, vf a) { vst1q_f32(p, a); } /* A64 has only a hint, on pairs: not worth it */
 INLINE void vfence(void) {}
-INLINE void vprefetch(const float *p) { __builtin_prefetch(p); }
 INLINE vf vadd(vf a, vf b) { return vaddq_f32(a, b); }
 INLINE vf vsub(vf a, vf b) { return vsubq_f32(a, b); }
 INLINE vf vmul(vf a, vf b) { return vmulq_f32(a, b); }
@@ -173,7 +177,8 @@ INLINE vf vsums(const vf *v) {
 #else /* SSE2, which every x86-64 has */
 
 #include <emmintrin.h>
-#define VL 4
+#define VECTOR_REGISTER "x"
+#define VL              4
 typedef __m128 vf;
 typedef __m128 vm;
 typedef int vt;
@@ -182,7 +187,6 @@ INLINE vf vload(const float *p) { return _mm_loadu_ps(p); }
 INLINE void vstore(float *p, vf a) { _mm_storeu_ps(p, a); }
 INLINE void vstream(float *p, vf a) { _mm_stream_ps(p, a); }
 INLINE void vfence(void) { _mm_sfence(); }
-INLINE void vprefetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 INLINE vf vadd(vf a, vf b) { return _mm_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm_mul_ps(a, b); }
@@ -225,6 +229,25 @@ INLINE vf vsums(const vf *v) {
     return _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd));
 }
 
+#endif
+
+#if defined(__GNUC__)
+INLINE vf vhold(vf a) {
+    __asm__("" : "+" VECTOR_REGISTER(a));
+    return a;
+}
+INLINE void vprefetch(const float *p, int cache) {
+    if (cache == TO_L1)
+        __builtin_prefetch(p, 0, 3);
+    else
+        __builtin_prefetch(p, 0, 2);
+}
+#else
+INLINE vf vhold(vf a) { return a; }
+INLINE void vprefetch(const float *p, int cache) {
+    (void)p;
+    (void)cache;
+}
 #endif
 
 #endif

@@ -77,7 +77,7 @@ INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
             for (ptrdiff_t i = 0; i < full; i += lanes)
                 for (int j = 0; j < pass / VL; j++) {
                     if (prefetch && j * VL % LINE == 0)
-                        vprefetch(a + i + j * VL + ahead);
+                        vprefetch(a + i + j * VL + ahead, TO_L2);
                     const vf d = vsub(vload(a + i + j * VL), k);
                     sa[j] = vadd(sa[j], d);
                     qa[j] = vfma(d, d, qa[j]);
@@ -87,7 +87,7 @@ INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
                     continue;
                 const float *b = a + full + j * VL;
                 if (prefetch && j * VL % LINE == 0)
-                    vprefetch(b + ahead);
+                    vprefetch(b + ahead, TO_L2);
                 const vf d = rest >= lane + (j + 1) * VL ? vsub(vload(b), k) : vkeep(vsub(vload_tail(b, t), k), t);
                 sa[j] = vadd(sa[j], d);
                 qa[j] = vfma(d, d, qa[j]);
@@ -265,7 +265,7 @@ INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdif
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
         for (int j = 0; far && j < rows * VL; j += LINE)
-            vprefetch(x + rows * (stride + c) + j);
+            vprefetch(x + rows * (stride + c) + j, TO_L1);
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(vload(x + r * stride + c), k);
             sum = vadd(sum, d);
