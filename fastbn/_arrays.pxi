@@ -76,6 +76,17 @@ cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1
     raise ValueError(f"{name} must have the shape of {like}, {(<object> x).shape}, got {(<object> a).shape}")
 
 
+cdef int check_rank(x, tuple ranks) except -1:
+    """x must be of one of these; None allows all."""
+    if ranks is None:
+        return 0
+    for rank in ranks:
+        if <int> rank == cnp.PyArray_NDIM(x):
+            return 0
+    expected = " or ".join([f"{rank}D" for rank in ranks])
+    raise ValueError(f"expected {expected} input (got {cnp.PyArray_NDIM(x)}D input)")
+
+
 cdef Py_ssize_t check_axis(cnp.ndarray x, axis, str name) except -1:
     cdef Py_ssize_t nd = cnp.PyArray_NDIM(x), i
     if nd < 2:

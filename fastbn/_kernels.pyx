@@ -341,9 +341,10 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     return block
 
 
-def channels(x, axis):
+def channels(x, axis, tuple ranks):
     """The number of channels of x, checked."""
     x = array32(x, "x")
+    check_rank(x, ranks)
     return cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
 
 
@@ -469,11 +470,12 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
 
 
 def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residual, activation, double negative_slope,
-              out, num_threads):
+              out, num_threads, tuple ranks):
     """y from running statistics, or with float64 those of a BatchStats."""
     cdef int code = activation_code(activation)
     check_slope(negative_slope)
     x = array32(x, "x")
+    check_rank(x, ranks)
     cdef bn_coef k
     cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
     cdef float room[ROOM]

@@ -106,7 +106,7 @@ def batch_norm(
     if not training:
         return _kernels.normalize(
             x, running_mean, running_var, False, weight, bias, eps, axis, residual, activation,
-            negative_slope, out, num_threads,
+            negative_slope, out, num_threads, None,
         )  # fmt: skip
     return _kernels.forward(
         x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
@@ -179,7 +179,7 @@ def batch_norm_forward(
         _check_stats(stats)
         y = _kernels.normalize(
             x, stats.mean, stats.var, True, weight, bias, eps, axis, residual, activation, negative_slope,
-            out, num_threads,
+            out, num_threads, None,
         )  # fmt: skip
         return y, stats
     y, mean, var, count = _kernels.forward(

@@ -189,22 +189,18 @@ class BatchNorm:
         TypeError
             If an array is not float32.
         """
-        if not isinstance(x, np.ndarray):
-            x = _kernels.array32(x, "x")
-        if self._ranks is not None and x.ndim not in self._ranks:
-            expected = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {expected} input (got {x.ndim}D input)")
         if self.training or self.running_mean is None:
             return self._normalize_by_batch(x, residual, out)
         y = _kernels.normalize(
             x, self.running_mean, self.running_var, False, self.weight, self.bias, self.eps, self.axis,
-            residual, self.activation, self.negative_slope, out, None,
+            residual, self.activation, self.negative_slope, out, None, self._ranks,
         )  # fmt: skip
         self._saved = (x, residual, out, None)
         return y
 
     def _normalize_by_batch(self, x: Array, residual: Array | None, out: Array | None) -> Array:
-        channels = _kernels.channels(x, self.axis)
+        x = _kernels.array32(x, "x")
+        channels = _kernels.channels(x, self.axis, self._ranks)
         if channels != self.num_features:
             raise ValueError(
                 f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
@@ -250,6 +246,7 @@ class BatchNorm:
                 "backward() needs a call of the layer first, since its state was last set or copied"
             )
         x, residual, out, stats = self._saved
+        x = _kernels.array32(x, "x")
         if out is not None and np.shares_memory(x, _kernels.array32(out, "out")):
             raise RuntimeError(
                 "backward() needs the x of the latest call, which its result has replaced (out=x); "

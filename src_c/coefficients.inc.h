@@ -100,7 +100,7 @@ INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
                 r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
 }
 
-/* Of n <= BLOCK channels from cb on, from their means hi + lo and v = var + eps. */
+/* Of n <= BLOCK channels from cb on, from their means hi + lo, or hi alone, and v = var + eps. */
 INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
                        const float *weight, const float *bias, const bn_coef *k) {
     float *restrict mean = k->mean + cb, *restrict scale = k->scale + cb, *restrict shift = k->shift + cb;
@@ -109,14 +109,15 @@ INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double 
     for (ptrdiff_t c = 0; c < n; c++) {
         const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
         scale[c] = (float)a;
-        shift[c] = (float)((bias ? bias[cb + c] : 0.0) - lo[c] * a);
+        const double b = bias ? bias[cb + c] : 0.0;
+        shift[c] = (float)(lo ? b - lo[c] * a : b);
     }
     for (ptrdiff_t c = 0; c < n; c++)
         mean[c] = hi[c];
     if (k->invstd)
         for (ptrdiff_t c = 0; c < n; c++) {
             k->invstd[cb + c] = (float)invstd[c];
-            k->offset[cb + c] = (float)(-lo[c] * invstd[c]);
+            k->offset[cb + c] = (float)(lo ? -lo[c] * invstd[c] : 0.0);
         }
 }
 
@@ -146,13 +147,12 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *
 
 static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
                          const float *bias, double eps, const bn_coef *k) {
-    const double lo[BLOCK] = {0.0};
     for (ptrdiff_t cb = 0; cb < p->C; cb += BLOCK) {
         const ptrdiff_t n = min_z(BLOCK, p->C - cb);
         double v[BLOCK];
         for (ptrdiff_t c = 0; c < n; c++)
             v[c] = var[cb + c] + eps;
-        coef_block(cb, n, mean + cb, lo, v, weight, bias, k);
+        coef_block(cb, n, mean + cb, NULL, v, weight, bias, k);
     }
     repeat_coef(p, 0, p->C, k);
 }
