@@ -66,6 +66,7 @@ cdef extern from "kernels.h":
                           Py_ssize_t, double *, double *) noexcept nogil
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, const float *,
                      const float *, double, const bn_coef *) noexcept nogil
+        void (*move_running)(char *, Py_ssize_t, const double *, Py_ssize_t, Py_ssize_t, double, double) noexcept nogil
         void (*running_coef)(const bn_problem *, const float *, const float *, const float *, const float *, double,
                              const bn_coef *) noexcept nogil
         void (*backward_coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *,
@@ -665,7 +666,7 @@ def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var,
     check_momentum(momentum)
     if count == 0:
         return
-    move_running(<char *> cnp.PyArray_DATA(running_mean), cnp.PyArray_STRIDE(running_mean, 0), data64(mean), 0, C,
-                 momentum, 1.0)
-    move_running(<char *> cnp.PyArray_DATA(running_var), cnp.PyArray_STRIDE(running_var, 0), data64(var), 0, C,
-                 momentum, unbiasing(count, unbiased))
+    K.move_running(<char *> cnp.PyArray_DATA(running_mean), cnp.PyArray_STRIDE(running_mean, 0), data64(mean), 0, C,
+                   momentum, 1.0)
+    K.move_running(<char *> cnp.PyArray_DATA(running_var), cnp.PyArray_STRIDE(running_var, 0), data64(var), 0, C,
+                   momentum, unbiasing(count, unbiased))

@@ -90,24 +90,6 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
         e1 = e
 
 
-cdef inline void move_towards(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t c0, Py_ssize_t c1,
-                              double momentum, double factor) noexcept nogil:
-    cdef Py_ssize_t c
-    cdef float *a
-    for c in range(c0, c1):
-        a = <float *> (running + c * stride)
-        a[0] = <float> ((1.0 - momentum) * a[0] + momentum * (batch[c] * factor))
-
-
-cdef void move_running(char *running, Py_ssize_t stride, const double *batch, Py_ssize_t c0, Py_ssize_t c1,
-                       double momentum, double factor) noexcept nogil:
-    """running = (1 - momentum) * running + momentum * batch, in float64."""
-    if stride == 4:  # a constant to the compiler, which then takes several at a time
-        move_towards(running, 4, batch, c0, c1, momentum, factor)
-    else:
-        move_towards(running, stride, batch, c0, c1, momentum, factor)
-
-
 # one owner for a group of channels: all passes back to back, while the data is in its cache
 
 cdef enum:
@@ -150,8 +132,9 @@ cdef inline void finish_stats(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, co
     if plan.p.y.data != NULL:
         coefficients(plan, c0, c1)
     if plan.running_mean != NULL:
-        move_running(plan.running_mean, plan.running_stride[0], plan.mean, c0, c1, plan.momentum, 1.0)
-        move_running(plan.running_var, plan.running_stride[1], plan.var, c0, c1, plan.momentum, plan.unbiasing)
+        plan.K.move_running(plan.running_mean, plan.running_stride[0], plan.mean, c0, c1, plan.momentum, 1.0)
+        plan.K.move_running(plan.running_var, plan.running_stride[1], plan.var, c0, c1, plan.momentum,
+                            plan.unbiasing)
 
 
 cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,

@@ -145,6 +145,22 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *
     repeat_coef(p, c0, c1, k);
 }
 
+INLINE void move_towards(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
+                         double momentum, double factor) {
+    for (ptrdiff_t c = c0; c < c1; c++) {
+        float *const a = (float *)(running + c * stride);
+        *a = (float)((1.0 - momentum) * *a + momentum * (batch[c] * factor));
+    }
+}
+
+static void move_running(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
+                         double momentum, double factor) {
+    if (stride == sizeof(float)) /* a constant to the compiler, which then takes several at a time */
+        move_towards(running, sizeof(float), batch, c0, c1, momentum, factor);
+    else
+        move_towards(running, stride, batch, c0, c1, momentum, factor);
+}
+
 static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
                          const float *bias, double eps, const bn_coef *k) {
     for (ptrdiff_t cb = 0; cb < p->C; cb += BLOCK) {

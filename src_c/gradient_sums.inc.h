@@ -115,32 +115,28 @@ INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *g, double *gx) {
 /* As short_stats does. */
 INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c0, ptrdiff_t cols,
                        int frozen, int act, int res, double *g, double *gx) {
-    vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
+    vf sum[SHORT_BLOCK * SHORT_LANES / VL], sq[SHORT_BLOCK * SHORT_LANES / VL];
     for (ptrdiff_t r = 0; r < b->runs; r++) {
         cursor a = cursor_at(p, b->n + r, c0, 0, BACKWARD);
         for (ptrdiff_t c = 0; c < cols; c++) {
             const vcoef k = coef_of_channel(p, coef, c0 + c, BACKWARD);
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
-            resume(sum[c], r > 0, SHORT_LANES / VL, s);
-            resume(sq[c], r > 0, SHORT_LANES / VL, q);
+            resume(sum + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, s);
+            resume(sq + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, q);
             for (ptrdiff_t i = 0; p->stream && i < b->len; i += LINE) { /* the next run's */
                 vprefetch(a.x + p->x.outer + i, TO_L2);
                 vprefetch(a.dy + p->grad_output.outer + i, TO_L2);
             }
             add_grads(p, &k, a, 1, b->len, frozen, act, res, SHORT_LANES, s, q);
-            keep(s, SHORT_LANES / VL, sum[c]);
-            keep(q, SHORT_LANES / VL, sq[c]);
+            keep(s, SHORT_LANES / VL, sum + c * SHORT_LANES / VL);
+            keep(q, SHORT_LANES / VL, sq + c * SHORT_LANES / VL);
             next_plane(p, &a, 0, BACKWARD, res);
         }
     }
-    for (ptrdiff_t c = 0; c < cols; c += VL) {
-        vf s[VL], q[VL];
-        for (ptrdiff_t j = 0; j < min_z(VL, cols - c); j++) {
-            s[j] = add_vectors(sum[c + j], SHORT_LANES);
-            q[j] = add_vectors(sq[c + j], SHORT_LANES);
-        }
-        store_sums(min_z(VL, cols - c), s, q, g + c, gx + c);
-    }
+    add_kept(cols, sum);
+    add_kept(cols, sq);
+    for (ptrdiff_t c = 0; c < cols; c += VL)
+        store_sums(min_z(VL, cols - c), sum + c, sq + c, g + c, gx + c);
 }
 
 INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1,

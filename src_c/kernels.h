@@ -89,7 +89,11 @@ typedef struct {
     /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
     void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
                  const float *weight, const float *bias, double eps, const bn_coef *k);
-    /* Those of all channels from float32 running statistics. */
+    /* running = (1 - momentum) * running + momentum * (batch * factor) in float64, of channels [c0, c1) of a float32
+     * vector whose values lie so many bytes apart. */
+    void (*move_running)(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
+                         double momentum, double factor);
+    /* The coefficients of all channels from float32 running statistics. */
     void (*running_coef)(const bn_problem *p, const float *mean, const float *var, const float *weight,
                          const float *bias, double eps, const bn_coef *k);
     /* Puts the batch terms of the backward pass in, after coef, from the pooled sums. */

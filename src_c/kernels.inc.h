@@ -102,6 +102,7 @@ INLINE vf activate_backward(vf dy, vf z, int activation, vf slope) {
         pool_stats,                                                                                                    \
         pool_sums,                                                                                                     \
         coef,                                                                                                          \
+        move_running,                                                                                                  \
         running_coef,                                                                                                  \
         backward_coef,                                                                                                 \
     };

@@ -186,31 +186,33 @@ INLINE void keep(const vf *v, int n, vf *kept) {
         kept[i] = v[i];
 }
 
+/* One vector a channel of what was kept, in place: a copy would be a memcpy, which takes as long as many planes. */
+INLINE void add_kept(ptrdiff_t cols, vf *kept) {
+    for (ptrdiff_t c = 0; c < cols && SHORT_LANES > VL; c++)
+        kept[c] = add_vectors(kept + c * (SHORT_LANES / VL), SHORT_LANES);
+}
+
 /* Short planes of cols <= SHORT_BLOCK channels, batch by batch. */
 INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const ptrdiff_t *sample,
                         int small, double *mean, double *m2) {
     const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
     float shift[SHORT_BLOCK];
-    vf sum[SHORT_BLOCK][SHORT_LANES / VL], sq[SHORT_BLOCK][SHORT_LANES / VL];
+    vf sum[SHORT_BLOCK * SHORT_LANES / VL], sq[SHORT_BLOCK * SHORT_LANES / VL];
     for (ptrdiff_t c = 0; c < cols; c += VL)
         plane_shifts(x + c * inner, inner, sample, small, min_z(VL, cols - c), shift + c);
     for (ptrdiff_t r = 0; r < a->runs; r++)
         for (ptrdiff_t c = 0; c < cols; c++) {
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
-            resume(sum[c], r > 0, SHORT_LANES / VL, s);
-            resume(sq[c], r > 0, SHORT_LANES / VL, q);
+            resume(sum + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, s);
+            resume(sq + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, q);
             add_shifted(x + r * outer + c * inner, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
-            keep(s, SHORT_LANES / VL, sum[c]);
-            keep(q, SHORT_LANES / VL, sq[c]);
+            keep(s, SHORT_LANES / VL, sum + c * SHORT_LANES / VL);
+            keep(q, SHORT_LANES / VL, sq + c * SHORT_LANES / VL);
         }
-    for (ptrdiff_t c = 0; c < cols; c += VL) {
-        vf s[VL], q[VL];
-        for (ptrdiff_t j = 0; j < min_z(VL, cols - c); j++) {
-            s[j] = add_vectors(sum[c + j], SHORT_LANES);
-            q[j] = add_vectors(sq[c + j], SHORT_LANES);
-        }
-        settle_planes(p, a, x + c * inner, min_z(VL, cols - c), shift + c, s, q, mean + c, m2 + c);
-    }
+    add_kept(cols, sum);
+    add_kept(cols, sq);
+    for (ptrdiff_t c = 0; c < cols; c += VL)
+        settle_planes(p, a, x + c * inner, min_z(VL, cols - c), shift + c, sum + c, sq + c, mean + c, m2 + c);
 }
 
 static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
