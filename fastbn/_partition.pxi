@@ -365,8 +365,9 @@ cdef void two_passes(Plan *plan) noexcept nogil:
 cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests
 
 
-cdef bint past_cache(const bn_problem *p, int threads) noexcept:
-    """Whether to write past the cache: when the tensors together exceed what holds them better than memory does.
+cdef int past_cache(const bn_problem *p, int threads) noexcept:
+    """Whether to write past the cache: when the tensors together exceed what holds them better than memory does; 2 when
+    those that are read do so by themselves.
 
     That is so many eighths of the last-level cache, or of all of those that the threads are spread over; less of it for
     one thread alone, which waits for memory longer. And it is not the huge sliced cache of some servers: those are
@@ -374,14 +375,15 @@ cdef bint past_cache(const bn_problem *p, int threads) noexcept:
     L2 on.
     """
     cdef Py_ssize_t limit = STREAM_BYTES
-    cdef int tensors = ((p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
-                        + (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL))
+    cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
+    cdef int read = (p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
+    cdef int written = (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL)
     cdef int eighths = 6 if threads > 1 else 4
     if limit == 0:
         limit = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
             limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // 8 * eighths
-    return p.N * p.C * p.S * 4 * tensors > limit
+    return (bytes_of_tensor * (read + written) > limit) + (bytes_of_tensor * read > limit)
 
 
 def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_bytes=-1):

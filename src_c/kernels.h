@@ -32,7 +32,7 @@ typedef struct {
 
 typedef struct {
     int layout, activation;
-    int stream; /* write outputs past the cache */
+    int stream; /* write outputs past the cache; 2: inputs come from beyond it */
     int packed; /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
     float negative_slope;
     ptrdiff_t N, C, S;

@@ -68,10 +68,14 @@ def test_sizes_that_decide_what_is_shared_out(isa, shape, axis, operation):
 def test_streaming(isa, shared_out, shape, axis, operation, threads):
     p = problem(shape, axis)
     found = []
-    for streamed in False, True:
-        with kernels(streamed=streamed):
+    try:
+        for tensors in 0, 1.5, 2.5, 3.5, 100:  # that fit the cache: none, those that are read, all
+            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1)
             found.append(run(operation, p, *fusing(operation), num_threads=threads))
-    assert_same_bits(*found)
+    finally:
+        _kernels.tune(stream_bytes=0)
+    for other in found[1:]:
+        assert_same_bits(found[0], other)
 
 
 @pytest.mark.skipif(len(_kernels.supported_isas()) < 3, reason="needs AVX-512")
