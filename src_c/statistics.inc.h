@@ -289,6 +289,35 @@ INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdif
     }
 }
 
+/* As add_rows from beyond the cache, for columns that divide into strips: there one row after the other is read
+ * fastest, and is held up by its sums in memory. Runs of a strip's length are read as fast, if what comes `ahead` is
+ * prefetched in memory's order; 0 where strips follow one another. */
+INLINE void add_strips(const float *x, ptrdiff_t stride, ptrdiff_t ahead, ptrdiff_t cols, const float *shift, float *s,
+                       float *q) {
+    for (ptrdiff_t c = 0; c < cols; c += STRIP) {
+        vf k[STRIP / VL], sum[STRIP / VL], sq[STRIP / VL];
+        for (int j = 0; j < STRIP / VL; j++) {
+            k[j] = vload(shift + c + j * VL);
+            sum[j] = vload(s + c + j * VL);
+            sq[j] = vload(q + c + j * VL);
+        }
+        for (int r = 0; r < STATS_ROWS; r++) {
+            const float *const a = x + r * stride + c, *const next = x + ahead + STATS_ROWS * c + r * STRIP;
+            for (int j = 0; ahead && j < STRIP; j += LINE)
+                vprefetch(next + j, TO_L2);
+            for (int j = 0; j < STRIP / VL; j++) {
+                const vf d = vsub(vload(a + j * VL), k[j]);
+                sum[j] = vadd(sum[j], d);
+                sq[j] = vfma(d, d, sq[j]);
+            }
+        }
+        for (int j = 0; j < STRIP / VL; j++) {
+            vstore(s + c + j * VL, sum[j]);
+            vstore(q + c + j * VL, sq[j]);
+        }
+    }
+}
+
 /* Starts partial sums of whole vectors. */
 INLINE void clear(ptrdiff_t cols, float *s, float *q) {
     const size_t size = (size_t)((cols + VL - 1) / VL * VL) * sizeof *s;
@@ -309,7 +338,8 @@ INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
 INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
                        float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
     const ptrdiff_t K = p->C * p->fold;
-    const int several = several_rows(p), far = far_rows(p, cols);
+    const int several = several_rows(p), far = far_rows(p, cols), in_strips = VL == LINE && p->packed && p->stream == 2;
+    const ptrdiff_t strips = cols / STRIP * STRIP, ahead = cols == K && K > STRIP ? STATS_ROWS * K : 0;
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
         x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
@@ -324,6 +354,11 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     for (ptrdiff_t r = 0, n; r < rows; r += n) {
         n = min_z(CHAIN, rows - r);
         ptrdiff_t i = 0;
+        for (; in_strips && i + STATS_ROWS <= n; i += STATS_ROWS) {
+            const float *const a = row_at(p, row0 + r + i) + c;
+            add_strips(a, K, ahead, strips, shift, s, q);
+            add_rows(a + strips, K, STATS_ROWS, 0, cols - strips, shift + strips, s + strips, q + strips);
+        }
         for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, cols, shift, s, q);
         for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)
