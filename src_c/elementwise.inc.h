@@ -95,11 +95,11 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
 }
 
 /* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
- * of memory, which several rows at once hide from the hardware, and to L1. Rows that are more than L1 holds several of
- * are long enough for the hardware. */
-INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) {
-    return p->N * p->S * p->C >= FAR && cols == p->C * p->fold && cols <= NARROW;
-}
+ * of memory, which several rows at once hide from the hardware. */
+INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
+
+/* To where: L1 holds several rows of two operands, if they are narrow. */
+INLINE int nearest(ptrdiff_t cols) { return cols <= NARROW ? TO_L1 : TO_L2; }
 
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
  * last goes through the cache. */
@@ -275,10 +275,10 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
         }
         for (int j = 0; far && j < rows; j++) {
             const ptrdiff_t next = rows * c + j * LINE;
-            prefetch_at(&a, next, TO_L1, direction);
-            vprefetch(a.out + a.ahead + next, TO_L1);
+            prefetch_at(&a, next, nearest(K), direction);
+            vprefetch(a.out + a.ahead + next, nearest(K));
             if (res)
-                vprefetch(a.r + a.ahead + next, TO_L1);
+                vprefetch(a.r + a.ahead + next, nearest(K));
         }
         for (int j = 0; j < rows; j++)
             for (int v = 0; v < LINE / VL; v++)

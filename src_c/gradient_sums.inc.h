@@ -168,7 +168,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
         const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int j = 0; far && j < rows * VL; j += LINE)
-            prefetch_at(a, rows * i + j, TO_L1, BACKWARD);
+            prefetch_at(a, rows * i + j, nearest(cols), BACKWARD);
         for (int r = 0; r < rows; r++)
             sum_at(&k, a, r * K + c + i, tail, 1, frozen, act, res, &s, &q);
         vstore(sum + i, s);

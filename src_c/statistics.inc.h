@@ -267,7 +267,7 @@ INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdif
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
         for (int j = 0; far && j < rows * VL; j += LINE)
-            vprefetch(x + rows * (stride + c) + j, TO_L1);
+            vprefetch(x + rows * (stride + c) + j, nearest(cols));
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(vload(x + r * stride + c), k);
             sum = vadd(sum, d);
