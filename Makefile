@@ -9,8 +9,8 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 C_SOURCES = $(wildcard src_c/*.[ch] bench/*.c bench/*.cpp tests/*/*.c)
 
-.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers bench-scaling sanitize wheel \
-    build torch emulators chromium wrk
+.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers \
+    bench-scaling sanitize wheel build torch emulators chromium wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 

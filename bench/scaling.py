@@ -152,7 +152,7 @@ def tables(results):
 
 
 def plot(results, path):
-    """An operation a panel, a row a thin line, a size a colour."""
+    """An operation a panel, a size a colour; the memory limit dotted."""
     import matplotlib
 
     matplotlib.use("Agg")

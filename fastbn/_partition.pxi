@@ -49,8 +49,8 @@ cdef void as_member(const Plan *plan, Work work, int member) noexcept nogil:
 
 
 cdef void in_team(Plan *plan, Work work) noexcept nogil:
-    """Work, in one parallel region, each thread with a plan of its own: a barrier costs less than a second region. It
-    is never less than all threads: to GNU OpenMP a smaller team means that the others end."""
+    """The work in one parallel region, each thread with a plan of its own: a barrier costs less than a second region.
+    Little work has no smaller team, because GNU OpenMP would end the threads that are left out."""
     if plan.threads == 1:
         plan.member = 0
         plan.team = 1
@@ -104,14 +104,14 @@ cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
 cdef inline void move_away(Plan *plan, Py_ssize_t n_gaps) noexcept nogil:
     """Sums and coefficients are those of another thread from now on."""
     cdef Py_ssize_t j, distance = n_gaps * GAP
-    cdef float **coefficients = <float **> &plan.k
+    cdef float **arrays = <float **> &plan.k
     plan.tile_a += distance
     plan.tile_b += distance
     plan.g += distance
     plan.gx += distance
     for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
-        if coefficients[j] != NULL:
-            coefficients[j] += distance
+        if arrays[j] != NULL:
+            arrays[j] += distance
 
 
 cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:

@@ -33,9 +33,9 @@
 #define BLOCK         64         /* channels at a time in what is done once a channel */
 #define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
 #define STATS_ROWS    8          /* rows at a time */
-#define STRIP         128        /* columns whose sums over so many rows are kept in AVX-512's registers */
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
+#define STRIP         128       /* columns whose statistics over several rows are kept in AVX-512's registers */
 #define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
 #define NARROW        320       /* columns: eight rows of two operands are 20 KB */
 #define MANY          (1 << 21) /* elements from which on inference folds more rows */

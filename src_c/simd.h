@@ -12,7 +12,7 @@
  *   vjoin(a, b, t)  a in the lanes of t, b in the others
  *   vsums(v)        in lane i the sum of the lanes of v[i], for VL vectors, as a tree: lane j + lane j + VL / 2, ...
  *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
- *   vprefetch(p, cache)
+ *   vprefetch(p, cache)   the line of p to that cache, and no fault wherever p points
  */
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
@@ -245,8 +245,15 @@ INLINE void vprefetch(const float *p, int cache) {
 #else
 INLINE vf vhold(vf a) { return a; }
 INLINE void vprefetch(const float *p, int cache) {
+#if defined(_M_X64)
+    if (cache == TO_L1)
+        _mm_prefetch((const char *)p, _MM_HINT_T0);
+    else
+        _mm_prefetch((const char *)p, _MM_HINT_T1);
+#else
     (void)p;
     (void)cache;
+#endif
 }
 #endif
 

@@ -19,6 +19,7 @@ SHAPES = [
     (3, 3, 50, 41),
     (84, 17, 7, 7),
     (5, 130, 14, 14),
+    (4, 300, 10, 10),
     (1, 1030, 3, 3),
     (1, 70, 50, 50),
     (20, 11, 17, 16),
@@ -70,10 +71,10 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
     found = []
     try:
         for tensors in 0, 1.5, 2.5, 3.5, 100:  # that fit the cache: none, those that are read, all
-            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1)
+            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1, group_bytes=2**17)
             found.append(run(operation, p, *fusing(operation), num_threads=threads))
     finally:
-        _kernels.tune(stream_bytes=0)
+        _kernels.tune(stream_bytes=0, group_bytes=0)
     for other in found[1:]:
         assert_same_bits(found[0], other)
 
