@@ -2,8 +2,8 @@
 
 cdef Py_ssize_t SERIAL = 65536  # elements below which waking other threads costs more than it brings
 cdef Py_ssize_t SERIAL_SUMS = 4096  # tiles times columns up to which one thread pools them: the same reason
-# of x: so much at a time goes through all passes, beyond the cache and, of a single sample, within it
-cdef Py_ssize_t GROUP_BYTES = max(L2_BYTES // 2, 1 << 19), SAMPLE_GROUP_BYTES = L2_BYTES // 4
+# of x: so much at a time goes through all passes, beyond the cache (0: the best) and, of a single sample, within it
+cdef Py_ssize_t GROUP_BYTES = 0, SAMPLE_GROUP_BYTES = L2_BYTES // 4
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
 
@@ -314,14 +314,17 @@ cdef void elementwise(Plan *plan) noexcept nogil:
 
 
 cdef void owned_channels(Plan *plan) noexcept nogil:
-    cdef Py_ssize_t bytes_of_channel = plan.p.N * plan.p.S * 4, groups = plan.threads, group_bytes
+    cdef Py_ssize_t bytes_of_channel = plan.p.N * plan.p.S * 4, groups = plan.threads, group_bytes = GROUP_BYTES
+    if group_bytes == 0:  # half of L2 for all that is read, but runs of memory should not be too short either
+        group_bytes = max(L2_BYTES // (2 if plan.need_stats else 4), 1 << 19)
     if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
-        plan.group = max(1, GROUP_BYTES // 2 // bytes_of_channel)
+        plan.group = max(1, group_bytes // 2 // bytes_of_channel)
         plan.items = plan.threads
         for_each_item(plan, interleaved_groups)
         return
     if plan.p.stream or plan.p.N == 1:
-        group_bytes = GROUP_BYTES if plan.p.stream else SAMPLE_GROUP_BYTES
+        if not plan.p.stream:
+            group_bytes = SAMPLE_GROUP_BYTES
         groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
         groups = (groups + plan.threads - 1) // plan.threads * plan.threads
     plan.items = min(plan.first, groups)
@@ -395,4 +398,4 @@ def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_byte
     if serial >= 0:
         SERIAL = serial
     if group_bytes >= 0:
-        GROUP_BYTES = group_bytes or max(L2_BYTES // 2, 1 << 19)
+        GROUP_BYTES = group_bytes

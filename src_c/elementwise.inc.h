@@ -55,27 +55,30 @@ INLINE vf masked_grad(const vcoef *k, vf d, vf r, vf dy, int act, int res) {
     return activate_backward(dy, res ? vadd(z, r) : z, act, k->slope);
 }
 
-/* The elementwise work on the lanes of t at offset i. Where a whole vector is meant, `whole` is a constant 1 and t is
- * not looked at. */
-INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int act, int res,
-                    int stream) {
+/* What the elementwise work makes of the lanes of t at offset i, and g where that is grad_residual. Where a whole
+ * vector is meant, `whole` is a constant 1 and t is not looked at. */
+INLINE vf value_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int act, int res,
+                   vf *g) {
     const vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
-    vf r = d, v;
+    vf r = d;
+    *g = d;
     if (res && (direction == FORWARD || act != BN_IDENTITY))
         r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
     if (direction == FORWARD) {
         const vf z = vfma(d, k->scale, k->shift);
-        v = activate(res ? vadd(z, r) : z, act, k->slope);
-    } else {
-        const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
-        const vf g = masked_grad(k, d, r, dy, act, res);
-        v = vfma(vfma(d, k->g_proj, vsub(g, k->g_mean)), k->scale, k->g_shift);
-        if (res) {
-            if (whole)
-                vstore(a->gr + i, g);
-            else
-                vstore_tail(a->gr + i, g, t);
-        }
+        return activate(res ? vadd(z, r) : z, act, k->slope);
+    }
+    const vf dy = whole ? vload(a->dy + i) : vload_tail(a->dy + i, t);
+    *g = masked_grad(k, d, r, dy, act, res);
+    return vfma(vfma(d, k->g_proj, vsub(*g, k->g_mean)), k->scale, k->g_shift);
+}
+
+INLINE void store_at(const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int res, int stream, vf v, vf g) {
+    if (direction == BACKWARD && res) {
+        if (whole)
+            vstore(a->gr + i, g);
+        else
+            vstore_tail(a->gr + i, g, t);
     }
     if (!whole)
         vstore_tail(a->out + i, v, t);
@@ -83,6 +86,25 @@ INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whol
         vstream(a->out + i, v);
     else
         vstore(a->out + i, v);
+}
+
+INLINE void work_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole, int direction, int act, int res,
+                    int stream) {
+    vf g;
+    const vf v = value_at(k, a, i, t, whole, direction, act, res, &g);
+    store_at(a, i, t, whole, direction, res, stream, v, g);
+}
+
+/* n <= 4 whole vectors, so many values apart. All are loaded before any is stored: a load waits for a store before it
+ * to an address with the same low 12 bits, such as the same column of another row, or what allocators give for an
+ * output of the same size, a line above the input. */
+INLINE void work_vectors(const vcoef *k, const cursor *a, ptrdiff_t i, ptrdiff_t distance, int n, int direction,
+                         int act, int res, int stream) {
+    vf v[4], g[4];
+    for (int j = 0; j < n; j++)
+        v[j] = value_at(k, a, i + j * distance, vtail(VL), 1, direction, act, res, &g[j]);
+    for (int j = 0; j < n; j++)
+        store_at(a, i + j * distance, vtail(VL), 1, direction, res, stream, v[j], g[j]);
 }
 
 #define LONG_RUN 128 /* values from which on a run is worth being aligned */
@@ -115,8 +137,7 @@ INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int directi
         i = head;
     }
     for (; i + 4 * VL <= len; i += 4 * VL)
-        for (int j = 0; j < 4 * VL; j += VL)
-            work_at(k, a, i + j, all, 1, direction, act, res, stream);
+        work_vectors(k, a, i, VL, 4, direction, act, res, stream);
     for (; i + LINE <= len; i += LINE)
         for (int j = 0; j < LINE; j += VL)
             work_at(k, a, i + j, all, 1, direction, act, res, stream);
@@ -186,6 +207,8 @@ INLINE void work_short_planes(const bn_problem *p, const bn_coef *coef, const cu
     vcoef k = coef_of_channel(p, coef, c, direction);
     for (;;) {
         if (n == 0) {
+            for (; !stream && i + 2 * VL <= min_z(end, len); i += 2 * VL)
+                work_vectors(&k, a, i, VL, 2, direction, act, res, 0);
             for (; i + VL <= min_z(end, len); i += VL) {
                 if (stream)
                     prefetch_at(a, i, TO_L2, direction);
@@ -258,6 +281,42 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
     }
 }
 
+/* The cursor at offset i with addresses that compilers do not know to be sums: they would keep the sums for all lines
+ * in registers, those of vectors too. */
+INLINE cursor held(const cursor *a, ptrdiff_t i, int direction, int res) {
+    cursor b = *a;
+    b.x = vaddress(a->x + i);
+    b.out = (float *)vaddress(a->out + i);
+    if (direction == BACKWARD)
+        b.dy = vaddress(a->dy + i);
+    if (res)
+        b.r = vaddress(a->r + i);
+    return b;
+}
+
+#define PAGE ((ptrdiff_t)4096) /* bytes: addresses whole pages apart are alike to a load that comes after a store */
+
+/* How far `out` is above `in` in the low 12 bits of their addresses, less one. */
+INLINE ptrdiff_t above(const float *out, const float *in) {
+    return (ptrdiff_t)((uintptr_t)out - (uintptr_t)in - 1) & (PAGE - 1);
+}
+
+/* Whether to go through rows of whole pages from their end, because the output is nearer above an input than below one:
+ * there a load would wait for what was stored to the column before, as in work_vectors, and for long, because rows at
+ * such distances fall into the same sets of L1. From beyond L2 nothing is as fast as memory's order. */
+INLINE int from_the_end(const cursor *a, int direction, int res) {
+    ptrdiff_t up = above(a->out, a->x), down = above(a->x, a->out);
+    if (direction == BACKWARD) {
+        up = min_z(up, above(a->out, a->dy));
+        down = min_z(down, above(a->dy, a->out));
+    }
+    if (res) {
+        up = min_z(up, above(a->out, a->r));
+        down = min_z(down, above(a->r, a->out));
+    }
+    return up < down;
+}
+
 /* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
  * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
  * hardware prefetches well, and more than it combines streaming stores for. */
@@ -266,27 +325,31 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
     const ptrdiff_t K = p->C * p->fold;
     cursor a = row_of(p, b, r, direction);
     a.ahead = rows * K;
-    ptrdiff_t c = 0;
-    for (; c + LINE <= K; c += LINE) {
+    const int reverse = !far && !stream && K * (ptrdiff_t)sizeof(float) % PAGE == 0 && from_the_end(&a, direction, res);
+    for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
+        const ptrdiff_t c = reverse ? K - LINE - i : i;
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + c + v * VL;
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
         }
-        for (int j = 0; far && j < rows; j++) {
-            const ptrdiff_t next = rows * c + j * LINE;
-            prefetch_at(&a, next, nearest(K), direction);
-            vprefetch(a.out + a.ahead + next, nearest(K));
-            if (res)
-                vprefetch(a.r + a.ahead + next, nearest(K));
+        if (far) {
+            const cursor next = held(&a, a.ahead + rows * c, direction, res);
+            for (int j = 0; j < rows * LINE; j += LINE) {
+                vprefetch(next.x + j, nearest(K));
+                if (direction == BACKWARD)
+                    vprefetch(next.dy + j, nearest(K));
+                vprefetch(next.out + j, nearest(K));
+                if (res)
+                    vprefetch(next.r + j, nearest(K));
+            }
         }
-        for (int j = 0; j < rows; j++)
-            for (int v = 0; v < LINE / VL; v++)
-                work_at(&k[v], &a, j * K + c + v * VL, vtail(VL), 1, direction, act, res, stream);
+        for (int v = 0; v < LINE / VL; v++)
+            work_vectors(&k[v], &a, c + v * VL, K, rows, direction, act, res, stream);
     }
-    for (int j = 0; c < K && j < rows; j++) {
+    for (int j = 0; K % LINE && j < rows; j++) {
         const cursor rest = row_of(p, b, r + j, direction);
-        work_part(p, coef, &rest, c, K, direction, act, res);
+        work_part(p, coef, &rest, K - K % LINE, K, direction, act, res);
     }
 }
 

@@ -12,6 +12,7 @@
  *   vjoin(a, b, t)  a in the lanes of t, b in the others
  *   vsums(v)        in lane i the sum of the lanes of v[i], for VL vectors, as a tree: lane j + lane j + VL / 2, ...
  *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
+ *   vaddress(p)     p in a register: not to be computed anew, nor from what is near it
  *   vprefetch(p, cache)   the line of p to that cache, and no fault wherever p points
  */
 #ifndef FASTBN_SIMD_H
@@ -236,6 +237,10 @@ INLINE vf vhold(vf a) {
     __asm__("" : "+" VECTOR_REGISTER(a));
     return a;
 }
+INLINE const float *vaddress(const float *p) {
+    __asm__("" : "+r"(p));
+    return p;
+}
 INLINE void vprefetch(const float *p, int cache) {
     if (cache == TO_L1)
         __builtin_prefetch(p, 0, 3);
@@ -244,6 +249,7 @@ INLINE void vprefetch(const float *p, int cache) {
 }
 #else
 INLINE vf vhold(vf a) { return a; }
+INLINE const float *vaddress(const float *p) { return p; }
 INLINE void vprefetch(const float *p, int cache) {
 #if defined(_M_X64)
     if (cache == TO_L1)
