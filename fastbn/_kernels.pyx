@@ -63,7 +63,7 @@ cdef extern from "kernels.h":
         void (*pool_stats)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, Py_ssize_t,
                            double *, double *) noexcept nogil
         void (*pool_sums)(const bn_problem *, const bn_coef *, Py_ssize_t, Py_ssize_t, const double *, const double *,
-                          Py_ssize_t, double *, double *) noexcept nogil
+                          Py_ssize_t, double *, double *, float *, float *) noexcept nogil
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, const float *,
                      const float *, double, const bn_coef *) noexcept nogil
         void (*move_running)(char *, Py_ssize_t, const double *, Py_ssize_t, Py_ssize_t, double, double) noexcept nogil

@@ -140,11 +140,7 @@ cdef inline void finish_stats(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, co
 cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,
                              Py_ssize_t ld) noexcept nogil:
     """From the tiles' sums of channels [c0, c1) to their gradients and to the coefficients of the second pass."""
-    cdef Py_ssize_t c
-    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, ld, plan.g, plan.gx)
-    for c in range(c0, c1):
-        plan.grad_bias[c] = <float> plan.g[c]
-        plan.grad_weight[c] = <float> plan.gx[c]
+    plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, ld, plan.g, plan.gx, plan.grad_weight, plan.grad_bias)
     if not plan.frozen:
         plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
 

@@ -51,7 +51,8 @@ static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const do
 
 /* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
 static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx) {
+                      const double *tile_gx, ptrdiff_t ld, double *restrict g, double *restrict gx,
+                      float *restrict grad_weight, float *restrict grad_bias) {
     const ptrdiff_t T = tiles(p);
     for (ptrdiff_t c = c0; c < c1; c++)
         g[c] = gx[c] = 0.0;
@@ -68,6 +69,10 @@ static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdi
     }
     for (ptrdiff_t c = c0; c < c1; c++)
         gx[c] += g[c] * k->offset[c];
+    for (ptrdiff_t c = c0; c < c1; c++)
+        grad_weight[c] = (float)gx[c];
+    for (ptrdiff_t c = c0; c < c1; c++)
+        grad_bias[c] = (float)g[c];
 }
 
 /* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. Planes
@@ -173,17 +178,31 @@ static void running_coef(const bn_problem *p, const float *mean, const float *va
     repeat_coef(p, 0, p->C, k);
 }
 
+/* Of n <= BLOCK channels from cb on: in loops of little each, which is what compilers make vectors of. */
+INLINE void backward_coef_block(ptrdiff_t cb, ptrdiff_t n, double share, const double *g, const double *gx,
+                                const bn_coef *k) {
+    const float *scale = k->scale + cb, *invstd = k->invstd + cb, *offset = k->offset + cb;
+    float *restrict mean = k->g_mean + cb, *restrict proj = k->g_proj + cb, *restrict shift = k->g_shift + cb;
+    double g_mean[BLOCK], gx_mean[BLOCK], low[BLOCK];
+    for (ptrdiff_t c = 0; c < n; c++) {
+        g_mean[c] = g[cb + c] * share;
+        gx_mean[c] = gx[cb + c] * share;
+    }
+    for (ptrdiff_t c = 0; c < n; c++)
+        mean[c] = (float)g_mean[c];
+    for (ptrdiff_t c = 0; c < n; c++)
+        proj[c] = (float)(-gx_mean[c] * invstd[c]);
+    for (ptrdiff_t c = 0; c < n; c++)
+        low[c] = (g_mean[c] - mean[c]) + gx_mean[c] * offset[c];
+    for (ptrdiff_t c = 0; c < n; c++)
+        shift[c] = (float)(-scale[c] * low[c]);
+}
+
 static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
                           const bn_coef *k) {
-    const float *restrict scale = k->scale, *restrict invstd = k->invstd, *restrict offset = k->offset;
-    float *restrict mean = k->g_mean, *restrict proj = k->g_proj, *restrict shift = k->g_shift;
     const double share = 1.0 / (double)(p->N * p->S);
-    for (ptrdiff_t c = c0; c < c1; c++) {
-        const double g_mean = g[c] * share, gx_mean = gx[c] * share;
-        mean[c] = (float)g_mean;
-        proj[c] = (float)(-gx_mean * invstd[c]);
-        shift[c] = (float)(-scale[c] * ((g_mean - mean[c]) + gx_mean * offset[c]));
-    }
+    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK)
+        backward_coef_block(cb, min_z(BLOCK, c1 - cb), share, g, gx, k);
     repeat(p, c0, c1, k->g_mean);
     repeat(p, c0, c1, k->g_proj);
     repeat(p, c0, c1, k->g_shift);

@@ -83,9 +83,9 @@ typedef struct {
      * tiles' arrays begin at channel c0 and are ld wide. */
     void (*pool_stats)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
                        ptrdiff_t ld, double *mean, double *var);
-    /* Adds up what sums wrote, to those of g and of g * xhat. */
+    /* Adds up what sums wrote, to those of g and of g * xhat, which are the gradients of bias and weight. */
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx);
+                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx, float *grad_weight, float *grad_bias);
     /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
     void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
                  const float *weight, const float *bias, double eps, const bn_coef *k);
