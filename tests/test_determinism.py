@@ -25,6 +25,7 @@ SHAPES = [
     (20, 11, 17, 16),
     (6000, 20),
     (9, 700),
+    (15, 4096),
 ]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -82,15 +83,18 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
 @pytest.mark.parametrize("shape", [(9, 1024), (3, 2048, 3, 1), (2, 40, 7, 7), (2, 3, 40, 50)], ids=str)
 @both_axes
 @pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in UNFUSED])
-def test_wherever_the_output_lies(isa, shape, axis, operation):
-    """Rows of whole pages are gone through from their end where the output lies just above an input."""
+def test_wherever_the_output_lies(isa, shared_out, shape, axis, operation):
+    """Rows of whole pages are gone through from their end where the output lies just above an input, and are
+    shared out by the pages of the output."""
     p = problem(shape, axis)
-    expected = run(operation, p, "leaky_relu", True)
-    for distance in 0, 64, 128, 2048, 4032:
+    expected = run(operation, p, "leaky_relu", True, num_threads=1)
+    for distance in 0, 20, 64, 128, 2048, 4032:
         memory = np.empty(p.x.nbytes + 4096, np.uint8)
         start = (p.x.ctypes.data + distance - memory.ctypes.data) % 4096
         out = np.ndarray(p.x.shape, np.float32, memory, start)
-        assert_same_bits(run(operation, p, "leaky_relu", True, out), expected, f"{distance} bytes above")
+        for threads in 1, 2:
+            found = run(operation, p, "leaky_relu", True, out, threads)
+            assert_same_bits(found, expected, f"{distance} bytes above, {threads} threads")
 
 
 @pytest.mark.skipif(len(_kernels.supported_isas()) < 3, reason="needs AVX-512")
