@@ -186,8 +186,8 @@ cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
 
 
 cdef void both_passes_columns(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    """Of rows of whole pages that are one tile, columns whose outputs are whole pages: hardware prefetches to the end of
-    a page, and so nothing that another thread is to write."""
+    """Of rows of whole pages that are one tile, columns whose outputs are whole pages: hardware prefetches to the end
+    of a page, and so nothing that another thread is to write."""
     cdef const float *out = plan.p.y.data if plan.need_stats else plan.p.grad_input.data
     cdef Py_ssize_t start = (<Py_ssize_t> (0 - <size_t> out) & (PAGE_BYTES - 1)) // 4  # of the outputs' first page
     cdef Py_ssize_t c0 = share(plan.width, i, plan.items, 16), c1 = share(plan.width, i + 1, plan.items, 16)
