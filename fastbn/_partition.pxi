@@ -94,7 +94,6 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
 
 cdef enum:
     GAP = 256  # elements: more than a core prefetches beyond what it writes, which would take it from its neighbour
-    PAGE_BYTES = 4096
 
 
 cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
@@ -183,21 +182,6 @@ cdef inline void second_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noe
 
 cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
     first_pass(plan, share(plan.width, i, plan.items, 16), share(plan.width, i + 1, plan.items, 16), -1)
-
-
-cdef void both_passes_columns(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    """Of rows of whole pages that are one tile, columns whose outputs are whole pages: hardware prefetches to the end
-    of a page, and so nothing that another thread is to write."""
-    cdef const float *out = plan.p.y.data if plan.need_stats else plan.p.grad_input.data
-    cdef Py_ssize_t start = (<Py_ssize_t> (0 - <size_t> out) & (PAGE_BYTES - 1)) // 4  # of the outputs' first page
-    cdef Py_ssize_t c0 = share(plan.width, i, plan.items, 16), c1 = share(plan.width, i + 1, plan.items, 16)
-    first_pass(plan, start + c0, min(start + c1, plan.width), -1)
-    if start + c1 > plan.width:
-        first_pass(plan, 0, start + c1 - plan.width, -1)
-    if plan.need_stats:
-        plan.K.forward_columns(&plan.p, &plan.k, start, c0, c1)
-    else:
-        plan.K.backward_columns(&plan.p, &plan.k, start, c0, c1)
 
 
 cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
@@ -347,11 +331,6 @@ cdef void shared_channels(Plan *plan) noexcept nogil:
     move_away(plan, gaps(plan))  # from those of owners, who may still be at work
     plan_tiles(plan)
     if plan.T == 1 and plan.width == plan.p.C and plan.first == 0:
-        if (plan.p.layout == BN_ROWS and plan.p.packed and not plan.p.stream and second_is_due(plan)
-                and plan.threads > 1 and plan.width * 4 % (plan.threads * PAGE_BYTES) == 0):
-            plan.items = plan.threads
-            for_each_item(plan, both_passes_columns)
-            return
         for_each_item(plan, first_pass_group)
     else:
         if not plan.need_stats:

@@ -320,14 +320,14 @@ INLINE int from_the_end(const cursor *a, int direction, int res) {
 /* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
  * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
  * hardware prefetches well, and more than it combines streaming stores for. */
-INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, ptrdiff_t c0,
-                           ptrdiff_t c1, int rows, int far, int direction, int act, int res, int stream) {
+INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
+                           int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold;
     cursor a = row_of(p, b, r, direction);
     a.ahead = rows * K;
     const int reverse = !far && !stream && K * (ptrdiff_t)sizeof(float) % PAGE == 0 && from_the_end(&a, direction, res);
-    for (ptrdiff_t i = c0; i + LINE <= c1; i += LINE) {
-        const ptrdiff_t c = reverse ? c0 + c1 - LINE - i : i;
+    for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
+        const ptrdiff_t c = reverse ? K - LINE - i : i;
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + c + v * VL;
@@ -347,9 +347,9 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
         for (int v = 0; v < LINE / VL; v++)
             work_vectors(&k[v], &a, c + v * VL, K, rows, direction, act, res, stream);
     }
-    for (int j = 0; (c1 - c0) % LINE && j < rows; j++) {
+    for (int j = 0; K % LINE && j < rows; j++) {
         const cursor rest = row_of(p, b, r + j, direction);
-        work_part(p, coef, &rest, c1 - (c1 - c0) % LINE, c1, direction, act, res);
+        work_part(p, coef, &rest, K - K % LINE, K, direction, act, res);
     }
 }
 
@@ -379,44 +379,18 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         ptrdiff_t r = 0;
         if (p->packed && !stream && far_rows(p, K))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, 0, K, WORK_ROWS, 1, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
         else if (p->packed && !stream)
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, 0, K, WORK_ROWS, 0, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
         for (; r < b.rows; r++)
             if (stream && rotate)
-                work_some_rows(p, coef, &b, r, 0, K, 1, 0, direction, act, res, 1);
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 1);
             else
-                work_some_rows(p, coef, &b, r, 0, K, 1, 0, direction, act, res, 0);
+                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 0);
         e0 += b.rows * K;
     }
 }
-
-/* Columns [c0, c1), whole lines, of packed rows in cache that are seen to begin at element `from` of the first. */
-INLINE void work_columns(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t from, ptrdiff_t c0,
-                         ptrdiff_t c1, int direction, int act, int res) {
-    const bn_problem local = *problem, *const p = &local; /* as in work_rows */
-    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
-    const ptrdiff_t K = p->C * p->fold, last = p->N * p->S / p->fold - 1;
-    const rowset b = {from, last, from};
-    const cursor top = row_cursor(p, 0, direction), bottom = row_cursor(p, last, direction);
-    ptrdiff_t r = 0;
-    work_part(p, coef, &top, c0 + from > K ? c0 + from - K : 0, c1 + from - K, direction, act, res);
-    for (; r + WORK_ROWS <= last; r += WORK_ROWS)
-        work_some_rows(p, coef, &b, r, c0, c1, WORK_ROWS, 0, direction, act, res, 0);
-    for (; r < last; r++)
-        work_some_rows(p, coef, &b, r, c0, c1, 1, 0, direction, act, res, 0);
-    work_part(p, coef, &bottom, c0 + from, min_z(c1 + from, K), direction, act, res);
-}
-
-#define COLUMNS(direction, name)                                                                                       \
-    static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t from, ptrdiff_t c0, ptrdiff_t c1) {              \
-        SPECIALIZE(p, COLUMNS_##direction);                                                                            \
-    }
-#define COLUMNS_FORWARD(act, res)  work_columns(p, k, from, c0, c1, FORWARD, act, res)
-#define COLUMNS_BACKWARD(act, res) work_columns(p, k, from, c0, c1, BACKWARD, act, res)
-COLUMNS(FORWARD, forward_columns)
-COLUMNS(BACKWARD, backward_columns)
 
 #define WORK(layout, direction, name)                                                                                  \
     static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead) {             \

@@ -72,10 +72,6 @@ typedef struct {
                     ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld);
     /* grad_input (and grad_residual) on elements [e0, e1). */
     void (*backward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
-    /* Packed rows in cache, fold == 1: forward, or backward, on columns [c0, c1), whole lines, of rows that are seen to
-     * begin at element `from` of the first; their last columns are the first of the row behind. */
-    void (*forward_columns)(const bn_problem *p, const bn_coef *k, ptrdiff_t from, ptrdiff_t c0, ptrdiff_t c1);
-    void (*backward_columns)(const bn_problem *p, const bn_coef *k, ptrdiff_t from, ptrdiff_t c0, ptrdiff_t c1);
     /* Planes of more than BN_SHORT_PLANE values, streamed: forward on channels [c0, c0 + channels) and, in the same
      * loop, stats of all tiles of [other, other + channels), with ld == channels; or backward and sums. */
     void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,

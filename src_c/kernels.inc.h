@@ -98,8 +98,6 @@ INLINE vf activate_backward(vf dy, vf z, int activation, vf slope) {
         {forward_planes, forward_rows},                                                                                \
         {sums_planes, sums_rows},                                                                                      \
         {backward_planes, backward_rows},                                                                              \
-        forward_columns,                                                                                               \
-        backward_columns,                                                                                              \
         forward_and_stats,                                                                                             \
         backward_and_sums,                                                                                             \
         pool_stats,                                                                                                    \
