@@ -61,7 +61,7 @@ INLINE vf value_at(const vcoef *k, const cursor *a, ptrdiff_t i, vt t, int whole
                    vf *g) {
     const vf d = vsub(whole ? vload(a->x + i) : vload_tail(a->x + i, t), k->mean);
     vf r = d;
-    *g = d;
+    *g = d; /* forward has none */
     if (res && (direction == FORWARD || act != BN_IDENTITY))
         r = whole ? vload(a->r + i) : vload_tail(a->r + i, t);
     if (direction == FORWARD) {
@@ -281,16 +281,17 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
     }
 }
 
-/* The cursor at offset i with addresses that compilers do not know to be sums: they would keep the sums for all lines
- * in registers, those of vectors too. */
-INLINE cursor held(const cursor *a, ptrdiff_t i, int direction, int res) {
+/* What lies `ahead` of offset i, with addresses that compilers do not know to be sums: they would keep the sums for all
+ * lines in registers, those of vectors too. */
+INLINE cursor held_ahead(const cursor *a, ptrdiff_t i, int direction, int res) {
     cursor b = *a;
-    b.x = vaddress(a->x + i);
-    b.out = (float *)vaddress(a->out + i);
+    b.x = vaddress(a->x + a->ahead + i);
+    b.out = (float *)vaddress(a->out + a->ahead + i);
     if (direction == BACKWARD)
-        b.dy = vaddress(a->dy + i);
+        b.dy = vaddress(a->dy + a->ahead + i);
     if (res)
-        b.r = vaddress(a->r + i);
+        b.r = vaddress(a->r + a->ahead + i);
+    b.ahead = 0;
     return b;
 }
 
@@ -334,11 +335,9 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
         }
         if (far) {
-            const cursor next = held(&a, a.ahead + rows * c, direction, res);
+            const cursor next = held_ahead(&a, rows * c, direction, res);
             for (int j = 0; j < rows * LINE; j += LINE) {
-                vprefetch(next.x + j, nearest(K));
-                if (direction == BACKWARD)
-                    vprefetch(next.dy + j, nearest(K));
+                prefetch_at(&next, j, nearest(K), direction);
                 vprefetch(next.out + j, nearest(K));
                 if (res)
                     vprefetch(next.r + j, nearest(K));

@@ -111,8 +111,8 @@ def test_what_is_built_again_when(recorder):
     assert set(recorder.build()) == SOURCES | EXTENSION
     recorder.touch("src_c/kernels_baseline.c")
     assert set(recorder.build()) == {"src_c/kernels_baseline.c"} | EXTENSION
-    for source in "fastbn/_kernels.pyx", "fastbn/_arrays.pxi", "fastbn/_partition.pxi":
-        recorder.touch(source)
+    for source in ("_kernels.pyx", "_machine.pxi", "_arrays.pxi", "_partition.pxi"):
+        recorder.touch(f"fastbn/{source}")
         assert set(recorder.build()) == EXTENSION, source
     assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
 

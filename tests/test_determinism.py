@@ -84,8 +84,7 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
 @both_axes
 @pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in UNFUSED])
 def test_wherever_the_output_lies(isa, shared_out, shape, axis, operation):
-    """Rows of whole pages are gone through from their end where the output lies just above an input, and are
-    shared out by the pages of the output."""
+    """Rows of whole pages are gone through from their end where the output lies just above an input."""
     p = problem(shape, axis)
     expected = run(operation, p, "leaky_relu", True, num_threads=1)
     for distance in 0, 20, 64, 128, 2048, 4032:
