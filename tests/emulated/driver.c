@@ -20,7 +20,7 @@
 #define GAP   0x5a
 
 enum { X, RESIDUAL, GRAD_OUTPUT, Y, GRAD_INPUT, GRAD_RESIDUAL, OPERANDS };
-enum { TILE_A = OPERANDS, TILE_B, MEAN, VAR, G, GX, WEIGHT, BIAS, COEF, ARENAS = COEF + 8 };
+enum { TILE_A = OPERANDS, TILE_B, MEAN, VAR, G, GX, GRAD_WEIGHT, GRAD_BIAS, WEIGHT, BIAS, COEF, ARENAS = COEF + 8 };
 
 typedef struct {
     int64_t layout, activation, stream, packed, N, C, S;
@@ -137,6 +137,8 @@ static void run(const bn_kernels *K, const header *h) {
     write_values(p.y.data, h->operand[Y].length + h->operand[Y].spare, sizeof(float));
 
     double *g = memory(G, (size_t)p.C * sizeof *g), *gx = memory(GX, (size_t)p.C * sizeof *gx);
+    float *grad_weight = memory(GRAD_WEIGHT, (size_t)p.C * sizeof *grad_weight);
+    float *grad_bias = memory(GRAD_BIAS, (size_t)p.C * sizeof *grad_bias);
     memset(a, GAP, (size_t)(T * width) * sizeof *a);
     memset(b, GAP, (size_t)(T * width) * sizeof *b);
     for (ptrdiff_t i = 0; i < n; i++)
@@ -149,12 +151,14 @@ static void run(const bn_kernels *K, const header *h) {
     write_values(b, T * width, sizeof *b);
     for (ptrdiff_t j = 0; j < n; j++) {
         const ptrdiff_t c = p.C * j / n;
-        K->pool_sums(&p, &k, c, p.C * (j + 1) / n, a + c, b + c, width, g, gx);
+        K->pool_sums(&p, &k, c, p.C * (j + 1) / n, a + c, b + c, width, g, gx, grad_weight, grad_bias);
         if (!h->frozen)
             K->backward_coef(&p, c, p.C * (j + 1) / n, g, gx, &k);
     }
     write_values(g, p.C, sizeof *g);
     write_values(gx, p.C, sizeof *gx);
+    write_values(grad_weight, p.C, sizeof *grad_weight);
+    write_values(grad_bias, p.C, sizeof *grad_bias);
     for (int i = 0; i < 8; i++)
         write_values(*coefs[i], width + 16, sizeof(float));
 
