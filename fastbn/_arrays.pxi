@@ -307,6 +307,7 @@ cdef void flatten(bn_problem *p) noexcept:
         o = all[i]
         if o.data != NULL and o.inner != gapless and (p.S > 1 or p.layout == BN_PLANES):
             p.packed = False
+    p.pitch = p.C if p.packed else 0
 
 
 # Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next

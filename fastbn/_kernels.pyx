@@ -16,7 +16,7 @@ from cython.parallel cimport parallel, threadid
 from libc.math cimport isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset, strcpy
+from libc.string cimport memcpy, memset, strcpy
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 
@@ -143,7 +143,10 @@ cdef int allocate_tiles(Plan *plan) except -1:
 
 cdef int allocate_scratch(Plan *plan, bint backward) except -1:
     """Tiles and coefficients; plan.tile_a and plan.coef_block are to be freed."""
-    plan.coef_block = allocate_coef(&plan.k, coef_width(plan.p.C, gaps(plan)), backward)
+    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
+    if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
+        width += PAGE  # for columns that go on in the next row
+    plan.coef_block = allocate_coef(&plan.k, width, backward)
     try:
         return allocate_tiles(plan)
     except MemoryError:

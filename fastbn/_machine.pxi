@@ -12,7 +12,7 @@ cdef extern from "kernels.h":
     ctypedef struct bn_problem:
         int layout, activation, stream, packed
         float negative_slope
-        Py_ssize_t N, C, S, fold
+        Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
 
     ctypedef struct bn_coef:

@@ -94,6 +94,8 @@ cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backwar
 
 cdef enum:
     GAP = 256  # elements: more than a core prefetches beyond what it writes, which would take it from its neighbour
+    LINE = 16  # elements: a cache line, and how many coefficients are repeated behind the last
+    PAGE = 1024  # elements: hardware prefetches to the end of one
 
 
 cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
@@ -101,17 +103,31 @@ cdef inline Py_ssize_t gaps(const Plan *plan) noexcept nogil:
     return min(plan.threads, plan.p.C) - 1 if plan.p.layout == BN_PLANES else 0
 
 
+cdef inline void move_coef(bn_coef *k, Py_ssize_t distance) noexcept nogil:
+    cdef Py_ssize_t j
+    cdef float **arrays = <float **> k
+    for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
+        if arrays[j] != NULL:
+            arrays[j] += distance
+
+
+cdef void repeat_coef(const bn_coef *k, Py_ssize_t n, Py_ssize_t C) noexcept nogil:
+    """The first n behind all C, where columns go on in the next row."""
+    cdef Py_ssize_t j
+    cdef float **arrays = <float **> k
+    for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
+        if arrays[j] != NULL:
+            memcpy(arrays[j] + C, arrays[j], n * sizeof(float))
+
+
 cdef inline void move_away(Plan *plan, Py_ssize_t n_gaps) noexcept nogil:
     """Sums and coefficients are those of another thread from now on."""
-    cdef Py_ssize_t j, distance = n_gaps * GAP
-    cdef float **arrays = <float **> &plan.k
+    cdef Py_ssize_t distance = n_gaps * GAP
     plan.tile_a += distance
     plan.tile_b += distance
     plan.g += distance
     plan.gx += distance
-    for j in range(<Py_ssize_t> (sizeof(bn_coef) // sizeof(float *))):
-        if arrays[j] != NULL:
-            arrays[j] += distance
+    move_coef(&plan.k, distance)
 
 
 cdef inline Plan of_owner(const Plan *plan, Py_ssize_t i) noexcept nogil:
@@ -182,6 +198,59 @@ cdef inline void second_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noe
 
 cdef void first_pass_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
     first_pass(plan, share(plan.width, i, plan.items, 16), share(plan.width, i + 1, plan.items, 16), -1)
+
+
+cdef void second_pass_columns(const Plan *plan, Py_ssize_t e0, Py_ssize_t rows, Py_ssize_t columns,
+                              Py_ssize_t c0) noexcept nogil:
+    """Of packed rows, so many columns of so many, from element e0 on and with the coefficients from c0 on."""
+    cdef Plan own = plan[0]
+    cdef bn_operand **all = [&own.p.x, &own.p.residual, &own.p.grad_output, &own.p.y, &own.p.grad_input,
+                             &own.p.grad_residual]
+    cdef Py_ssize_t i
+    for i in range(6):
+        if all[i].data != NULL:
+            all[i].data += e0
+    move_coef(&own.k, c0)
+    own.p.packed = False
+    own.p.S = rows
+    own.p.C = columns
+    if plan.need_stats:
+        plan.K.forward[BN_ROWS](&own.p, &own.k, 0, rows * columns, 0)
+    else:
+        plan.K.backward[BN_ROWS](&own.p, &own.k, 0, rows * columns, 0)
+
+
+cdef inline Py_ssize_t first_page(const Plan *plan) noexcept nogil:
+    """The element of the outputs that begins a page."""
+    cdef const float *out = plan.p.y.data if plan.need_stats else plan.p.grad_input.data
+    return -(<Py_ssize_t> out // <Py_ssize_t> sizeof(float)) & (PAGE - 1)
+
+
+cdef inline bint pages_have_owners(const Plan *plan) noexcept nogil:
+    """Whether rows that are one tile are whole pages for each thread. The last one's coefficients go on behind those
+    of all channels, where nobody else may write: the owner of the first LINE does."""
+    return (plan.p.layout == BN_ROWS and plan.p.packed and not plan.p.stream and second_is_due(plan)
+            and plan.threads > 1 and plan.width > 0 and plan.width % (plan.threads * PAGE) == 0
+            and not 0 < first_page(plan) < LINE)
+
+
+cdef void both_passes_pages(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    """Of rows of whole pages, columns whose outputs are whole pages: hardware prefetches to the end of a page, and so
+    nothing that another thread is to write. The last thread's go on in the next row."""
+    cdef Py_ssize_t page = first_page(plan)
+    cdef Py_ssize_t c0 = page + share(plan.width, i, plan.items, PAGE)
+    cdef Py_ssize_t c1 = page + share(plan.width, i + 1, plan.items, PAGE)
+    cdef Py_ssize_t rows = plan.p.S, over = c1 - plan.width
+    if over <= 0:
+        first_pass(plan, c0, c1, -1)
+        second_pass_columns(plan, c0, rows, c1 - c0, c0)
+        return
+    first_pass(plan, c0, plan.width, -1)
+    first_pass(plan, 0, over, -1)
+    repeat_coef(&plan.k, over, plan.width)
+    second_pass_columns(plan, 0, 1, over, plan.width)
+    second_pass_columns(plan, c0, rows - 1, c1 - c0, c0)
+    second_pass_columns(plan, (rows - 1) * plan.width + c0, 1, plan.width - c0, c0)
 
 
 cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
@@ -331,6 +400,10 @@ cdef void shared_channels(Plan *plan) noexcept nogil:
     move_away(plan, gaps(plan))  # from those of owners, who may still be at work
     plan_tiles(plan)
     if plan.T == 1 and plan.width == plan.p.C and plan.first == 0:
+        if pages_have_owners(plan):
+            plan.items = plan.threads
+            for_each_item(plan, both_passes_pages)
+            return
         for_each_item(plan, first_pass_group)
     else:
         if not plan.need_stats:

@@ -31,18 +31,21 @@ INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
     return v;
 }
 
-INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
+INLINE vf of_columns(const float *v, vt t, int whole) { return whole ? vload(v) : vload_tail(v, t); }
+
+/* Of t alone unless a whole vector is meant, because the others may be another thread's, and being written. */
+INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c, vt t, int whole, int direction) {
     const int b = direction == BACKWARD;
     const vf none = vset1(0.0f);
     const vcoef v = {
-        vload(k->mean + c),
-        vload(k->scale + c),
-        vload(k->shift + c),
+        of_columns(k->mean + c, t, whole),
+        of_columns(k->scale + c, t, whole),
+        of_columns(k->shift + c, t, whole),
         vset1(p->negative_slope),
-        b ? vload(k->invstd + c) : none,
-        b ? vload(k->g_mean + c) : none,
-        b ? vload(k->g_proj + c) : none,
-        b ? vload(k->g_shift + c) : none,
+        b ? of_columns(k->invstd + c, t, whole) : none,
+        b ? of_columns(k->g_mean + c, t, whole) : none,
+        b ? of_columns(k->g_proj + c, t, whole) : none,
+        b ? of_columns(k->g_shift + c, t, whole) : none,
     };
     return v;
 }
@@ -272,11 +275,11 @@ INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int dire
 INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a, ptrdiff_t c, ptrdiff_t end,
                       int direction, int act, int res) {
     for (; c + VL <= end; c += VL) {
-        const vcoef k = coef_of_columns(p, coef, c, direction);
+        const vcoef k = coef_of_columns(p, coef, c, vtail(VL), 1, direction);
         work_at(&k, a, c, vtail(VL), 1, direction, act, res, 0);
     }
     if (c < end) {
-        const vcoef k = coef_of_columns(p, coef, c, direction);
+        const vcoef k = coef_of_columns(p, coef, c, vtail(VL), 1, direction); /* there are so many */
         work_at(&k, a, c, vtail(end - c), 0, direction, act, res, 0);
     }
 }
@@ -318,21 +321,22 @@ INLINE int from_the_end(const cursor *a, int direction, int res) {
     return up < down;
 }
 
-/* Several rows at a time, at the distance of K in every operand: coefficients in memory cost more than what they are
+/* Several rows at a time, at one distance in every operand: coefficients in memory cost more than what they are
  * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
  * hardware prefetches well, and more than it combines streaming stores for. */
 INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
                            int direction, int act, int res, int stream) {
-    const ptrdiff_t K = p->C * p->fold;
+    const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, direction);
     a.ahead = rows * K;
-    const int reverse = !far && !stream && K * (ptrdiff_t)sizeof(float) % PAGE == 0 && from_the_end(&a, direction, res);
+    const int pages = p->pitch && K % LINE == 0 && distance * (ptrdiff_t)sizeof(float) % PAGE == 0;
+    const int reverse = !far && !stream && pages && from_the_end(&a, direction, res);
     for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
         const ptrdiff_t c = reverse ? K - LINE - i : i;
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + c + v * VL;
-            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, direction);
+            k[v] = coef_of_columns(p, coef, at < K ? at : at - K, vtail(VL), 1, direction);
         }
         if (far) {
             const cursor next = held_ahead(&a, rows * c, direction, res);
@@ -344,7 +348,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             }
         }
         for (int v = 0; v < LINE / VL; v++)
-            work_vectors(&k[v], &a, c + v * VL, K, rows, direction, act, res, stream);
+            work_vectors(&k[v], &a, c + v * VL, distance, rows, direction, act, res, stream);
     }
     for (int j = 0; K % LINE && j < rows; j++) {
         const cursor rest = row_of(p, b, r + j, direction);
@@ -379,7 +383,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         if (p->packed && !stream && far_rows(p, K))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
-        else if (p->packed && !stream)
+        else if (p->pitch && !stream)
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
         for (; r < b.rows; r++)

@@ -165,7 +165,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
     const vt tail = vtail(cols % VL);
     ptrdiff_t i = 0;
     for (; i + VL <= cols; i += VL) {
-        const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
+        const vcoef k = coef_of_columns(p, coef, c + i, tail, 1, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int j = 0; far && j < rows * VL; j += LINE)
             prefetch_at(a, rows * i + j, nearest(cols), BACKWARD);
@@ -175,7 +175,7 @@ INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor
         vstore(sq + i, q);
     }
     if (i < cols) {
-        const vcoef k = coef_of_columns(p, coef, c + i, BACKWARD);
+        const vcoef k = coef_of_columns(p, coef, c + i, tail, 0, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int r = 0; r < rows; r++)
             sum_at(&k, a, r * K + c + i, tail, 0, frozen, act, res, &s, &q);

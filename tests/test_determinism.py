@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import THREADS
 from layouts import LAYOUTS
-from operations import ACTIVATIONS, OPERATIONS, UNFUSED, assert_same_bits, kernels, problem, run
+from operations import ACTIVATIONS, OPERATIONS, UNFUSED, assert_same_bits, kernels, output_at, problem, run
 
 import fastbn
 from fastbn import _kernels
@@ -84,16 +84,15 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
 @both_axes
 @pytest.mark.parametrize("operation", [o for o in OPERATIONS if o not in UNFUSED])
 def test_wherever_the_output_lies(isa, shared_out, shape, axis, operation):
-    """Rows of whole pages are gone through from their end where the output lies just above an input."""
+    """Rows of whole pages are gone through from their end where the output lies just above an input, and are
+    shared out by the pages of the output."""
     p = problem(shape, axis)
     expected = run(operation, p, "leaky_relu", True, num_threads=1)
-    for distance in 0, 20, 64, 128, 2048, 4032:
-        memory = np.empty(p.x.nbytes + 4096, np.uint8)
-        start = (p.x.ctypes.data + distance - memory.ctypes.data) % 4096
-        out = np.ndarray(p.x.shape, np.float32, memory, start)
+    above = [p.x.ctypes.data + distance for distance in (0, 20, 64, 128, 2048, 4032)]
+    for place in *above, 0, 16, 4060, 4092:
         for threads in 1, 2:
-            found = run(operation, p, "leaky_relu", True, out, threads)
-            assert_same_bits(found, expected, f"{distance} bytes above, {threads} threads")
+            found = run(operation, p, "leaky_relu", True, output_at(place, p), threads)
+            assert_same_bits(found, expected, f"at {place % 4096} of a page, {threads} threads")
 
 
 @pytest.mark.skipif(len(_kernels.supported_isas()) < 3, reason="needs AVX-512")

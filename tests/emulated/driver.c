@@ -81,6 +81,7 @@ static void run(const bn_kernels *K, const header *h) {
     p.N = h->N;
     p.C = h->C;
     p.S = h->S;
+    p.pitch = p.packed ? p.C : 0;
     p.fold = p.layout == BN_ROWS ? K->fold(p.C, 0) : 1;
 
     const ptrdiff_t T = K->tiles(&p), width = p.C * p.fold, E = p.N * p.C * p.S, n = h->pieces;
