@@ -37,7 +37,7 @@ typedef struct {
     float negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;
-    ptrdiff_t pitch; /* distance of rows in every operand: C where packed, more for columns of such rows; 0: they differ */
+    ptrdiff_t pitch; /* of rows, in every operand: C if packed, more for columns of such rows; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
 } bn_problem;
