@@ -356,6 +356,53 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
     }
 }
 
+/* Forward, packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after
+ * which the channels begin again, stay in registers. Where that ends. */
+INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
+                              int act, int res) {
+    const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
+    const cursor a = cursor_at(p, 0, 0, e0, FORWARD);
+    const int stream = p->stream;
+    vcoef k[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++) {
+        const ptrdiff_t at = e0 % K + v * VL;
+        k[v] = coef_of_columns(p, coef, at < K ? at : at - K, vtail(VL), 1, FORWARD);
+    }
+    for (ptrdiff_t i = 0; i < len; i += period)
+#pragma GCC unroll 2
+        for (int half = 0; half < vectors; half += vectors / 2) {
+            vf z[4], none;
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors / 2; v++) /* all loads before the stores, as in work_vectors */
+                z[v] = value_at(&k[half + v], &a, i + (half + v) * VL, vtail(VL), 1, FORWARD, act, res, &none);
+            if (stream)
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors / 2; v++)
+                    vstream(a.out + i + (half + v) * VL, z[v]);
+            else
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors / 2; v++)
+                    vstore(a.out + i + (half + v) * VL, z[v]);
+        }
+    return e0 + len;
+}
+
+#define FEW_CHANNELS (8 * LINE) /* at most */
+
+/* Whether channels begin again after eight vectors or six, whose coefficients 32 registers hold. */
+INLINE int few_channels(const bn_problem *p) { return VL == LINE && (8 * LINE % p->C == 0 || 6 * LINE % p->C == 0); }
+
+#define WORK_8(act, res) return work_periods(p, k, e0, e1, 8, act, res)
+#define WORK_6(act, res) return work_periods(p, k, e0, e1, 6, act, res)
+static ptrdiff_t work_few_channels(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1) {
+    if (8 * LINE % p->C == 0) {
+        SPECIALIZE(p, WORK_8);
+    } else {
+        SPECIALIZE(p, WORK_6);
+    }
+}
+
 INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
                       int act, int res, int stream) {
     /* Copies: to the compiler a vector may be stored to whatever there is a pointer to, these included. */
@@ -371,6 +418,10 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
             misfit = (ptrdiff_t)((0 - (uintptr_t)(out + e0) / sizeof(float)) % LINE);
         else if (c)
             misfit = K - c;
+        if (direction == FORWARD && rotate && !misfit && e1 - e0 >= FEW_CHANNELS && few_channels(p)) {
+            e0 = work_few_channels(problem, coefficients, e0, e1);
+            continue;
+        }
         if (misfit || e1 - e0 < K) {
             const ptrdiff_t end = min_z(K, c + (misfit ? min_z(misfit, e1 - e0) : e1 - e0));
             const cursor a = row_cursor(p, row, direction);
