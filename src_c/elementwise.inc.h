@@ -363,11 +363,12 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
     const cursor a = cursor_at(p, 0, 0, e0, FORWARD);
     const int stream = p->stream;
+    ptrdiff_t at = e0 % K;
     vcoef k[8];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
-        const ptrdiff_t at = e0 % K + v * VL;
-        k[v] = coef_of_columns(p, coef, at < K ? at : at - K, vtail(VL), 1, FORWARD);
+        k[v] = coef_of_columns(p, coef, at, vtail(VL), 1, FORWARD);
+        at += at + VL < K ? VL : VL - K; /* K may be less than a period, where rows were not folded */
     }
     for (ptrdiff_t i = 0; i < len; i += period)
 #pragma GCC unroll 2
