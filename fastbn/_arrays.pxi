@@ -285,14 +285,24 @@ cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noe
     return p.C == 1 or s.channel == 1
 
 
+cdef enum:
+    OPERANDS = 6
+
+
+cdef inline void operands_of(bn_problem *p, bn_operand **all) noexcept nogil:
+    all[0], all[1], all[2] = &p.x, &p.residual, &p.grad_output
+    all[3], all[4], all[5] = &p.y, &p.grad_input, &p.grad_residual
+
+
 cdef void flatten(bn_problem *p) noexcept:
     """Whether there are gaps; rows whose batch needs no stride of its own become one batch."""
     cdef bn_operand *o
-    cdef bn_operand **all = [&p.x, &p.residual, &p.grad_output, &p.y, &p.grad_input, &p.grad_residual]
+    cdef bn_operand *all[OPERANDS]
     cdef Py_ssize_t gapless = p.C if p.layout == BN_ROWS else p.S
     cdef bint one_batch = p.layout == BN_ROWS
     cdef int i
-    for i in range(6):
+    operands_of(p, all)
+    for i in range(OPERANDS):
         o = all[i]
         if o.data != NULL and p.layout == BN_ROWS:
             if p.S == 1:
@@ -303,7 +313,7 @@ cdef void flatten(bn_problem *p) noexcept:
         p.S *= p.N
         p.N = 1
     p.packed = one_batch or p.layout == BN_PLANES
-    for i in range(6):
+    for i in range(OPERANDS):
         o = all[i]
         if o.data != NULL and o.inner != gapless and (p.S > 1 or p.layout == BN_PLANES):
             p.packed = False

@@ -204,10 +204,10 @@ cdef void second_pass_columns(const Plan *plan, Py_ssize_t e0, Py_ssize_t rows, 
                               Py_ssize_t c0) noexcept nogil:
     """Of packed rows, so many columns of so many, from element e0 on and with the coefficients from c0 on."""
     cdef Plan own = plan[0]
-    cdef bn_operand **all = [&own.p.x, &own.p.residual, &own.p.grad_output, &own.p.y, &own.p.grad_input,
-                             &own.p.grad_residual]
+    cdef bn_operand *all[OPERANDS]
     cdef Py_ssize_t i
-    for i in range(6):
+    operands_of(&own.p, all)
+    for i in range(OPERANDS):
         if all[i].data != NULL:
             all[i].data += e0
     move_coef(&own.k, c0)
