@@ -279,7 +279,7 @@ INLINE void work_part(const bn_problem *p, const bn_coef *coef, const cursor *a,
         work_at(&k, a, c, vtail(VL), 1, direction, act, res, 0);
     }
     if (c < end) {
-        const vcoef k = coef_of_columns(p, coef, c, vtail(VL), 1, direction); /* there are so many */
+        const vcoef k = coef_of_columns(p, coef, c, vtail(VL), 1, direction); /* LINE follow the last */
         work_at(&k, a, c, vtail(end - c), 0, direction, act, res, 0);
     }
 }
@@ -357,7 +357,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
 }
 
 /* Forward, packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after
- * which the channels begin again, stay in registers. Where that ends. */
+ * which the channels begin again, stay in registers. Returns where whole periods end. */
 INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
                               int act, int res) {
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
@@ -389,7 +389,7 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
     return e0 + len;
 }
 
-#define FEW_CHANNELS (8 * LINE) /* at most */
+#define PERIOD (8 * LINE) /* values after which few channels begin again, at most */
 
 /* Whether channels begin again after eight vectors or six, whose coefficients 32 registers hold. */
 INLINE int few_channels(const bn_problem *p) { return VL == LINE && (8 * LINE % p->C == 0 || 6 * LINE % p->C == 0); }
@@ -419,7 +419,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
             misfit = (ptrdiff_t)((0 - (uintptr_t)(out + e0) / sizeof(float)) % LINE);
         else if (c)
             misfit = K - c;
-        if (direction == FORWARD && rotate && !misfit && e1 - e0 >= FEW_CHANNELS && few_channels(p)) {
+        if (direction == FORWARD && rotate && !misfit && e1 - e0 >= PERIOD && few_channels(p)) {
             e0 = work_few_channels(problem, coefficients, e0, e1);
             continue;
         }
