@@ -126,28 +126,37 @@ INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * 
 /* To where: L1 holds several rows of two operands, if they are narrow. */
 INLINE int nearest(ptrdiff_t cols) { return cols <= NARROW ? TO_L1 : TO_L2; }
 
+/* Values [i, end) with the same coefficients, through the cache. */
+INLINE void work_few(const vcoef *k, const cursor *a, ptrdiff_t i, ptrdiff_t end, int direction, int act, int res) {
+    for (; i + VL <= end; i += VL)
+        work_at(k, a, i, vtail(VL), 1, direction, act, res, 0);
+    if (i < end)
+        work_at(k, a, i, vtail(end - i), 0, direction, act, res, 0);
+}
+
+/* The same with whole lines streamed, if that is asked for: then one begins at i. */
+INLINE void work_lines(const vcoef *k, const cursor *a, ptrdiff_t i, ptrdiff_t end, int direction, int act, int res,
+                       int stream) {
+    for (; i + LINE <= end; i += LINE)
+        for (int j = 0; j < LINE; j += VL)
+            work_at(k, a, i + j, vtail(VL), 1, direction, act, res, stream);
+    work_few(k, a, i, end, direction, act, res);
+}
+
+/* How many values there are before a line of the output begins. */
+INLINE ptrdiff_t before_line(const float *out) { return (ptrdiff_t)((0 - (uintptr_t)out / sizeof(float)) % LINE); }
+
 /* len values with the same coefficients. Streaming stores write whole lines; what is before the first and after the
  * last goes through the cache. */
 INLINE void work_run(const vcoef *k, const cursor *a, ptrdiff_t len, int direction, int act, int res, int stream) {
-    const vt all = vtail(VL);
     ptrdiff_t i = 0;
     if (stream || len >= LONG_RUN) {
-        const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)a->out / sizeof(float)) % LINE));
-        for (; i + VL <= head; i += VL)
-            work_at(k, a, i, all, 1, direction, act, res, 0);
-        if (i < head)
-            work_at(k, a, i, vtail(head - i), 0, direction, act, res, 0);
-        i = head;
+        i = min_z(len, before_line(a->out));
+        work_few(k, a, 0, i, direction, act, res);
     }
     for (; i + 4 * VL <= len; i += 4 * VL)
         work_vectors(k, a, i, VL, 4, direction, act, res, stream);
-    for (; i + LINE <= len; i += LINE)
-        for (int j = 0; j < LINE; j += VL)
-            work_at(k, a, i + j, all, 1, direction, act, res, stream);
-    for (; i + VL <= len; i += VL)
-        work_at(k, a, i, all, 1, direction, act, res, 0);
-    if (i < len)
-        work_at(k, a, i, vtail(len - i), 0, direction, act, res, 0);
+    work_lines(k, a, i, len, direction, act, res, stream);
 }
 
 INLINE cursor cursor_at(const bn_problem *p, ptrdiff_t outer, ptrdiff_t inner, ptrdiff_t i, int direction) {
@@ -322,8 +331,8 @@ INLINE int from_the_end(const cursor *a, int direction, int res) {
 }
 
 /* Several rows at a time, at one distance in every operand: coefficients in memory cost more than what they are
- * applied to. From beyond the cache one row after the other, in memory's order: several at once are more than the
- * hardware prefetches well, and more than it combines streaming stores for. */
+ * applied to. From beyond the cache one row after the other, in memory's order, which the hardware prefetches best,
+ * unless coefficients crowd L1: then several, and what comes next is prefetched in that order. */
 INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
                            int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
@@ -342,7 +351,8 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             const cursor next = held_ahead(&a, rows * c, direction, res);
             for (int j = 0; j < rows * LINE; j += LINE) {
                 prefetch_at(&next, j, nearest(K), direction);
-                vprefetch(next.out + j, nearest(K));
+                if (!stream)
+                    vprefetch(next.out + j, nearest(K));
                 if (res)
                     vprefetch(next.r + j, nearest(K));
             }
@@ -416,7 +426,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         const ptrdiff_t row = e0 / K, c = e0 % K;
         ptrdiff_t misfit = 0; /* elements before the first that may begin a row */
         if (rotate)
-            misfit = (ptrdiff_t)((0 - (uintptr_t)(out + e0) / sizeof(float)) % LINE);
+            misfit = before_line(out + e0);
         else if (c)
             misfit = K - c;
         if (direction == FORWARD && rotate && !misfit && e1 - e0 >= PERIOD && few_channels(p)) {
@@ -432,7 +442,10 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        if (p->packed && !stream && far_rows(p, K))
+        if (stream && rotate && K >= WIDE && LINE / VL <= 2) /* more stores a line would not be combined */
+            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
+                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
+        else if (p->packed && !stream && far_rows(p, K))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
         else if (p->pitch && !stream)

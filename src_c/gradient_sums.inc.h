@@ -83,18 +83,14 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
     vf s[LANES / VL], q[LANES / VL];
     for (int j = 0; j < LANES / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS >= LANES || b->len < 2 * PIECE)
+    if (PASS >= LANES)
         add_grads(p, &k, cursor_at(p, b->n, c, b->s, BACKWARD), b->runs, b->len, frozen, act, res, LANES, s, q);
     else
-        for (ptrdiff_t r = 0; r < b->runs; r++) {
-            ptrdiff_t i = 0;
-            for (; i + PIECE <= b->len; i += PIECE)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, PIECE, frozen, act, res, LANES, s,
-                          q);
-            if (i < b->len)
-                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, b->len - i, frozen, act, res, LANES,
-                          s, q);
-        }
+        for (ptrdiff_t r = 0; r < b->runs; r++)
+            for (ptrdiff_t i = 0, n; i < b->len; i += n) {
+                n = piece(b->len - i);
+                add_grads(p, &k, cursor_at(p, b->n + r, c, b->s + i, BACKWARD), 1, n, frozen, act, res, LANES, s, q);
+            }
     *g = add_vectors(s, LANES);
     *gx = add_vectors(q, LANES);
 }

@@ -51,19 +51,18 @@ INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, pt
     cursor other = cursor_at(p, n, c_other, begin, direction);
     other.ahead = VL == LINE ? AHEAD : p->S < PLANE_TILE ? p->x.outer : 0;
     const cursor first = cursor_at(p, n, c, begin, direction);
-    const ptrdiff_t head = min_z(len, (ptrdiff_t)((0 - (uintptr_t)first.out / sizeof(float)) % LINE));
+    const ptrdiff_t head = min_z(len, before_line(first.out));
     const cursor here = cursor_at(p, n, c, begin + head, direction);
     ptrdiff_t i = 0;
-    work_run(k, &first, head, direction, act, res, 1);
+    work_few(k, &first, 0, head, direction, act, res);
     for (; i + INTERLEAVE <= len - head; i += INTERLEAVE)
         interleave_at(k_other, &other, k, &here, i, direction, act, res, s, q);
     const cursor other_rest = cursor_at(p, n, c_other, begin + i, direction);
-    const cursor rest = cursor_at(p, n, c, begin + head + i, direction);
     if (direction == BACKWARD)
         add_grads(p, k_other, other_rest, 1, len - i, 0, act, res, LANES, s, q);
     else
         add_shifted(other_rest.x, 0, 1, len - i, k_other->mean, 0, 0, LANES, s, q);
-    work_run(k, &rest, len - head - i, direction, act, res, 1);
+    work_lines(k, &here, i, len - head, direction, act, res, 1);
 }
 
 INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t c0, ptrdiff_t other,
@@ -80,11 +79,11 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
             const float *x = cursor_at(p, d.n, other + i, d.s, direction).x;
             float shift[VL];
             vf sum[VL][LANES / VL], sq[VL][LANES / VL], s[VL], q[VL];
-            if (direction == FORWARD)
-                plane_shifts(x, p->x.inner, sample, d.runs * d.len <= SMALL_TILE, cols, shift);
-            for (ptrdiff_t j = 0; direction == FORWARD && j < cols; j++) /* the next tile's, of the same shape */
-                for (int l = 0; l < SAMPLES; l++)
+            for (ptrdiff_t j = 0; direction == FORWARD && j < cols; j++) {
+                shift[j] = plane_shift(x + j * p->x.inner, sample, d.runs * d.len <= SMALL_TILE);
+                for (int l = 0; l < SAMPLES; l++) /* the next tile's, of the same shape */
                     vprefetch(cursor_at(p, next.n, other + i + j, next.s, direction).x + sample[l], TO_L2);
+            }
             for (ptrdiff_t r = 0; r < d.runs; r++)
                 for (ptrdiff_t j = 0; j < cols; j++) {
                     const vcoef k = coef_of_channel(p, coef, c0 + i + j, direction);

@@ -24,7 +24,7 @@
 #define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
 #define LINE          16         /* floats of a cache line */
 #define PLANE_TILE    4096       /* values: 16 KB, twice in L1 for the backward pass; 128 for each lane */
-#define PIECE         128        /* values of a long run that all passes take before they go on, in memory's order */
+#define PIECE         128        /* values: see piece() */
 #define ROW_TILE      256        /* rows */
 #define INTERLEAVE    64         /* values of each of two passes that are gone through in one loop */
 #define CHAIN         64         /* values of rows and short planes that one float32 sum takes */

@@ -96,23 +96,23 @@ INLINE void add_shifted(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdif
     }
 }
 
+/* How many of the values left of a run all passes take before they go on, in memory's order. */
+INLINE ptrdiff_t piece(ptrdiff_t left) { return left < 2 * PIECE ? left : PIECE; }
+
 /* The sums of a tile, still in VL lanes. */
 INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len, vf k, ptrdiff_t ahead,
                          int prefetch, int lanes, vf *sum, vf *sq) {
     vf s[LANES / VL], q[LANES / VL];
     for (int j = 0; j < lanes / VL; j++)
         s[j] = q[j] = vset1(0.0f);
-    if (PASS >= lanes || len < 2 * PIECE)
+    if (PASS >= lanes)
         add_shifted(x, stride, runs, len, k, ahead, prefetch, lanes, s, q);
     else
-        for (ptrdiff_t r = 0; r < runs; r++) {
-            const float *a = x + r * stride;
-            ptrdiff_t i = 0;
-            for (; i + PIECE <= len; i += PIECE)
-                add_shifted(a + i, 0, 1, PIECE, k, ahead, prefetch, lanes, s, q);
-            if (i < len)
-                add_shifted(a + i, 0, 1, len - i, k, ahead, prefetch, lanes, s, q);
-        }
+        for (ptrdiff_t r = 0; r < runs; r++)
+            for (ptrdiff_t i = 0, n; i < len; i += n) {
+                n = piece(len - i);
+                add_shifted(x + r * stride + i, 0, 1, n, k, ahead, prefetch, lanes, s, q);
+            }
     *sum = add_vectors(s, lanes);
     *sq = add_vectors(q, lanes);
 }
@@ -122,37 +122,27 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
 #define SAMPLES    9
 #define SMALL_TILE 256 /* values */
 
-INLINE vf median3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
-
-INLINE vf ninther(const vf v[SAMPLES]) {
-    return median3(median3(v[0], v[3], v[6]), median3(v[1], v[4], v[7]), median3(v[2], v[5], v[8]));
+INLINE float median3(float a, float b, float c) {
+    const float low = a < b ? a : b, high = a > b ? a : b, next = high < c ? high : c;
+    return low > next ? low : next;
 }
 
-/* The shifts of cols <= VL channels, and nothing of meaning behind them; step is a constant. */
-INLINE void median_of_samples(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int step, ptrdiff_t cols,
-                              float *shift) {
-    float value[SAMPLES][VL];
-    vf v[SAMPLES];
-    for (ptrdiff_t c = 0; c < cols; c++)
-        for (int i = 0; i < SAMPLES; i += step)
-            value[i][c] = x[c * inner + sample[i]];
-    for (int i = 0; i < SAMPLES; i += step)
-        v[i] = vload(value[i]);
-    vstore(shift, step == 1 ? ninther(v) : median3(v[0], v[3], v[6]));
-}
+INLINE vf vmedian3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
 INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
     for (int i = 0; i < SAMPLES; i++)
         at[i] = i * a->runs / SAMPLES * p->x.outer + i * a->len / SAMPLES;
 }
 
-/* Of small tiles three values will do: the others would take as long as the sums. */
-INLINE void plane_shifts(const float *x, ptrdiff_t inner, const ptrdiff_t *sample, int small, ptrdiff_t cols,
-                         float *shift) {
+/* Of small tiles three values will do: the others would take as long as the sums. One channel after the other: vectors
+ * of several channels' values would have to be put together in memory, and waited for. */
+INLINE float plane_shift(const float *x, const ptrdiff_t *sample, int small) {
+    float m[3];
     if (small)
-        median_of_samples(x, inner, sample, 3, cols, shift);
-    else
-        median_of_samples(x, inner, sample, 1, cols, shift);
+        return median3(x[sample[0]], x[sample[3]], x[sample[6]]);
+    for (int i = 0; i < 3; i++)
+        m[i] = median3(x[sample[i]], x[sample[i + 3]], x[sample[i + 6]]);
+    return median3(m[0], m[1], m[2]);
 }
 
 /* Of cols <= VL channels, from their sums in VL lanes. */
@@ -198,8 +188,8 @@ INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrd
     const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
     float shift[SHORT_BLOCK];
     vf sum[SHORT_BLOCK * SHORT_LANES / VL], sq[SHORT_BLOCK * SHORT_LANES / VL];
-    for (ptrdiff_t c = 0; c < cols; c += VL)
-        plane_shifts(x + c * inner, inner, sample, small, min_z(VL, cols - c), shift + c);
+    for (ptrdiff_t c = 0; c < cols; c++)
+        shift[c] = plane_shift(x + c * inner, sample, small);
     for (ptrdiff_t r = 0; r < a->runs; r++)
         for (ptrdiff_t c = 0; c < cols; c++) {
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
@@ -235,9 +225,9 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
             }
             float shift[VL];
             vf s[VL], q[VL];
-            plane_shifts(x, inner, sample, small, cols, shift);
             for (ptrdiff_t j = 0; j < cols; j++) {
                 const float *plane = x + j * inner;
+                shift[j] = plane_shift(plane, sample, small);
                 const vf mid = vset1(shift[j]);
                 if (is_short)
                     shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, SHORT_LANES, &s[j], &q[j]);
@@ -347,7 +337,9 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
         vf v[SAMPLES];
         for (int j = 0; j < SAMPLES; j++)
             v[j] = vload_tail(x[j] + i, vtail(cols - i));
-        vstore(shift + i, ninther(v));
+        for (int j = 0; j < 3; j++)
+            v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
+        vstore(shift + i, vmedian3(v[0], v[1], v[2]));
     }
     memset(sum, 0, (size_t)cols * sizeof *sum);
     memset(sq, 0, (size_t)cols * sizeof *sq);
