@@ -331,8 +331,7 @@ INLINE int from_the_end(const cursor *a, int direction, int res) {
 }
 
 /* Several rows at a time, at one distance in every operand: coefficients in memory cost more than what they are
- * applied to. From beyond the cache one row after the other, in memory's order, which the hardware prefetches best,
- * unless coefficients crowd L1: then several, and what comes next is prefetched in that order. */
+ * applied to. */
 INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
                            int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
@@ -399,6 +398,14 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
     return e0 + len;
 }
 
+/* Whether rows of K columns are streamed several at a time, with what comes next prefetched in memory's order. The
+ * hardware does that better for one row after the other, but not by as much as coefficients cost that crowd L1, or
+ * those of the backward pass where x and dy come from the cache. More than two stores a line would not be combined. */
+INLINE int several_streamed(const bn_problem *p, ptrdiff_t K, int direction) {
+    const int costly = K >= WIDE || (direction == BACKWARD && p->stream == 1);
+    return p->packed && K % LINE == 0 && LINE / VL <= 2 && costly;
+}
+
 #define PERIOD (8 * LINE) /* values after which few channels begin again, at most */
 
 /* Whether channels begin again after eight vectors or six, whose coefficients 32 registers hold. */
@@ -442,7 +449,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        if (stream && rotate && K >= WIDE && LINE / VL <= 2) /* more stores a line would not be combined */
+        if (stream && several_streamed(p, K, direction))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
         else if (p->packed && !stream && far_rows(p, K))

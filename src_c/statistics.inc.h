@@ -246,7 +246,7 @@ INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_curs
 
 /* Whether to add several rows at a time, because a sum in memory costs more than the value that is added to it. From
  * beyond the cache one row after the other, as the elementwise work, unless the sums themselves crowd L1. */
-INLINE int several_rows(const bn_problem *p) { return p->packed && (p->stream < 2 || p->C * p->fold > WIDE); }
+INLINE int several_rows(const bn_problem *p) { return p->packed && (p->stream < 2 || p->C * p->fold >= WIDE); }
 
 /* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. */
 INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdiff_t cols, const float *shift, float *s,
