@@ -54,9 +54,12 @@ static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdi
                       const double *tile_gx, ptrdiff_t ld, double *restrict g, double *restrict gx,
                       float *restrict grad_weight, float *restrict grad_bias) {
     const ptrdiff_t T = tiles(p);
+    const int alone = T == 1 && p->fold == 1; /* the first tile is all there is */
     for (ptrdiff_t c = c0; c < c1; c++)
-        g[c] = gx[c] = 0.0;
-    for (ptrdiff_t t = 0; t < T; t++) {
+        g[c] = alone ? tile_g[c - c0] : 0.0;
+    for (ptrdiff_t c = c0; c < c1; c++)
+        gx[c] = alone ? tile_gx[c - c0] : 0.0;
+    for (ptrdiff_t t = 0; t < T && !alone; t++) {
         double values;
         const ptrdiff_t F = tile_repetitions(p, t, &values);
         for (ptrdiff_t f = 0; f < F; f++) {

@@ -365,37 +365,58 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
     }
 }
 
-/* Forward, packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after
- * which the channels begin again, stay in registers. Returns where whole periods end. */
+/* Packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after which the
+ * channels begin again, stay in registers. Returns where whole periods end. */
 INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
-                              int act, int res) {
+                              int direction, int act, int res) {
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
-    const cursor a = cursor_at(p, 0, 0, e0, FORWARD);
-    const int stream = p->stream;
+    const cursor a = cursor_at(p, 0, 0, e0, direction);
+    const int stream = p->stream, part = vectors > 4 ? vectors / 2 : vectors;
     ptrdiff_t at = e0 % K;
     vcoef k[8];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; v++) {
-        k[v] = coef_of_columns(p, coef, at, vtail(VL), 1, FORWARD);
+        k[v] = coef_of_columns(p, coef, at, vtail(VL), 1, direction);
         at += at + VL < K ? VL : VL - K; /* K may be less than a period, where rows were not folded */
     }
     for (ptrdiff_t i = 0; i < len; i += period)
 #pragma GCC unroll 2
-        for (int half = 0; half < vectors; half += vectors / 2) {
-            vf z[4], none;
+        for (int from = 0; from < vectors; from += part) {
+            vf z[4], g[4];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors / 2; v++) /* all loads before the stores, as in work_vectors */
-                z[v] = value_at(&k[half + v], &a, i + (half + v) * VL, vtail(VL), 1, FORWARD, act, res, &none);
+            for (int v = 0; v < part; v++) /* all loads before the stores, as in work_vectors */
+                z[v] = value_at(&k[from + v], &a, i + (from + v) * VL, vtail(VL), 1, direction, act, res, &g[v]);
             if (stream)
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors / 2; v++)
-                    vstream(a.out + i + (half + v) * VL, z[v]);
+                for (int v = 0; v < part; v++)
+                    store_at(&a, i + (from + v) * VL, vtail(VL), 1, direction, res, 1, z[v], g[v]);
             else
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors / 2; v++)
-                    vstore(a.out + i + (half + v) * VL, z[v]);
+                for (int v = 0; v < part; v++)
+                    store_at(&a, i + (from + v) * VL, vtail(VL), 1, direction, res, 0, z[v], g[v]);
         }
     return e0 + len;
+}
+
+#define PERIOD (8 * LINE) /* values after which few channels begin again, at most */
+
+/* After how many vectors channels begin again whose coefficients 32 registers hold; 0: there are too many. */
+INLINE int period_of(const bn_problem *p, int direction) {
+    const int most = direction == FORWARD ? 8 : 4;
+    return VL < LINE ? 0 : most * LINE % p->C == 0 ? most : most * 3 / 4 * LINE % p->C == 0 ? most * 3 / 4 : 0;
+}
+
+#define FORWARD_8(act, res)  return work_periods(p, k, e0, e1, 8, FORWARD, act, res)
+#define FORWARD_6(act, res)  return work_periods(p, k, e0, e1, 6, FORWARD, act, res)
+#define BACKWARD_4(act, res) return work_periods(p, k, e0, e1, 4, BACKWARD, act, res)
+#define BACKWARD_3(act, res) return work_periods(p, k, e0, e1, 3, BACKWARD, act, res)
+static ptrdiff_t work_few_channels(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, int vectors) {
+    switch (vectors) {
+    case 8: SPECIALIZE(p, FORWARD_8);
+    case 6: SPECIALIZE(p, FORWARD_6);
+    case 4: SPECIALIZE(p, BACKWARD_4);
+    default: SPECIALIZE(p, BACKWARD_3);
+    }
 }
 
 /* Whether rows of K columns are streamed several at a time, with what comes next prefetched in memory's order. The
@@ -404,21 +425,6 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
 INLINE int several_streamed(const bn_problem *p, ptrdiff_t K, int direction) {
     const int costly = K >= WIDE || (direction == BACKWARD && p->stream == 1);
     return p->packed && K % LINE == 0 && LINE / VL <= 2 && costly;
-}
-
-#define PERIOD (8 * LINE) /* values after which few channels begin again, at most */
-
-/* Whether channels begin again after eight vectors or six, whose coefficients 32 registers hold. */
-INLINE int few_channels(const bn_problem *p) { return VL == LINE && (8 * LINE % p->C == 0 || 6 * LINE % p->C == 0); }
-
-#define WORK_8(act, res) return work_periods(p, k, e0, e1, 8, act, res)
-#define WORK_6(act, res) return work_periods(p, k, e0, e1, 6, act, res)
-static ptrdiff_t work_few_channels(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1) {
-    if (8 * LINE % p->C == 0) {
-        SPECIALIZE(p, WORK_8);
-    } else {
-        SPECIALIZE(p, WORK_6);
-    }
 }
 
 INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
@@ -436,8 +442,8 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
             misfit = before_line(out + e0);
         else if (c)
             misfit = K - c;
-        if (direction == FORWARD && rotate && !misfit && e1 - e0 >= PERIOD && few_channels(p)) {
-            e0 = work_few_channels(problem, coefficients, e0, e1);
+        if (rotate && !misfit && e1 - e0 >= PERIOD && period_of(p, direction)) {
+            e0 = work_few_channels(problem, coefficients, e0, e1, period_of(p, direction));
             continue;
         }
         if (misfit || e1 - e0 < K) {
