@@ -423,7 +423,8 @@ static ptrdiff_t work_few_channels(const bn_problem *p, const bn_coef *k, ptrdif
  * hardware does that better for one row after the other, but not by as much as coefficients cost that crowd L1, or
  * those of the backward pass where x and dy come from the cache. More than two stores a line would not be combined. */
 INLINE int several_streamed(const bn_problem *p, ptrdiff_t K, int direction) {
-    return LINE / VL <= 2 && (K >= WIDE || (direction == BACKWARD && p->stream == 1));
+    const int costly = K >= WIDE || (direction == BACKWARD && p->stream == 1);
+    return p->packed && K % LINE == 0 && LINE / VL <= 2 && costly;
 }
 
 INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t e0, ptrdiff_t e1, int direction,
@@ -454,7 +455,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        if (stream && rotate && several_streamed(p, K, direction))
+        if (stream && several_streamed(p, K, direction)) /* says anew what rotate does: shorter code */
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
         else if (p->packed && !stream && far_rows(p, K))
