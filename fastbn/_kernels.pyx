@@ -36,26 +36,37 @@ cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t n_gaps) noexcept:
 
 
 cdef enum:
-    ROOM = 3 * (1024 + 16) + 15  # floats: coefficients that need no allocation
+    ROOM = 3 * (1024 + 16) + 15 + PAGE  # floats: coefficients that need no allocation
 
 
 cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
-    """Of all arrays, with what it takes to begin at a cache line: a vector across two takes twice as long to load."""
-    return width * (8 if backward else 3) + 15
+    """Of all arrays, with what it takes to begin where lay_out_coef wants."""
+    return width * (8 if backward else 3) + 15 + PAGE
 
 
-cdef float *allocate_coef(bn_coef *k, Py_ssize_t width, bint backward) except NULL:
+cdef float *allocate_coef(bn_coef *k, Py_ssize_t width, bint backward, Py_ssize_t columns,
+                          const float *out) except NULL:
     """Where k's arrays lie; to be freed."""
     cdef float *block = <float *> malloc(<size_t> coef_floats(width, backward) * sizeof(float))
     if block == NULL:
         raise MemoryError(f"no memory for coefficients, {width} of each")
-    lay_out_coef(k, block, width, backward)
+    lay_out_coef(k, block, width, backward, columns, out)
     return block
 
 
-cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward) noexcept:
+cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward, Py_ssize_t columns,
+                       const float *out) noexcept:
+    """k's arrays in `block`, for rows of so many columns, written from `out` on (NULL: from the start of a page).
+
+    They begin at a cache line, as a vector across two takes twice as long to load, and in the low 12 bits of addresses
+    half way between rows: a load waits for a store before it to an address where these are the same.
+    """
+    cdef Py_ssize_t period = min(4096, 4 * columns & -4 * columns), spread = 64 * (8 if backward else 3)
+    cdef Py_ssize_t place = <Py_ssize_t> out // 64 * 64 + (period - spread) // 128 * 64
     memset(k, 0, sizeof(bn_coef))
     block = <float *> ((<uintptr_t> block + 63) // 64 * 64)
+    if period > spread:
+        block += (place - <Py_ssize_t> block & period - 1) // 4
     k.mean = block
     k.scale = block + width
     k.shift = block + 2 * width
@@ -109,9 +120,9 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     p.fold = K.fold(C, rows)
     cdef Py_ssize_t width = coef_width(C, 0)
     if room != NULL and coef_floats(width, False) <= ROOM:
-        lay_out_coef(k, room, width, False)
+        lay_out_coef(k, room, width, False, C * p.fold, NULL)
     else:
-        block = allocate_coef(k, width, False)
+        block = allocate_coef(k, width, False, C * p.fold, NULL)
     if float64:
         K.coef(&p, 0, C, data64(mean), data64(var), data32(weight), data32(bias), eps, k)
     else:
@@ -146,7 +157,9 @@ cdef int allocate_scratch(Plan *plan, bint backward) except -1:
     cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row
-    plan.coef_block = allocate_coef(&plan.k, width, backward)
+    cdef Py_ssize_t columns = plan.p.C * plan.p.fold if plan.p.layout == BN_ROWS else 0
+    plan.coef_block = allocate_coef(&plan.k, width, backward, columns,
+                                    plan.p.grad_input.data if backward else plan.p.y.data)
     try:
         return allocate_tiles(plan)
     except MemoryError:

@@ -154,21 +154,40 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
     }
 }
 
+/* To n columns on. Addresses that are moved take fewer registers than sums of what they are made of, which compilers
+ * would keep. */
+INLINE void move_on(cursor *a, ptrdiff_t n, int frozen, int act, int res) {
+    a->x = vaddress(a->x + n);
+    a->dy = vaddress(a->dy + n);
+    if (res && act != BN_IDENTITY)
+        a->r += n;
+    if (frozen)
+        a->out += n;
+    if (frozen && res)
+        a->gr += n;
+}
+
 /* As add_rows does. */
 INLINE void sum_some_rows(const bn_problem *p, const bn_coef *coef, const cursor *a, int rows, int far, ptrdiff_t c,
                           ptrdiff_t cols, float *sum, float *sq, int frozen, int act, int res) {
     const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
+    cursor here = *a, next = *a;
     ptrdiff_t i = 0;
+    move_on(&here, c, frozen, act, res);
+    move_on(&next, a->ahead, 0, act, 0);
+    next.ahead = 0;
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(p, coef, c + i, tail, 1, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int j = 0; far && j < rows * VL; j += LINE)
-            prefetch_at(a, rows * i + j, nearest(cols), BACKWARD);
+            prefetch_at(&next, j, nearest(cols), BACKWARD);
         for (int r = 0; r < rows; r++)
-            sum_at(&k, a, r * K + c + i, tail, 1, frozen, act, res, &s, &q);
+            sum_at(&k, &here, r * K, tail, 1, frozen, act, res, &s, &q);
         vstore(sum + i, s);
         vstore(sq + i, q);
+        move_on(&here, VL, frozen, act, res);
+        move_on(&next, rows * VL, 0, act, 0);
     }
     if (i < cols) {
         const vcoef k = coef_of_columns(p, coef, c + i, tail, 0, BACKWARD);
@@ -209,7 +228,11 @@ INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, ptr
                      ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
     const bn_problem local = *problem, *const p = &local; /* as in work_rows */
     const bn_coef local_coef = *coefficients, *const coef = &local_coef;
-    float sum[PANEL], sq[PANEL];
+    _Alignas(4 * LINE) float room[ROOM + 2 * PANEL];
+    const cursor a = row_cursor(p, 0, BACKWARD);
+    const float *const rows_of[] = {a.x + c0, a.dy + c0};
+    float *const sum = clear_of(p, room, rows_of, coef->mean + c0, coef->scale - coef->mean, 4);
+    float *const sq = sum + PANEL;
     const ptrdiff_t rest = p->N * p->S % p->fold * p->C;
     clear(min_z(PANEL, c1 - c0), sum, sq);
     for (ptrdiff_t t = t0; t < t1; t++) {

@@ -369,10 +369,47 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
             }
 }
 
+/* How far two addresses are from each other in their low bits: PAGE / 2 if half a period. */
+INLINE ptrdiff_t apart(const float *a, const float *b, ptrdiff_t period) {
+    const ptrdiff_t d = (ptrdiff_t)((uintptr_t)a - (uintptr_t)b) & (period - 1);
+    return min_z(d, period - d) * (PAGE / period);
+}
+
+#define PLACES 8                                 /* that clear_of has to choose from */
+#define ROOM   (PAGE / (ptrdiff_t)sizeof(float)) /* what it may leave out */
+
+/* Where from `room` on the sums of columns begin: as far as can be, in the low bits of addresses, from all that is
+ * loaded beside them. What is loaded for the next columns would wait for what is stored to these, or both would crowd
+ * each other out of a set of L1. These are packed rows, from each of `rows` on, and n arrays at one distance, from
+ * `columns` on. Rows of few lines, or of an odd number, are near whatever there is. */
+INLINE float *clear_of(const bn_problem *p, float *room, const float *const rows[2], const float *columns,
+                       ptrdiff_t distance, int n) {
+    const ptrdiff_t bytes = p->C * p->fold * (ptrdiff_t)sizeof(float), period = min_z(PAGE, bytes & -bytes);
+    ptrdiff_t most = -1;
+    float *best = room;
+    if (!p->packed || p->N * p->S * p->C < FEW)
+        return room;
+    for (float *at = room; at < room + ROOM; at += ROOM / PLACES) {
+        ptrdiff_t least = PAGE;
+        for (int i = 0; i < 2 && period > PAGE / PLACES; i++)
+            least = min_z(least, apart(at, rows[i], period));
+        for (int i = 0; i < n; i++)
+            least = min_z(least, apart(at, columns + i * distance, PAGE));
+        if (least > most) {
+            most = least;
+            best = at;
+        }
+    }
+    return best;
+}
+
 static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                        double *m2, ptrdiff_t ld) {
-    float shift[PANEL], s[PANEL], q[PANEL];
+    _Alignas(4 * LINE) float room[ROOM + 3 * PANEL];
     double sum[PANEL], sq[PANEL];
+    const float *const x = row_at(p, 0) + c0, *const rows_of[] = {x, x};
+    float *const shift = clear_of(p, room, rows_of, NULL, 0, 0);
+    float *const s = shift + PANEL, *const q = s + PANEL;
     clear(min_z(PANEL, c1 - c0), s, q);
     for (ptrdiff_t t = t0; t < t1; t++) {
         ptrdiff_t row0;
