@@ -36,7 +36,7 @@
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
 #define STRIP         128       /* columns whose statistics over several rows are kept in AVX-512's registers */
-#define FEW           (1 << 13) /* elements that are summed before it is found out where sums are best kept */
+#define FEW           (1 << 13) /* elements below which it costs more than it brings to look where sums are best kept */
 #define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
 #define NARROW        320       /* columns: eight rows of two operands are 20 KB */
 #define MANY          (1 << 21) /* elements from which on inference folds more rows */

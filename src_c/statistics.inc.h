@@ -405,7 +405,7 @@ INLINE float *clear_of(const bn_problem *p, float *room, const float *const rows
 
 static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                        double *m2, ptrdiff_t ld) {
-    _Alignas(4 * LINE) float room[ROOM + 3 * PANEL];
+    _Alignas(LINE * sizeof(float)) float room[ROOM + 3 * PANEL];
     double sum[PANEL], sq[PANEL];
     const float *const x = row_at(p, 0) + c0, *const rows_of[] = {x, x};
     float *const shift = clear_of(p, room, rows_of, NULL, 0, 0);
