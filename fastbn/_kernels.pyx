@@ -58,15 +58,16 @@ cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward
                        const float *out) noexcept:
     """k's arrays in `block`, for rows of so many columns, written from `out` on (NULL: from the start of a page).
 
-    They begin at a cache line, as a vector across two takes twice as long to load, and in the low 12 bits of addresses
-    half way between rows: a load waits for a store before it to an address where these are the same.
+    They begin at a cache line, as a vector across two takes twice as long to load, and in the low bits of addresses
+    half way between rows, a line from one array to the next: a load waits for a store before it to an address where
+    the low 12 bits are the same.
     """
-    cdef Py_ssize_t period = min(4096, 4 * columns & -4 * columns), spread = 64 * (8 if backward else 3)
-    cdef Py_ssize_t place = <Py_ssize_t> out // 64 * 64 + (period - spread) // 128 * 64
+    cdef Py_ssize_t period = min(PAGE, columns & -columns), spread = LINE * (8 if backward else 3)
+    cdef Py_ssize_t place = <Py_ssize_t> out // 64 * LINE + (period - spread) // 2 // LINE * LINE
     memset(k, 0, sizeof(bn_coef))
     block = <float *> ((<uintptr_t> block + 63) // 64 * 64)
     if period > spread:
-        block += (place - <Py_ssize_t> block & period - 1) // 4
+        block += place - <Py_ssize_t> block // 4 & period - 1
     k.mean = block
     k.scale = block + width
     k.shift = block + 2 * width

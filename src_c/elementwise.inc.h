@@ -455,7 +455,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
-        if (stream && several_streamed(p, K, direction)) /* says anew what rotate does: shorter code */
+        if (stream && several_streamed(p, K, direction)) /* asks for rotate too: no code for a remainder */
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
         else if (p->packed && !stream && far_rows(p, K))

@@ -154,8 +154,8 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, ptrdiff_t t0, p
     }
 }
 
-/* To n columns on. Addresses that are moved take fewer registers than sums of what they are made of, which compilers
- * would keep. */
+/* n columns on. Compilers would make every address from a base and an index, and keep them all; those that are moved
+ * take fewer registers. */
 INLINE void move_on(cursor *a, ptrdiff_t n, int frozen, int act, int res) {
     a->x = vaddress(a->x + n);
     a->dy = vaddress(a->dy + n);

@@ -407,7 +407,7 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
                        double *m2, ptrdiff_t ld) {
     _Alignas(LINE * sizeof(float)) float room[ROOM + 3 * PANEL];
     double sum[PANEL], sq[PANEL];
-    const float *const x = row_at(p, 0) + c0, *const rows_of[] = {x, x};
+    const float *const first = row_at(p, 0) + c0, *const rows_of[] = {first, first};
     float *const shift = clear_of(p, room, rows_of, NULL, 0, 0);
     float *const s = shift + PANEL, *const q = s + PANEL;
     clear(min_z(PANEL, c1 - c0), s, q);
