@@ -439,23 +439,23 @@ cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, 
 
 cdef int past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does; 2 when
-    those that are read do so by themselves.
+    those that are read exceed what is found there again from one pass or call to the next.
 
-    That is so many eighths of the last-level cache, or of all of those that the threads are spread over; less of it for
-    one thread alone, which waits for memory longer. And it is not the huge sliced cache of some servers: those are
-    shared with others, and were measured to be no faster than streaming to memory from about the size of all threads'
-    L2 on.
+    That is six eighths of the last-level cache, or of all of those that the threads are spread over, and all of it; for
+    one thread alone, which waits for memory longer, half in both cases. And it is not the huge sliced cache of some
+    servers: those are shared with others, and were measured to be no faster than streaming to memory from about the
+    size of all threads' L2 on.
     """
-    cdef Py_ssize_t limit = STREAM_BYTES
+    cdef Py_ssize_t most = STREAM_BYTES, most_read = STREAM_BYTES
     cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
     cdef int read = (p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
     cdef int written = (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL)
-    cdef int eighths = 6 if threads > 1 else 4
-    if limit == 0:
-        limit = threads * L2_BYTES
+    if most == 0:
+        most = most_read = threads * L2_BYTES
         if LLC_BYTES <= 64 << 20:
-            limit = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // 8 * eighths
-    return (bytes_of_tensor * (read + written) > limit) + (bytes_of_tensor * read > limit)
+            most_read = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // (2 if threads == 1 else 1)
+            most = most_read if threads == 1 else most_read // 8 * 6
+    return (bytes_of_tensor * (read + written) > most) + (bytes_of_tensor * read > most_read)
 
 
 def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_bytes=-1):

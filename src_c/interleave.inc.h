@@ -7,8 +7,6 @@
  * short planes, whose next sample the hardware does not find.
  */
 
-#define AHEAD 1024 /* values: 4 KB */
-
 /* Sums of INTERLEAVE values of another channel from offset i of `other` on, and the elementwise work on as many of this
  * one's. */
 INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef *k, const cursor *here, ptrdiff_t i,

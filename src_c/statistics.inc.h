@@ -244,20 +244,24 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
 /* Column 0 of a row of x, of the kernel's width: `fold` rows of memory, or one row anywhere. */
 INLINE const float *row_at(const bn_problem *p, ptrdiff_t row) { return row_cursor(p, row, FORWARD).x; }
 
+INLINE int beyond_cache(const bn_problem *p) { return p->packed && p->stream == 2; }
+
 /* Whether to add several rows at a time, because a sum in memory costs more than the value that is added to it. From
  * beyond the cache one row after the other, as the elementwise work, unless the sums themselves crowd L1. */
 INLINE int several_rows(const bn_problem *p) { return p->packed && (p->stream < 2 || p->C * p->fold >= WIDE); }
 
-/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. */
-INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdiff_t cols, const float *shift, float *s,
-                     float *q) {
+/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. What comes so far `ahead` is
+ * prefetched in memory's order, unless that is 0. */
+INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t ahead, ptrdiff_t cols, const float *shift,
+                     float *s, float *q) {
     const vt t = vtail(cols % VL);
     ptrdiff_t c = 0;
     for (; c + VL <= cols; c += VL) {
         const vf k = vload(shift + c);
         vf sum = vload(s + c), sq = vload(q + c);
-        for (int j = 0; far && j < rows * VL; j += LINE)
-            vprefetch(x + rows * (stride + c) + j, nearest(cols));
+        if (ahead && (rows > 1 || c % LINE == 0))
+            for (int j = 0; j < rows * VL; j += LINE)
+                vprefetch(x + ahead + rows * c + j, rows > 1 ? nearest(cols) : TO_L2);
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(vload(x + r * stride + c), k);
             sum = vadd(sum, d);
@@ -279,32 +283,24 @@ INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int far, ptrdif
     }
 }
 
-/* As add_rows from beyond the cache, for columns that divide into strips: there one row after the other is read
- * fastest, and is held up by its sums in memory. Runs of a strip's length are read as fast, if what comes `ahead` is
- * prefetched in memory's order; 0 where strips follow one another. */
-INLINE void add_strips(const float *x, ptrdiff_t stride, ptrdiff_t ahead, ptrdiff_t cols, const float *shift, float *s,
-                       float *q) {
-    for (ptrdiff_t c = 0; c < cols; c += STRIP) {
-        vf k[STRIP / VL], sum[STRIP / VL], sq[STRIP / VL];
+/* As add_rows, for rows of a strip's width, whose sums stay in registers: in memory's order, as the hardware prefetches
+ * best. */
+INLINE void add_strip(const float *x, const float *shift, float *s, float *q) {
+    vf k[STRIP / VL], sum[STRIP / VL], sq[STRIP / VL];
+    for (int j = 0; j < STRIP / VL; j++) {
+        k[j] = vload(shift + j * VL);
+        sum[j] = vload(s + j * VL);
+        sq[j] = vload(q + j * VL);
+    }
+    for (int r = 0; r < STATS_ROWS; r++)
         for (int j = 0; j < STRIP / VL; j++) {
-            k[j] = vload(shift + c + j * VL);
-            sum[j] = vload(s + c + j * VL);
-            sq[j] = vload(q + c + j * VL);
+            const vf d = vsub(vload(x + r * STRIP + j * VL), k[j]);
+            sum[j] = vadd(sum[j], d);
+            sq[j] = vfma(d, d, sq[j]);
         }
-        for (int r = 0; r < STATS_ROWS; r++) {
-            const float *const a = x + r * stride + c, *const next = x + ahead + STATS_ROWS * c + r * STRIP;
-            for (int j = 0; ahead && j < STRIP; j += LINE)
-                vprefetch(next + j, TO_L2);
-            for (int j = 0; j < STRIP / VL; j++) {
-                const vf d = vsub(vload(a + j * VL), k[j]);
-                sum[j] = vadd(sum[j], d);
-                sq[j] = vfma(d, d, sq[j]);
-            }
-        }
-        for (int j = 0; j < STRIP / VL; j++) {
-            vstore(s + c + j * VL, sum[j]);
-            vstore(q + c + j * VL, sq[j]);
-        }
+    for (int j = 0; j < STRIP / VL; j++) {
+        vstore(s + j * VL, sum[j]);
+        vstore(q + j * VL, sq[j]);
     }
 }
 
@@ -324,15 +320,29 @@ INLINE void carry(ptrdiff_t cols, float *s, float *q, double *sum, double *sq) {
     clear(cols, s, q);
 }
 
+INLINE const float *sample_row(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, int i) {
+    return row_at(p, row0 + i * rows / SAMPLES);
+}
+
+/* What the shifts of tile t will wait for. */
+INLINE void prefetch_samples(const bn_problem *p, ptrdiff_t t, ptrdiff_t c, ptrdiff_t cols) {
+    ptrdiff_t row0;
+    const ptrdiff_t rows = row_tile(p, t, &row0);
+    for (int i = 0; i < SAMPLES; i++)
+        for (ptrdiff_t j = c; j < c + cols; j += LINE)
+            vprefetch(sample_row(p, row0, rows, i) + j, TO_L2);
+}
+
 /* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
 INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
                        float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
     const ptrdiff_t K = p->C * p->fold;
-    const int several = several_rows(p), far = far_rows(p, cols), in_strips = VL == LINE && p->packed && p->stream == 2;
-    const ptrdiff_t strips = cols / STRIP * STRIP, ahead = cols == K && K > STRIP ? STATS_ROWS * K : 0;
+    const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
+    const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? AHEAD : K;
+    const int several = several_rows(p) && !(VL == LINE && ahead);
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
-        x[i] = row_at(p, row0 + i * rows / SAMPLES) + c;
+        x[i] = sample_row(p, row0, rows, i) + c;
     for (ptrdiff_t i = 0; i < cols; i += VL) {
         vf v[SAMPLES];
         for (int j = 0; j < SAMPLES; j++)
@@ -346,15 +356,14 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     for (ptrdiff_t r = 0, n; r < rows; r += n) {
         n = min_z(CHAIN, rows - r);
         ptrdiff_t i = 0;
-        for (; in_strips && i + STATS_ROWS <= n; i += STATS_ROWS) {
-            const float *const a = row_at(p, row0 + r + i) + c;
-            add_strips(a, K, ahead, strips, shift, s, q);
-            add_rows(a + strips, K, STATS_ROWS, 0, cols - strips, shift + strips, s + strips, q + strips);
-        }
+        for (; in_strip && i + STATS_ROWS <= n; i += STATS_ROWS)
+            add_strip(row_at(p, row0 + r + i), shift, s, q);
         for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
-            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, cols, shift, s, q);
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, STATS_ROWS * K, cols, shift, s, q);
         for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 0, cols, shift, s, q);
+        for (; ahead && i < n; i++)
+            add_rows(row_at(p, row0 + r + i) + c, K, 1, ahead, cols, shift, s, q);
         for (; i < n; i++)
             add_rows(row_at(p, row0 + r + i) + c, K, 1, 0, cols, shift, s, q);
         carry(cols, s, q, sum, sq);
@@ -424,8 +433,10 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
             continue;
         }
         for (ptrdiff_t c = c0; c < c1; c += PANEL) {
-            const ptrdiff_t at = (t - t0) * ld + (c - c0);
-            tile_stats(p, row0, rows, c, min_z(PANEL, c1 - c), shift, s, q, sum, sq, mean + at, m2 + at);
+            const ptrdiff_t at = (t - t0) * ld + (c - c0), cols = min_z(PANEL, c1 - c);
+            if (beyond_cache(p) && t + 1 < t1)
+                prefetch_samples(p, t + 1, c, cols);
+            tile_stats(p, row0, rows, c, cols, shift, s, q, sum, sq, mean + at, m2 + at);
         }
     }
 }
