@@ -12,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -640,9 +641,12 @@ class MemoryLimit(Contestant):
         pointers = pointer(d.x), second if second is None else pointer(second), pointer(out)
         size = ctypes.c_size_t(d.x.size)
         for threads in {1, self.threads} if d.x.nbytes < 2**22 else (self.threads,):
-            for nt in (0, 1):
-                call = partial(self.library.memory_limit, *pointers, size, self.isa, nt, self.passes, threads)
-                how = f"{self.ISAS[self.isa]}, {'non-temporal' if nt else 'plain'}, {threads} threads"
+            for nt, ahead in product((0, 1), map(ctypes.c_size_t, (0, 4096))):
+                call = partial(
+                    self.library.memory_limit, *pointers, size, self.isa, nt, ahead, self.passes, threads
+                )
+                stores, prefetch = "non-temporal" if nt else "plain", ", prefetching" if ahead.value else ""
+                how = f"{self.ISAS[self.isa]}, {stores}{prefetch}, {threads} threads"
                 yield Candidate(how, call, lambda _: (out,))
 
 

@@ -32,6 +32,7 @@ cdef struct Plan:
     Py_ssize_t width    # columns: C, or C * fold in rows
     Py_ssize_t first    # channels before this one have an owner, later ones are split
     Py_ssize_t group    # channels that go through all passes together
+    Py_ssize_t unit     # channels whose planes are whole lines together
     Py_ssize_t items, panels, pieces
     int threads         # that were asked for: they decide how the work is cut
     int team, member    # that there are, and which of them goes by this plan
@@ -254,7 +255,8 @@ cdef void both_passes_pages(const Plan *plan, Py_ssize_t i) noexcept nogil:
 
 
 cdef void both_passes_group(const Plan *plan, Py_ssize_t i) noexcept nogil:
-    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, 1), c1 = share(plan.first, i + 1, plan.items, 1)
+    cdef Py_ssize_t c0 = share(plan.first, i, plan.items, plan.unit)
+    cdef Py_ssize_t c1 = share(plan.first, i + 1, plan.items, plan.unit)
     cdef Plan own = of_owner(plan, i)
     first_pass(&own, c0, c1, -1)
     if second_is_due(&own):
@@ -378,21 +380,47 @@ cdef void elementwise(Plan *plan) noexcept nogil:
     for_each_item(plan, forward_elements if plan.p.grad_input.data == NULL else backward_elements)
 
 
+cdef inline Py_ssize_t cache_bytes(int threads) noexcept nogil:
+    """Of the last-level caches that the threads are spread over. Not of the huge sliced one of some servers, which is
+    shared with others, and in which hardly more than all threads' L2 was found again."""
+    if LLC_BYTES > 64 << 20:
+        return threads * L2_BYTES
+    return LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
+
+
+cdef inline Py_ssize_t channels_of_group(const Plan *plan, bint interleaved) noexcept nogil:
+    """Beyond the cache, so many channels go through all passes together: as many as half of L2 holds, but also so many
+    that memory is read in long runs, although then only the last-level cache holds them."""
+    cdef Py_ssize_t read = 1 if plan.need_stats else 2, plane = plan.p.S * 4, channel = plane * plan.p.N
+    cdef Py_ssize_t groups = 2 if interleaved else 1, cache = cache_bytes(plan.threads) // plan.threads
+    cdef Py_ssize_t held = max(L2_BYTES // 2 // read, 1 << 19), run = 12 << 10, most = cache // 4
+    if GROUP_BYTES:
+        return max(1, GROUP_BYTES // groups // channel)
+    if interleaved and plan.need_stats:
+        run = 48 << 10
+        most = cache // 10
+    return max(1, held // groups // channel, min((run // read + plane - 1) // plane, most // read // channel))
+
+
 cdef void owned_channels(Plan *plan) noexcept nogil:
-    cdef Py_ssize_t bytes_of_channel = plan.p.N * plan.p.S * 4, groups = plan.threads, group_bytes = GROUP_BYTES
-    if group_bytes == 0:  # half of L2 for all that is read, but runs of memory should not be too short either
-        group_bytes = max(L2_BYTES // (2 if plan.need_stats else 4), 1 << 19)
-    if plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan):
-        plan.group = max(1, group_bytes // 2 // bytes_of_channel)
-        plan.items = plan.threads
+    cdef bint interleaved = plan.p.stream and plan.p.S > BN_SHORT_PLANE and second_is_due(plan)
+    plan.items = plan.threads
+    plan.group = plan.p.C
+    plan.unit = 1
+    if plan.p.stream:
+        plan.group = channels_of_group(plan, interleaved)
+        while plan.unit * plan.p.S % LINE and 2 * plan.unit <= plan.group:
+            plan.unit *= 2
+        plan.group = (plan.group + plan.unit - 1) // plan.unit * plan.unit
+    elif plan.p.N == 1:
+        plan.group = max(1, SAMPLE_GROUP_BYTES // (plan.p.S * 4))
+    if interleaved:
         for_each_item(plan, interleaved_groups)
         return
-    if plan.p.stream or plan.p.N == 1:
-        if not plan.p.stream:
-            group_bytes = SAMPLE_GROUP_BYTES
-        groups = (plan.first * bytes_of_channel + group_bytes - 1) // group_bytes
-        groups = (groups + plan.threads - 1) // plan.threads * plan.threads
-    plan.items = min(plan.first, groups)
+    if plan.group < plan.p.C:
+        plan.items = (plan.first + plan.group - 1) // plan.group
+        plan.items = (plan.items + plan.threads - 1) // plan.threads * plan.threads
+    plan.items = min(plan.first, plan.items)
     for_each_item(plan, both_passes_group)
 
 
@@ -441,20 +469,18 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     """Whether to write past the cache: when the tensors together exceed what holds them better than memory does; 2 when
     those that are read exceed what is found there again from one pass or call to the next.
 
-    That is six eighths of the last-level cache, or of all of those that the threads are spread over, and all of it; for
-    one thread alone, which waits for memory longer, half in both cases. And it is not the huge sliced cache of some
-    servers: those are shared with others, and were measured to be no faster than streaming to memory from about the
-    size of all threads' L2 on.
+    That is six eighths of the cache, and all of it; for one thread alone, which waits for memory longer, half in both
+    cases. On servers with a huge one, streaming won from about the size of all threads' L2 on.
     """
     cdef Py_ssize_t most = STREAM_BYTES, most_read = STREAM_BYTES
     cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
     cdef int read = (p.x.data != NULL) + (p.residual.data != NULL) + (p.grad_output.data != NULL)
     cdef int written = (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL)
     if most == 0:
-        most = most_read = threads * L2_BYTES
+        most = most_read = cache_bytes(threads)
         if LLC_BYTES <= 64 << 20:
-            most_read = LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS) // (2 if threads == 1 else 1)
-            most = most_read if threads == 1 else most_read // 8 * 6
+            most_read = most // 2 if threads == 1 else most
+            most = most_read if threads == 1 else most // 8 * 6
     return (bytes_of_tensor * (read + written) > most) + (bytes_of_tensor * read > most_read)
 
 
