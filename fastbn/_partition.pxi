@@ -396,7 +396,7 @@ cdef inline Py_ssize_t channels_of_group(const Plan *plan, bint interleaved) noe
     cdef Py_ssize_t held = max(L2_BYTES // 2 // read, 1 << 19), run = 12 << 10, most = cache // 4
     if GROUP_BYTES:
         return max(1, GROUP_BYTES // groups // channel)
-    if interleaved and plan.need_stats:
+    if interleaved:
         run = 48 << 10
         most = cache // 10
     return max(1, held // groups // channel, min((run // read + plane - 1) // plane, most // read // channel))

@@ -7,6 +7,8 @@
  * short planes, whose next sample the hardware does not find.
  */
 
+#define NEXT 512 /* values, 2 KB: farther ahead is less, where runs are this short */
+
 /* Sums of INTERLEAVE values of another channel from offset i of `other` on, and the elementwise work on as many of this
  * one's. */
 INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef *k, const cursor *here, ptrdiff_t i,
@@ -47,7 +49,7 @@ INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, pt
                            ptrdiff_t c_other, const vcoef *k, ptrdiff_t c, int direction, int act, int res, vf *s,
                            vf *q) {
     cursor other = cursor_at(p, n, c_other, begin, direction);
-    other.ahead = VL == LINE ? AHEAD : p->S < PLANE_TILE ? p->x.outer : 0;
+    other.ahead = VL == LINE ? NEXT : p->S < PLANE_TILE ? p->x.outer : 0;
     const cursor first = cursor_at(p, n, c, begin, direction);
     const ptrdiff_t head = min_z(len, before_line(first.out));
     const cursor here = cursor_at(p, n, c, begin + head, direction);
@@ -63,22 +65,40 @@ INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, pt
     work_lines(k, &here, i, len - head, direction, act, res, 1);
 }
 
+static void settle_kept(const bn_problem *p, const tile *d, const float *const *plane, ptrdiff_t kept,
+                        const float *shift, vf *s, vf *q, double *a, double *b, int direction) {
+    if (direction == FORWARD)
+        settle_planes(p, d, plane, kept, shift, s, q, a, b);
+    else
+        store_sums(kept, s, q, a, b);
+}
+
 INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, ptrdiff_t c0, ptrdiff_t other,
                        ptrdiff_t channels, double *a, double *b, int direction, int act, int res) {
     const bn_problem local = *problem, *const p = &local; /* as in work_rows */
     const bn_coef local_coef = *coefficients, *const coef = &local_coef;
     const ptrdiff_t T = tiles(p);
+    const float *plane[VL]; /* or tiles of them, whose lanes are added up together: of few channels, several each */
+    float shift[VL];
+    vf s[VL], q[VL];
+    ptrdiff_t kept = 0, done = 0;
+    tile of = plane_tile(p, 0);
     for (ptrdiff_t t = 0; t < T; t++) {
         const tile d = plane_tile(p, t), next = plane_tile(p, t + 1 < T ? t + 1 : t);
         ptrdiff_t sample[SAMPLES];
         samples(p, &d, sample);
-        for (ptrdiff_t i = 0; i < channels; i += VL) {
-            const ptrdiff_t cols = min_z(VL, channels - i), at = t * channels + i;
-            const float *x = cursor_at(p, d.n, other + i, d.s, direction).x;
-            float shift[VL];
-            vf sum[VL][LANES / VL], sq[VL][LANES / VL], s[VL], q[VL];
+        for (ptrdiff_t i = 0, cols; i < channels; i += cols) {
+            cols = min_z(VL, channels - i);
+            if (kept + cols > VL || d.runs * d.len != of.runs * of.len) {
+                settle_kept(p, &of, plane, kept, shift, s, q, a + done, b + done, direction);
+                done += kept;
+                kept = 0;
+            }
+            of = d;
+            vf sum[VL][LANES / VL], sq[VL][LANES / VL];
             for (ptrdiff_t j = 0; direction == FORWARD && j < cols; j++) {
-                shift[j] = plane_shift(x + j * p->x.inner, sample, d.runs * d.len <= SMALL_TILE);
+                plane[kept + j] = cursor_at(p, d.n, other + i + j, d.s, direction).x;
+                shift[kept + j] = plane_shift(plane[kept + j], sample, d.runs * d.len <= SMALL_TILE);
                 for (int l = 0; l < SAMPLES; l++) /* the next tile's, of the same shape */
                     vprefetch(cursor_at(p, next.n, other + i + j, next.s, direction).x + sample[l], TO_L2);
             }
@@ -90,7 +110,7 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
                     if (direction == BACKWARD)
                         k_other = coef_of_channel(p, coef, other + i + j, direction);
                     else
-                        k_other.mean = vset1(shift[j]);
+                        k_other.mean = vset1(shift[kept + j]);
                     resume(sum[j], r > 0, LANES / VL, sums);
                     resume(sq[j], r > 0, LANES / VL, sqs);
                     interleave_run(p, d.n + r, d.s, d.len, &k_other, other + i + j, &k, c0 + i + j, direction, act, res,
@@ -99,15 +119,13 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
                     keep(sqs, LANES / VL, sq[j]);
                 }
             for (ptrdiff_t j = 0; j < cols; j++) {
-                s[j] = add_vectors(sum[j], LANES);
-                q[j] = add_vectors(sq[j], LANES);
+                s[kept + j] = add_vectors(sum[j], LANES);
+                q[kept + j] = add_vectors(sq[j], LANES);
             }
-            if (direction == FORWARD)
-                settle_planes(p, &d, x, cols, shift, s, q, a + at, b + at);
-            else
-                store_sums(cols, s, q, a + at, b + at);
+            kept += cols;
         }
     }
+    settle_kept(p, &of, plane, kept, shift, s, q, a + done, b + done, direction);
 }
 
 #define INTERLEAVED(direction, name)                                                                                   \

@@ -145,9 +145,9 @@ INLINE float plane_shift(const float *x, const ptrdiff_t *sample, int small) {
     return median3(m[0], m[1], m[2]);
 }
 
-/* Of cols <= VL channels, from their sums in VL lanes. */
-INLINE void settle_planes(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const float *shift, vf *s,
-                          vf *q, double *mean, double *m2) {
+/* Of cols <= VL planes, or tiles of them of equal size, from their sums in VL lanes. */
+INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const *x, ptrdiff_t cols, const float *shift,
+                          vf *s, vf *q, double *mean, double *m2) {
     const double n = (double)(a->runs * a->len);
     float sum32[VL], sq32[VL];
     double sum[VL], sq[VL];
@@ -162,7 +162,7 @@ INLINE void settle_planes(const bn_problem *p, const tile *a, const float *x, pt
     if (settle(n, cols, shift, sum, sq, mean, m2))
         for (ptrdiff_t j = 0; j < cols; j++)
             if (unsound(n, sum[j], sq[j]))
-                exact_stats(x + j * p->x.inner, p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
+                exact_stats(x[j], p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
 }
 
 /* A channel's partial sums, kept while others' values are gone through, as they lie in memory. */
@@ -186,23 +186,26 @@ INLINE void add_kept(ptrdiff_t cols, vf *kept) {
 INLINE void short_stats(const bn_problem *p, const tile *a, const float *x, ptrdiff_t cols, const ptrdiff_t *sample,
                         int small, double *mean, double *m2) {
     const ptrdiff_t inner = p->x.inner, outer = p->x.outer;
+    const float *plane[SHORT_BLOCK];
     float shift[SHORT_BLOCK];
     vf sum[SHORT_BLOCK * SHORT_LANES / VL], sq[SHORT_BLOCK * SHORT_LANES / VL];
-    for (ptrdiff_t c = 0; c < cols; c++)
-        shift[c] = plane_shift(x + c * inner, sample, small);
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        plane[c] = x + c * inner;
+        shift[c] = plane_shift(plane[c], sample, small);
+    }
     for (ptrdiff_t r = 0; r < a->runs; r++)
         for (ptrdiff_t c = 0; c < cols; c++) {
             vf s[SHORT_LANES / VL], q[SHORT_LANES / VL];
             resume(sum + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, s);
             resume(sq + c * SHORT_LANES / VL, r > 0, SHORT_LANES / VL, q);
-            add_shifted(x + r * outer + c * inner, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
+            add_shifted(plane[c] + r * outer, 0, 1, a->len, vset1(shift[c]), outer, 1, SHORT_LANES, s, q);
             keep(s, SHORT_LANES / VL, sum + c * SHORT_LANES / VL);
             keep(q, SHORT_LANES / VL, sq + c * SHORT_LANES / VL);
         }
     add_kept(cols, sum);
     add_kept(cols, sq);
     for (ptrdiff_t c = 0; c < cols; c += VL)
-        settle_planes(p, a, x + c * inner, min_z(VL, cols - c), shift + c, sum + c, sq + c, mean + c, m2 + c);
+        settle_planes(p, a, plane + c, min_z(VL, cols - c), shift + c, sum + c, sq + c, mean + c, m2 + c);
 }
 
 static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
@@ -223,20 +226,21 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
                 short_stats(p, &a, x, cols, sample, small, mean_t, m2_t);
                 continue;
             }
+            const float *plane[VL];
             float shift[VL];
             vf s[VL], q[VL];
             for (ptrdiff_t j = 0; j < cols; j++) {
-                const float *plane = x + j * inner;
-                shift[j] = plane_shift(plane, sample, small);
+                plane[j] = x + j * inner;
+                shift[j] = plane_shift(plane[j], sample, small);
                 const vf mid = vset1(shift[j]);
                 if (is_short)
-                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, SHORT_LANES, &s[j], &q[j]);
+                    shifted_sums(plane[j], p->x.outer, a.runs, a.len, mid, 0, 0, SHORT_LANES, &s[j], &q[j]);
                 else if (p->stream)
-                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, ahead, 1, LANES, &s[j], &q[j]);
+                    shifted_sums(plane[j], p->x.outer, a.runs, a.len, mid, ahead, 1, LANES, &s[j], &q[j]);
                 else
-                    shifted_sums(plane, p->x.outer, a.runs, a.len, mid, 0, 0, LANES, &s[j], &q[j]);
+                    shifted_sums(plane[j], p->x.outer, a.runs, a.len, mid, 0, 0, LANES, &s[j], &q[j]);
             }
-            settle_planes(p, &a, x, cols, shift, s, q, mean_t, m2_t);
+            settle_planes(p, &a, plane, cols, shift, s, q, mean_t, m2_t);
         }
     }
 }
