@@ -71,13 +71,35 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
     p = problem(shape, axis)
     found = []
     try:
-        for tensors in 0, 1.5, 2.5, 3.5, 100:  # that fit the cache: none, those that are read, all
-            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1, group_bytes=2**17)
+        # tensors that fit the cache: none, those that are read, all
+        for tensors, group in (
+            (0, 0),
+            (0, 2**14),
+            (0, 2**17),
+            (1.5, 2**17),
+            (2.5, 2**17),
+            (3.5, 2**17),
+            (100, 0),
+        ):
+            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1, group_bytes=group)
             found.append(run(operation, p, *fusing(operation), num_threads=threads))
     finally:
         _kernels.tune(stream_bytes=0, group_bytes=0)
     for other in found[1:]:
         assert_same_bits(found[0], other)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 70, 60), (30, 7, 20, 20), (30, 40, 7, 7)], ids=str)
+@pytest.mark.parametrize("channel", [0, 2, 6])
+def test_streamed_tiles_that_are_summed_again(isa, shared_out, shape, channel):
+    """Where float32 has not the range, in one tile of a channel beside others."""
+    for n in 0, shape[0] // 2, shape[0] - 1:
+        p = problem(shape, 1)
+        p.x[n, channel] *= 1e18
+        expected = run("training", p, num_threads=1)
+        with kernels(streamed=True):
+            for threads in 1, 3:
+                assert_same_bits(run("training", p, num_threads=threads), expected, f"sample {n}")
 
 
 @pytest.mark.parametrize("shape", [(9, 1024), (3, 2048, 3, 1), (2, 40, 7, 7), (2, 3, 40, 50)], ids=str)
