@@ -36,7 +36,7 @@
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
 #define STRIP         128       /* columns whose statistics AVX-512's registers hold */
-#define AHEAD         (1 << 11) /* values, 8 KB, that what is read in memory's order from beyond the cache is prefetched */
+#define AHEAD         (1 << 11) /* values, 8 KB: how far ahead rows from beyond the cache are prefetched for statistics */
 #define FEW           (1 << 13) /* elements below which it costs more than it brings to look where sums are best kept */
 #define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
 #define NARROW        320       /* columns: eight rows of two operands are 20 KB */
