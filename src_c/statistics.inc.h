@@ -343,7 +343,7 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     const ptrdiff_t K = p->C * p->fold;
     const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
     const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? AHEAD : K;
-    const int several = several_rows(p) && !(VL == LINE && ahead);
+    const int several = several_rows(p) && !(VL == LINE && ahead); /* sums hold up narrower vectors more than memory */
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
         x[i] = sample_row(p, row0, rows, i) + c;
