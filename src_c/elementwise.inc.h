@@ -119,6 +119,8 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
         vprefetch(a->dy + i + a->ahead, cache);
 }
 
+#define SHORTLY (16 * LINE) /* values, 1 KB: how far ahead AVX-512 prefetches what it streams in memory's order */
+
 /* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
@@ -336,7 +338,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
                            int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, direction);
-    a.ahead = rows * K;
+    a.ahead = rows > 1 ? rows * K : SHORTLY;
     const int pages = p->pitch && K % LINE == 0 && distance * (ptrdiff_t)sizeof(float) % PAGE == 0;
     const int reverse = !far && !stream && pages && from_the_end(&a, direction, res);
     for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
@@ -346,6 +348,8 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
             const ptrdiff_t at = b->phase + c + v * VL;
             k[v] = coef_of_columns(p, coef, at < K ? at : at - K, vtail(VL), 1, direction);
         }
+        if (VL == LINE && rows == 1 && stream && !res)
+            prefetch_at(&a, c, TO_L2, direction);
         if (far) {
             const cursor next = held_ahead(&a, rows * c, direction, res);
             for (int j = 0; j < rows * LINE; j += LINE) {
@@ -370,8 +374,9 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
 INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
                               int direction, int act, int res) {
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
-    const cursor a = cursor_at(p, 0, 0, e0, direction);
+    cursor a = cursor_at(p, 0, 0, e0, direction);
     const int stream = p->stream, part = vectors > 4 ? vectors / 2 : vectors;
+    a.ahead = SHORTLY;
     ptrdiff_t at = e0 % K;
     vcoef k[8];
 #pragma GCC unroll 8
@@ -379,7 +384,10 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
         k[v] = coef_of_columns(p, coef, at, vtail(VL), 1, direction);
         at += at + VL < K ? VL : VL - K; /* K may be less than a period, where rows were not folded */
     }
-    for (ptrdiff_t i = 0; i < len; i += period)
+    for (ptrdiff_t i = 0; i < len; i += period) {
+#pragma GCC unroll 8
+        for (int v = 0; !res && stream && v < vectors; v++)
+            prefetch_at(&a, i + v * VL, TO_L2, direction);
 #pragma GCC unroll 2
         for (int from = 0; from < vectors; from += part) {
             vf z[4], g[4];
@@ -395,6 +403,7 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
                 for (int v = 0; v < part; v++)
                     store_at(&a, i + (from + v) * VL, vtail(VL), 1, direction, res, 0, z[v], g[v]);
         }
+    }
     return e0 + len;
 }
 
