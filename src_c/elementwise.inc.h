@@ -385,7 +385,6 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
         at += at + VL < K ? VL : VL - K; /* K may be less than a period, where rows were not folded */
     }
     for (ptrdiff_t i = 0; i < len; i += period) {
-#pragma GCC unroll 8
         for (int v = 0; !res && stream && v < vectors; v++)
             prefetch_at(&a, i + v * VL, TO_L2, direction);
 #pragma GCC unroll 2
