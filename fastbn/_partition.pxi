@@ -380,10 +380,13 @@ cdef void elementwise(Plan *plan) noexcept nogil:
     for_each_item(plan, forward_elements if plan.p.grad_input.data == NULL else backward_elements)
 
 
+cdef bint SLICED = LLC_BYTES > 64 << 20  # the last-level cache of a server, shared with others
+
+
 cdef inline Py_ssize_t cache_bytes(int threads) noexcept nogil:
-    """Of the last-level caches that the threads are spread over. Not of the huge sliced one of some servers, which is
-    shared with others, and in which hardly more than all threads' L2 was found again."""
-    if LLC_BYTES > 64 << 20:
+    """Of the last-level caches that the threads are spread over; in a sliced one hardly more than all threads' L2 was
+    found again."""
+    if SLICED:
         return threads * L2_BYTES
     return LLC_BYTES * ((threads + LLC_CPUS - 1) // LLC_CPUS)
 
@@ -396,7 +399,7 @@ cdef inline Py_ssize_t channels_of_group(const Plan *plan, bint interleaved) noe
     cdef Py_ssize_t held = max(L2_BYTES // 2 // read, 1 << 19), run = 12 << 10, most = cache // 4
     if GROUP_BYTES:
         return max(1, GROUP_BYTES // groups // channel)
-    if interleaved:
+    if interleaved:  # of whose tensors two groups are held at a time
         run = 48 << 10
         most = cache // 10
     return max(1, held // groups // channel, min((run // read + plane - 1) // plane, most // read // channel))
@@ -470,7 +473,7 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     those that are read exceed what is found there again from one pass or call to the next.
 
     That is six eighths of the cache, and all of it; for one thread alone, which waits for memory longer, half in both
-    cases. On servers with a huge one, streaming won from about the size of all threads' L2 on.
+    cases. In place of a sliced cache all threads' L2 counts: from about there on streaming won.
     """
     cdef Py_ssize_t most = STREAM_BYTES, most_read = STREAM_BYTES
     cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
@@ -478,7 +481,7 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     cdef int written = (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL)
     if most == 0:
         most = most_read = cache_bytes(threads)
-        if LLC_BYTES <= 64 << 20:
+        if not SLICED:
             most_read = most // 2 if threads == 1 else most
             most = most_read if threads == 1 else most // 8 * 6
     return (bytes_of_tensor * (read + written) > most) + (bytes_of_tensor * read > most_read)

@@ -119,8 +119,6 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
         vprefetch(a->dy + i + a->ahead, cache);
 }
 
-#define SHORTLY (16 * LINE) /* values, 1 KB: how far ahead AVX-512 prefetches what it streams in memory's order */
-
 /* Whether rows that are gone through several at a time, over so many columns, prefetch the next so many: in the order
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
@@ -338,7 +336,7 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
                            int direction, int act, int res, int stream) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, direction);
-    a.ahead = rows > 1 ? rows * K : SHORTLY;
+    a.ahead = rows > 1 ? rows * K : STREAM_AHEAD;
     const int pages = p->pitch && K % LINE == 0 && distance * (ptrdiff_t)sizeof(float) % PAGE == 0;
     const int reverse = !far && !stream && pages && from_the_end(&a, direction, res);
     for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
@@ -376,7 +374,7 @@ INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
     cursor a = cursor_at(p, 0, 0, e0, direction);
     const int stream = p->stream, part = vectors > 4 ? vectors / 2 : vectors;
-    a.ahead = SHORTLY;
+    a.ahead = STREAM_AHEAD;
     ptrdiff_t at = e0 % K;
     vcoef k[8];
 #pragma GCC unroll 8

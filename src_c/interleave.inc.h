@@ -7,8 +7,6 @@
  * short planes, whose next sample the hardware does not find.
  */
 
-#define SOON (32 * LINE) /* values, 2 KB ahead: more is slower in runs as short as planes */
-
 /* Sums of INTERLEAVE values of another channel from offset i of `other` on, and the elementwise work on as many of this
  * one's. */
 INLINE void interleave_at(const vcoef *k_other, const cursor *other, const vcoef *k, const cursor *here, ptrdiff_t i,
@@ -49,7 +47,7 @@ INLINE void interleave_run(const bn_problem *p, ptrdiff_t n, ptrdiff_t begin, pt
                            ptrdiff_t c_other, const vcoef *k, ptrdiff_t c, int direction, int act, int res, vf *s,
                            vf *q) {
     cursor other = cursor_at(p, n, c_other, begin, direction);
-    other.ahead = VL == LINE ? SOON : p->S < PLANE_TILE ? p->x.outer : 0;
+    other.ahead = VL == LINE ? PLANES_AHEAD : p->S < PLANE_TILE ? p->x.outer : 0;
     const cursor first = cursor_at(p, n, c, begin, direction);
     const ptrdiff_t head = min_z(len, before_line(first.out));
     const cursor here = cursor_at(p, n, c, begin + head, direction);

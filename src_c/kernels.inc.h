@@ -35,8 +35,10 @@
 #define STATS_ROWS    8          /* rows at a time */
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
-#define STRIP         128       /* columns whose statistics AVX-512's registers hold */
-#define AHEAD         (1 << 11) /* values, 8 KB: how far ahead rows from beyond the cache are prefetched for statistics */
+#define STRIP         128  /* columns whose statistics AVX-512's registers hold */
+#define STATS_AHEAD   2048 /* values, 8 KB: how far ahead rows from beyond the cache are prefetched for statistics */
+#define PLANES_AHEAD  512  /* values, 2 KB: the same of planes beside the second pass; more is slower in short runs */
+#define STREAM_AHEAD  256  /* values, 1 KB: the same of rows that are streamed */
 #define FEW           (1 << 13) /* elements below which it costs more than it brings to look where sums are best kept */
 #define FAR           (1 << 18) /* elements, 1 MB a tensor, from which on rows are prefetched */
 #define NARROW        320       /* columns: eight rows of two operands are 20 KB */

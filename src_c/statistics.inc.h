@@ -332,9 +332,11 @@ INLINE const float *sample_row(const bn_problem *p, ptrdiff_t row0, ptrdiff_t ro
 INLINE void prefetch_samples(const bn_problem *p, ptrdiff_t t, ptrdiff_t c, ptrdiff_t cols) {
     ptrdiff_t row0;
     const ptrdiff_t rows = row_tile(p, t, &row0);
-    for (int i = 0; i < SAMPLES; i++)
-        for (ptrdiff_t j = c; j < c + cols; j += LINE)
-            vprefetch(sample_row(p, row0, rows, i) + j, TO_L2);
+    for (int i = 0; i < SAMPLES; i++) {
+        const float *const x = sample_row(p, row0, rows, i) + c;
+        for (ptrdiff_t j = 0; j < cols; j += LINE)
+            vprefetch(x + j, TO_L2);
+    }
 }
 
 /* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
@@ -342,7 +344,7 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
                        float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
     const ptrdiff_t K = p->C * p->fold;
     const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
-    const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? AHEAD : K;
+    const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? STATS_AHEAD : K;
     const int several = several_rows(p) && !(VL == LINE && ahead); /* sums hold up narrower vectors more than memory */
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
