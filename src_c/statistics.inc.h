@@ -121,6 +121,7 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
  * the values itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. */
 #define SAMPLES    9
 #define SMALL_TILE 256 /* values */
+#define NEAR       128 /* values of a run that samples are from: those all over it would disturb prefetching */
 
 INLINE float median3(float a, float b, float c) {
     const float low = a < b ? a : b, high = a > b ? a : b, next = high < c ? high : c;
@@ -131,7 +132,7 @@ INLINE vf vmedian3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), 
 
 INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
     for (int i = 0; i < SAMPLES; i++)
-        at[i] = i * a->runs / SAMPLES * p->x.outer + i * a->len / SAMPLES;
+        at[i] = i * a->runs / SAMPLES * p->x.outer + i * min_z(a->len, NEAR) / SAMPLES;
 }
 
 /* Of small tiles three values will do: the others would take as long as the sums. One channel after the other: vectors
@@ -145,24 +146,41 @@ INLINE float plane_shift(const float *x, const ptrdiff_t *sample, int small) {
     return median3(m[0], m[1], m[2]);
 }
 
-/* Of cols <= VL planes, or tiles of them of equal size, from their sums in VL lanes. */
-INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const *x, ptrdiff_t cols, const float *shift,
-                          vf *s, vf *q, double *mean, double *m2) {
-    const double n = (double)(a->runs * a->len);
+/* Two sums each of cols <= VL channels, from VL lanes. */
+INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *sum, double *sq) {
     float sum32[VL], sq32[VL];
-    double sum[VL], sq[VL];
     for (ptrdiff_t j = cols; j < VL; j++)
         s[j] = q[j] = vset1(0.0f);
     vstore(sum32, vsums(s));
     vstore(sq32, vsums(q));
-    for (int j = 0; j < VL; j++) {
+    for (ptrdiff_t j = 0; j < cols; j++) {
         sum[j] = sum32[j];
         sq[j] = sq32[j];
     }
+}
+
+/* Once more a tile whose sums were unsound, from cache: about the mean that they told, which is as good as a guess can
+ * be, or where that does not help in float64. */
+static void settle_again(const bn_problem *p, const tile *a, const float *x, double *mean, double *m2) {
+    const float shift = (float)*mean;
+    vf s[VL], q[VL];
+    double sum, sq;
+    shifted_sums(x, p->x.outer, a->runs, a->len, vset1(shift), 0, 0, LANES, s, q);
+    store_sums(1, s, q, &sum, &sq);
+    if (settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2))
+        exact_stats(x, p->x.outer, a->runs, a->len, mean, m2);
+}
+
+/* Of cols <= VL planes, or tiles of them of equal size, from their sums in VL lanes. */
+INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const *x, ptrdiff_t cols, const float *shift,
+                          vf *s, vf *q, double *mean, double *m2) {
+    const double n = (double)(a->runs * a->len);
+    double sum[VL], sq[VL];
+    store_sums(cols, s, q, sum, sq);
     if (settle(n, cols, shift, sum, sq, mean, m2))
         for (ptrdiff_t j = 0; j < cols; j++)
             if (unsound(n, sum[j], sq[j]))
-                exact_stats(x[j], p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
+                settle_again(p, a, x[j], &mean[j], &m2[j]);
 }
 
 /* A channel's partial sums, kept while others' values are gone through, as they lie in memory. */

@@ -87,6 +87,15 @@ def test_outliers_wherever_a_shift_may_be_taken_from(isa, axis):
     assert_accurate(x, axis)
 
 
+@pytest.mark.parametrize(("shape", "border"), [((32, 8, 56, 56), np.s_[..., :2, :]), ((64, 8, 14, 14), np.s_[..., 0])])
+@pytest.mark.parametrize("level", [1e3, -1e6])
+def test_images_with_a_border(isa, streamed, level, shape, border):
+    """What a mean is guessed from may all be of the border, and far off."""
+    x = normal(shape)
+    x[border] += level
+    assert_accurate(x, axis=1)
+
+
 @pytest.mark.parametrize("axis", [1, -1])
 def test_outlier_beside_ordinary_channels(isa, axis):
     shape = [8, 20, 20]
