@@ -7,8 +7,8 @@
  *
  * How sums are kept both fast and right. A tile's values are summed in float32 after a shift near their mean, in
  * LANES or SHORT_LANES (planes) or one a column (rows) partial sums, the same ones on every instruction set. The shift
- * is a median of nine values from all over the tile, which costs nearly nothing; when it was a bad guess, or float32
- * has not the range, the sums themselves tell, and the tile is summed again in float64. Tiles are pooled in float64.
+ * is a median of nine values of the tile, which costs nearly nothing; when it was a bad guess, or float32 has not the
+ * range, the sums themselves tell, and the tile is summed again, in float64 if need be. Tiles are pooled in float64.
  */
 #include <float.h>
 #include <math.h>

@@ -117,11 +117,13 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
     *sq = add_vectors(q, lanes);
 }
 
-/* The shift is the median of the medians of three times three values from all over the tile (Tukey's ninther): one of
- * the values itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. */
+/* The shift is the median of the medians of three times three values of the tile (Tukey's ninther): one of the values
+ * itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. Planes have them from the
+ * beginning of the tile, where it is read first: in their long runs of memory anything else holds prefetching up. A
+ * border, or a first image that is unlike the others, can make that a bad guess, which costs one more pass from cache. */
 #define SAMPLES    9
+#define NEAR       128 /* values of a plane that samples are from */
 #define SMALL_TILE 256 /* values */
-#define NEAR       128 /* values of a run that samples are from: those all over it would disturb prefetching */
 
 INLINE float median3(float a, float b, float c) {
     const float low = a < b ? a : b, high = a > b ? a : b, next = high < c ? high : c;
@@ -130,9 +132,9 @@ INLINE float median3(float a, float b, float c) {
 
 INLINE vf vmedian3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
-INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
+INLINE void samples(const tile *a, ptrdiff_t *at) {
     for (int i = 0; i < SAMPLES; i++)
-        at[i] = i * a->runs / SAMPLES * p->x.outer + i * min_z(a->len, NEAR) / SAMPLES;
+        at[i] = i * min_z(a->len, NEAR) / SAMPLES;
 }
 
 /* Of small tiles three values will do: the others would take as long as the sums. One channel after the other: vectors
@@ -235,7 +237,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
         const ptrdiff_t ahead = to_next_tile(p, inner, a.len);
         const int small = a.runs * a.len <= SMALL_TILE;
         ptrdiff_t sample[SAMPLES];
-        samples(p, &a, sample);
+        samples(&a, sample);
         for (ptrdiff_t c = c0; c < c1; c += step) {
             const ptrdiff_t cols = min_z(step, c1 - c);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
