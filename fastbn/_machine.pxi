@@ -183,8 +183,8 @@ cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
     cdef Py_ssize_t n = 1
     if num_threads is not None:
         try:
-            n = num_threads.__index__()
-        except (AttributeError, TypeError):
+            n = num_threads
+        except TypeError:
             raise TypeError(f"num_threads must be None or an int, got {num_threads!r}") from None
         if n < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
