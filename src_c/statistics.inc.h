@@ -118,9 +118,9 @@ INLINE void shifted_sums(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdi
 }
 
 /* The shift is the median of the medians of three times three values of the tile (Tukey's ninther): one of the values
- * itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. Planes have them from the
- * beginning of the tile, where it is read first: in their long runs of memory anything else holds prefetching up. A
- * border, or a first image that is unlike the others, can make that a bad guess, which costs one more pass from cache. */
+ * itself, so that a constant channel's variance is exactly 0, and not moved by a few outliers. Planes have them from
+ * the beginning of the tile, where it is read first: in their long runs of memory anything else holds prefetching up.
+ * A border, or a first image unlike the others, can make it a bad guess, which costs one more pass from cache. */
 #define SAMPLES    9
 #define NEAR       128 /* values of a plane that samples are from */
 #define SMALL_TILE 256 /* values */
