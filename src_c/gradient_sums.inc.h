@@ -95,6 +95,17 @@ INLINE void sum_plane(const bn_problem *p, const bn_coef *coef, const tile *b, p
     *gx = add_vectors(q, LANES);
 }
 
+/* Of cols <= VL channels, from VL lanes. */
+INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *g, double *gx) {
+    float g32[VL], gx32[VL];
+    add_lanes(cols, s, g32);
+    add_lanes(cols, q, gx32);
+    for (ptrdiff_t j = 0; j < cols; j++) {
+        g[j] = g32[j];
+        gx[j] = gx32[j];
+    }
+}
+
 /* As short_stats does. */
 INLINE void short_sums(const bn_problem *p, const bn_coef *coef, const tile *b, ptrdiff_t c0, ptrdiff_t cols,
                        int frozen, int act, int res, double *g, double *gx) {

@@ -84,7 +84,7 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
     for (ptrdiff_t t = 0; t < T; t++) {
         const tile d = plane_tile(p, t), next = plane_tile(p, t + 1 < T ? t + 1 : t);
         ptrdiff_t sample[SAMPLES];
-        samples(&d, sample);
+        samples(p, &d, sample);
         for (ptrdiff_t i = 0, cols; i < channels; i += cols) {
             cols = min_z(VL, channels - i);
             if (kept + cols > VL || d.runs * d.len != of.runs * of.len) {

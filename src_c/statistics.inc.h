@@ -132,9 +132,10 @@ INLINE float median3(float a, float b, float c) {
 
 INLINE vf vmedian3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), c)); }
 
-INLINE void samples(const tile *a, ptrdiff_t *at) {
+/* Runs of less than a line have too few values for that. */
+INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
     for (int i = 0; i < SAMPLES; i++)
-        at[i] = i * min_z(a->len, NEAR) / SAMPLES;
+        at[i] = i * min_z(a->len, NEAR) / SAMPLES + (a->len < LINE ? i * a->runs / SAMPLES * p->x.outer : 0);
 }
 
 /* Of small tiles three values will do: the others would take as long as the sums. One channel after the other: vectors
@@ -148,17 +149,11 @@ INLINE float plane_shift(const float *x, const ptrdiff_t *sample, int small) {
     return median3(m[0], m[1], m[2]);
 }
 
-/* Two sums each of cols <= VL channels, from VL lanes. */
-INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *sum, double *sq) {
-    float sum32[VL], sq32[VL];
+/* The sums of cols <= VL channels, from VL lanes; 0 for the others. */
+INLINE void add_lanes(ptrdiff_t cols, vf *s, float *sum) {
     for (ptrdiff_t j = cols; j < VL; j++)
-        s[j] = q[j] = vset1(0.0f);
-    vstore(sum32, vsums(s));
-    vstore(sq32, vsums(q));
-    for (ptrdiff_t j = 0; j < cols; j++) {
-        sum[j] = sum32[j];
-        sq[j] = sq32[j];
-    }
+        s[j] = vset1(0.0f);
+    vstore(sum, vsums(s));
 }
 
 /* Once more a tile whose sums were unsound, from cache: about the mean that they told, which is as good as a guess can
@@ -166,9 +161,11 @@ INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *sum, double *sq) {
 static void settle_again(const bn_problem *p, const tile *a, const float *x, double *mean, double *m2) {
     const float shift = (float)*mean;
     vf s[VL], q[VL];
-    double sum, sq;
+    float sum32[VL], sq32[VL];
     shifted_sums(x, p->x.outer, a->runs, a->len, vset1(shift), 0, 0, LANES, s, q);
-    store_sums(1, s, q, &sum, &sq);
+    add_lanes(1, s, sum32);
+    add_lanes(1, q, sq32);
+    const double sum = sum32[0], sq = sq32[0];
     if (settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2))
         exact_stats(x, p->x.outer, a->runs, a->len, mean, m2);
 }
@@ -177,8 +174,14 @@ static void settle_again(const bn_problem *p, const tile *a, const float *x, dou
 INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const *x, ptrdiff_t cols, const float *shift,
                           vf *s, vf *q, double *mean, double *m2) {
     const double n = (double)(a->runs * a->len);
+    float sum32[VL], sq32[VL];
     double sum[VL], sq[VL];
-    store_sums(cols, s, q, sum, sq);
+    add_lanes(cols, s, sum32);
+    add_lanes(cols, q, sq32);
+    for (int j = 0; j < VL; j++) {
+        sum[j] = sum32[j];
+        sq[j] = sq32[j];
+    }
     if (settle(n, cols, shift, sum, sq, mean, m2))
         for (ptrdiff_t j = 0; j < cols; j++)
             if (unsound(n, sum[j], sq[j]))
@@ -237,7 +240,7 @@ static void stats_planes(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdif
         const ptrdiff_t ahead = to_next_tile(p, inner, a.len);
         const int small = a.runs * a.len <= SMALL_TILE;
         ptrdiff_t sample[SAMPLES];
-        samples(&a, sample);
+        samples(p, &a, sample);
         for (ptrdiff_t c = c0; c < c1; c += step) {
             const ptrdiff_t cols = min_z(step, c1 - c);
             const float *x = p->x.data + a.n * p->x.outer + a.s + c * inner;
