@@ -12,7 +12,7 @@ C_SOURCES = $(wildcard src_c/*.[ch] bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
 .PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers \
-    bench-scaling sanitize wheel build torch emulators chromium wrk
+    bench-scaling sanitize wheel build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -42,8 +42,7 @@ test-service: $(VENV)/service.stamp build ## test the reference service, under l
 	@$(MAKE) --no-print-directory -k chromium wrk || echo "The tests that need them will be SKIPPED"
 	$(PY) -m pytest tests/service/check_service.py
 
-test-races: $(VENV)/test.stamp ## look for data races between the threads of the kernels (clang, ThreadSanitizer)
-	$(call debian,clang,clang libomp-dev)
+test-races: $(VENV)/test.stamp tsan ## look for data races between the threads of the kernels (clang, ThreadSanitizer)
 	$(PY) -m pytest tests/races/check_races.py
 
 lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
@@ -95,22 +94,28 @@ build: $(VENV)/python.stamp
 	@mkdir -p build
 	@$(PY) setup.py --quiet build_ext --inplace >build/build.log || { cat build/build.log; exit 1; }
 
-# $(call debian,PROGRAMS,PACKAGES): what pip does not bring. Installed where that is possible, else asked for.
+# $(call debian,CHECK,PACKAGES): what pip does not bring. Installed where that is possible, else asked for.
 define debian
-	@( for program in $(1); do command -v $$program || exit 1; done ) >/dev/null || \
+	@( $(1) ) >/dev/null 2>&1 || \
 	{ test "$$(id -u)" = 0 && apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(2) >/dev/null; } || \
 	{ echo "Please install these packages of Debian and Ubuntu: $(2)"; exit 1; }
 endef
+have = for program in $(1); do command -v $$program || exit 1; done
 
 emulators:
-	$(call debian,aarch64-linux-gnu-gcc qemu-aarch64 qemu-x86_64,gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+	$(call debian,$(call have,aarch64-linux-gnu-gcc qemu-aarch64 qemu-x86_64),gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
 
 chromium:
-	$(call debian,chromium chromedriver,chromium chromium-driver)
+	$(call debian,$(call have,chromium chromedriver),chromium chromium-driver)
+
+tsan: # clang alone does not bring ThreadSanitizer
+	@mkdir -p build
+	$(call debian,echo 'int main(void) { return 0; }' | clang -fsanitize=thread -fopenmp -x c - -o build/tsan,\
+	    clang libclang-rt-dev libomp-dev)
 
 wrk:
-	$(call debian,wrk,wrk)
+	$(call debian,$(call have,wrk),wrk)
 
 torch:
 	@$(MAKE) --no-print-directory $(VENV)/interop.stamp || \
