@@ -166,7 +166,8 @@ static void settle_again(const bn_problem *p, const tile *a, const float *x, dou
     add_lanes(1, s, sum32);
     add_lanes(1, q, sq32);
     const double sum = sum32[0], sq = sq32[0];
-    if (settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2))
+    const int failed = settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2);
+    if (failed || sq < TINY) /* of a shift that is no value of the tile, sums of 0 do not tell that all are alike */
         exact_stats(x, p->x.outer, a->runs, a->len, mean, m2);
 }
 

@@ -175,6 +175,21 @@ def test_tiny_values(isa, scale, axis):
     assert_within(y, expected, OUTPUT * np.maximum(1, abs(expected)), "y")
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(4, 3, 2, 8), (8, 3, 80, 80)], ids=str)
+@pytest.mark.parametrize("scale", [1e-20, 1e-30, 1e-40])
+def test_tiny_values_that_cancel(isa, streamed, scale, shape, axis):
+    """Squares that are all 0 in float32, of values whose mean is 0."""
+    sign = np.moveaxis(
+        np.where(np.arange(np.prod(shape)) % 2, -1, 1).reshape(shape).astype(np.float32), 1, axis
+    )
+    x = np.ascontiguousarray(sign * np.float32(scale))
+    y, stats = call(fastbn.batch_norm_forward, x, eps=0.0, axis=axis)
+    np.testing.assert_allclose(stats.var, np.float64(np.float32(scale)) ** 2, rtol=VARIANCE)
+    if scale > 1e-38:  # its inverse is a float32
+        np.testing.assert_allclose(y, sign, rtol=OUTPUT)
+
+
 @pytest.mark.parametrize("shape", [(2**25, 1), (2**12, 2**13, 1), (1, 1, 2**25)], ids=str)
 def test_more_ones_than_a_float32_can_count(isa, shape):  # case 3
     x = np.ones(shape, np.float32)
