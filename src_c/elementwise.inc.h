@@ -123,6 +123,9 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
 
+/* Whether those go half as many at a time, nearer to memory's order: with AVX-512, unless a few crowd L1 already. */
+INLINE int half_as_many(ptrdiff_t cols, int operands) { return VL == LINE && cols * operands <= 2 * WIDE; }
+
 /* To where: L1 holds several rows of two operands, if they are narrow. */
 INLINE int nearest(ptrdiff_t cols) { return cols <= NARROW ? TO_L1 : TO_L2; }
 
@@ -439,7 +442,7 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
     const bn_problem local = *problem, *const p = &local;
     const bn_coef local_coef = *coefficients, *const coef = &local_coef;
     const ptrdiff_t K = p->C * p->fold;
-    const int rotate = p->packed && K % LINE == 0;
+    const int rotate = p->packed && K % LINE == 0, operands = (direction == FORWARD ? 2 : 3) + res;
     const float *out = direction == FORWARD ? p->y.data : p->grad_input.data;
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;
@@ -464,6 +467,9 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
         if (stream && several_streamed(p, K, direction)) /* asks for rotate too: no code for a remainder */
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
+        else if (p->packed && !stream && far_rows(p, K) && half_as_many(K, operands))
+            for (; r + WORK_ROWS / 2 <= b.rows; r += WORK_ROWS / 2)
+                work_some_rows(p, coef, &b, r, WORK_ROWS / 2, 1, direction, act, res, 0);
         else if (p->packed && !stream && far_rows(p, K))
             for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
                 work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);

@@ -388,6 +388,8 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
         ptrdiff_t i = 0;
         for (; in_strip && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_strip(row_at(p, row0 + r + i), shift, s, q);
+        for (; several && far && half_as_many(cols, 2) && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS / 2, STATS_ROWS / 2 * K, cols, shift, s, q);
         for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, STATS_ROWS * K, cols, shift, s, q);
         for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)

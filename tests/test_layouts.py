@@ -28,6 +28,16 @@ def test_all_operands_alike(isa, shape, axis, layout):  # cases 13 and 14
             check(operation, p, "relu", add=True)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("shape", [(2050, 136), (353, 768), (257, 1040)], ids=str)
+def test_rows_of_more_than_a_megabyte(isa, shape, operation):
+    """They prefetch, as many at a time as their columns and operands allow; here one is left over."""
+    p = problem(shape)
+    check(operation, p)
+    if operation not in UNFUSED:
+        check(operation, p, "relu", add=True)
+
+
 @both_axes
 @every_layout
 @pytest.mark.parametrize("operand", ["x", "residual", "grad_output"])
