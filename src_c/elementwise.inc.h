@@ -123,7 +123,8 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
 
-/* Whether those go half as many at a time, nearer to memory's order: with AVX-512, unless a few crowd L1 already. */
+/* Whether those go half as many at a time, nearer to memory's order: with AVX-512, as long as two rows of all operands
+ * take no more than half of L1. */
 INLINE int half_as_many(ptrdiff_t cols, int operands) { return VL == LINE && cols * operands <= 2 * WIDE; }
 
 /* To where: L1 holds several rows of two operands, if they are narrow. */
