@@ -202,6 +202,13 @@ cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
     return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
 
 
+cdef cnp.ndarray statistic(Py_ssize_t C, bint zero):
+    """What only the kernels write, for a BatchStats."""
+    cdef cnp.ndarray a = per_channel(C, cnp.NPY_FLOAT64, zero)
+    cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
+    return a
+
+
 cdef double *data64(cnp.ndarray a) noexcept:
     return <double *> cnp.PyArray_DATA(a)
 

@@ -54,6 +54,7 @@ def forward(
     running_var: NDArray[float32] | None,
     momentum: float,
     unbiased: bool,
+    want_stats: bool,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: NDArray[float32],

@@ -44,16 +44,6 @@ cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
     return width * (8 if backward else 3) + 15 + PAGE
 
 
-cdef float *allocate_coef(bn_coef *k, Py_ssize_t width, bint backward, Py_ssize_t columns,
-                          const float *out) except NULL:
-    """Where k's arrays lie; to be freed."""
-    cdef float *block = <float *> malloc(<size_t> coef_floats(width, backward) * sizeof(float))
-    if block == NULL:
-        raise MemoryError(f"no memory for coefficients, {width} of each")
-    lay_out_coef(k, block, width, backward, columns, out)
-    return block
-
-
 cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward, Py_ssize_t columns,
                        const float *out) noexcept:
     """k's arrays in `block`, for rows of so many columns, written from `out` on (NULL: from the start of a page).
@@ -120,10 +110,11 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     p.C = C
     p.fold = K.fold(C, rows)
     cdef Py_ssize_t width = coef_width(C, 0)
-    if room != NULL and coef_floats(width, False) <= ROOM:
-        lay_out_coef(k, room, width, False, C * p.fold, NULL)
-    else:
-        block = allocate_coef(k, width, False, C * p.fold, NULL)
+    if room == NULL or coef_floats(width, False) > ROOM:
+        block = <float *> malloc(<size_t> coef_floats(width, False) * sizeof(float))
+        if block == NULL:
+            raise MemoryError(f"no memory for coefficients, {width} of each")
+    lay_out_coef(k, block, width, False, C * p.fold, NULL)
     if float64:
         K.coef(&p, 0, C, data64(mean), data64(var), data32(weight), data32(bias), eps, k)
     else:
@@ -140,32 +131,28 @@ def channels(x, axis, tuple ranks):
 
 # ---- the operations -----------------------------------------------------------------------------------------------
 
-cdef int allocate_tiles(Plan *plan) except -1:
+cdef int allocate_scratch(Plan *plan) except -1:
+    """Tiles, what is found from them, and coefficients if there is an output."""
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
+    cdef bint backward = plan.p.grad_input.data != NULL
+    cdef const float *out = plan.p.grad_input.data if backward else plan.p.y.data
     cdef Py_ssize_t C = plan.p.C + gaps(plan) * GAP, n = plan.T * plan.width + gaps(plan) * GAP
-    plan.tile_a = <double *> malloc(2 * <size_t> (n + C) * sizeof(double))
-    if plan.tile_a == NULL:
+    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
+    cdef size_t doubles = 2 * <size_t> (n + C) * sizeof(double)
+    if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
+        width += PAGE  # for columns that go on in the next row
+    plan.scratch = malloc(doubles + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
+    if plan.scratch == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
+    plan.tile_a = <double *> plan.scratch
     plan.tile_b = plan.tile_a + n
     plan.g = plan.tile_b + n
     plan.gx = plan.g + C
+    if out != NULL:
+        lay_out_coef(&plan.k, <float *> (plan.gx + C), width, backward,
+                     plan.width if plan.p.layout == BN_ROWS else 0, out)
     return 0
-
-
-cdef int allocate_scratch(Plan *plan, bint backward) except -1:
-    """Tiles and coefficients; plan.tile_a and plan.coef_block are to be freed."""
-    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
-    if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
-        width += PAGE  # for columns that go on in the next row
-    cdef Py_ssize_t columns = plan.p.C * plan.p.fold if plan.p.layout == BN_ROWS else 0
-    plan.coef_block = allocate_coef(&plan.k, width, backward, columns,
-                                    plan.p.grad_input.data if backward else plan.p.y.data)
-    try:
-        return allocate_tiles(plan)
-    except MemoryError:
-        free(plan.coef_block)
-        raise
 
 
 def stats(x, axis, num_threads):
@@ -177,8 +164,7 @@ def stats(x, axis, num_threads):
     describe(&plan.p, x, ax)
     cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
     plan.threads = ask_threads(num_threads, C * m)
-    cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
-    cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
+    cdef cnp.ndarray mean = statistic(C, m == 0), var = statistic(C, m == 0)
     if C * m == 0:
         return mean, var, 0
     x = readable(&plan.p.x, &plan.p, x, ax)
@@ -188,16 +174,15 @@ def stats(x, axis, num_threads):
     plan.var = data64(var)
     plan.need_stats = True
     plan.p.stream = past_cache(&plan.p, plan.threads)
-    allocate_tiles(&plan)
-    with nogil:
-        in_team(&plan, two_passes)
-        free(plan.tile_a)
+    allocate_scratch(&plan)
+    run(&plan, two_passes)
     return mean, var, m
 
 
 def forward(x, weight, bias, double eps, axis, residual, activation, double negative_slope, out, num_threads,
-            running_mean, running_var, double momentum, bint unbiased):
-    """Training forward: (y, mean, var, count). Running statistics, or two times None, are updated."""
+            running_mean, running_var, double momentum, bint unbiased, bint want_stats):
+    """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
+    times None, are updated."""
     x = array32(x, "x")
     check_eps(eps)
     cdef int ax = check_axis(x, axis, "x")
@@ -227,8 +212,8 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         check_clear(out, running_mean, "running_mean")
         check_clear(out, running_var, "running_var")
     plan.threads = ask_threads(num_threads, C * m)
-    cdef cnp.ndarray mean = per_channel(C, cnp.NPY_FLOAT64, m == 0)
-    cdef cnp.ndarray var = per_channel(C, cnp.NPY_FLOAT64, m == 0)
+    cdef cnp.ndarray mean = statistic(C, m == 0) if want_stats else None
+    cdef cnp.ndarray var = statistic(C, m == 0) if want_stats else None
     if C * m == 0:
         return (empty_for(&plan.p, x, ax) if out is None else given), mean, var, 0
     if m == 1:
@@ -244,8 +229,6 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
     plan.K = K
-    plan.mean = data64(mean)
-    plan.var = data64(var)
     plan.eps = eps
     plan.need_stats = True
     if running_mean is not None:
@@ -254,11 +237,10 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         plan.running_stride = [cnp.PyArray_STRIDE(running_mean, 0), cnp.PyArray_STRIDE(running_var, 0)]
         plan.momentum = momentum
         plan.unbiasing = unbiasing(m, unbiased)
-    allocate_scratch(&plan, False)
-    with nogil:
-        in_team(&plan, two_passes)
-        free(plan.tile_a)
-        free(plan.coef_block)
+    allocate_scratch(&plan)
+    plan.mean = data64(mean) if want_stats else plan.g
+    plan.var = data64(var) if want_stats else plan.gx
+    run(&plan, two_passes)
     if out is not None and y is not out:
         out[...] = y
     return (y if out is None else given), mean, var, m
@@ -373,11 +355,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     plan.k = k[0]
     if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
         plan.p.fold = K.fold(plan.p.C, plan.p.S)
-    if plan.threads == 1 and elements < SERIAL:
-        plan.K.forward[plan.p.layout](&plan.p, &plan.k, 0, elements, 0)  # not worth letting go of the GIL
-    else:
-        with nogil:
-            in_team(&plan, elementwise)
+    run(&plan, elementwise)
     if out is None:
         return y
     if y is not out:
@@ -438,11 +416,8 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     plan.grad_bias = data32(grad_bias)
     plan.eps = eps
     plan.frozen = not training
-    allocate_scratch(&plan, True)
-    with nogil:
-        in_team(&plan, two_passes)
-        free(plan.tile_a)
-        free(plan.coef_block)
+    allocate_scratch(&plan)
+    run(&plan, two_passes)
     if out is not None and dx is not out:
         out[...] = dx
     return (dx if out is None else given), grad_weight, grad_bias, grad_residual

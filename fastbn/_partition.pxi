@@ -11,7 +11,6 @@ cdef struct Plan:
     const bn_kernels *K
     bn_problem p
     bn_coef k
-    float *coef_block
     const float *weight
     const float *bias
     double eps
@@ -25,6 +24,7 @@ cdef struct Plan:
     double *gx
     float *grad_weight
     float *grad_bias
+    void *scratch  # what tiles and coefficients are in; to be freed
     double *tile_a  # what stats or sums wrote, a slab for each group or a row for each tile
     double *tile_b
     bint frozen, need_stats
@@ -59,6 +59,17 @@ cdef void in_team(Plan *plan, Work work) noexcept nogil:
     else:
         with parallel(num_threads=plan.threads):
             as_member(plan, work, threadid())
+
+
+cdef void run(Plan *plan, Work work) noexcept:
+    """All of the work. Little of it is not worth letting go of the GIL."""
+    if plan.threads == 1 and plan.p.N * plan.p.C * plan.p.S < SERIAL:
+        in_team(plan, work)
+        free(plan.scratch)
+    else:
+        with nogil:
+            in_team(plan, work)
+            free(plan.scratch)
 
 
 cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
@@ -473,7 +484,7 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     those that are read exceed what is found there again from one pass or call to the next.
 
     That is six eighths of the cache, and all of it; for one thread alone, which waits for memory longer, half in both
-    cases. In place of a sliced cache all threads' L2 counts: from about there on streaming won.
+    cases. In place of a sliced cache all threads' L2 counts, and streaming wins the earlier the more threads there are.
     """
     cdef Py_ssize_t most = STREAM_BYTES, most_read = STREAM_BYTES
     cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
@@ -481,7 +492,9 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     cdef int written = (p.y.data != NULL) + (p.grad_input.data != NULL) + (p.grad_residual.data != NULL)
     if most == 0:
         most = most_read = cache_bytes(threads)
-        if not SLICED:
+        if SLICED:
+            most -= most // 64 * min(threads, 16)
+        else:
             most_read = most // 2 if threads == 1 else most
             most = most_read if threads == 1 else most // 8 * 6
     return (bytes_of_tensor * (read + written) > most) + (bytes_of_tensor * read > most_read)

@@ -212,7 +212,7 @@ class BatchNorm:
             momentum = 1 / (int(self.num_batches_tracked) + 1) if update else 0.0
         y, mean, var, count = _kernels.forward(
             x, self.weight, self.bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
-            out, None, running_mean, running_var, momentum, self.unbiased,
+            out, None, running_mean, running_var, momentum, self.unbiased, True,
         )  # fmt: skip
         if update and count:
             self.num_batches_tracked[...] = int(self.num_batches_tracked) + 1  # += 1 takes ten times as long

@@ -54,13 +54,17 @@ class BatchStats:
             raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
-        _fill(self, means, variances, count)
+        _set_mean(self, means)
+        _set_var(self, variances)
+        _set_count(self, count)
 
     @classmethod
     def _wrap(cls, mean: NDArray[np.float64], var: NDArray[np.float64], count: int) -> BatchStats:
-        """Take over two float64 vectors that nobody else writes to, unchecked and uncopied."""
+        """Take over two read-only float64 vectors, unchecked and uncopied."""
         stats = cls.__new__(cls)
-        _fill(stats, mean, var, count)
+        _set_mean(stats, mean)
+        _set_var(stats, var)
+        _set_count(stats, count)
         return stats
 
     def merge(self, *others: BatchStats) -> BatchStats:
@@ -103,7 +107,7 @@ class BatchStats:
             shift = np.array([shard.mean - origin for shard in shards])
             mean_shift = share @ shift
             var = share @ (np.array([shard.var for shard in shards]) + np.square(shift - mean_shift))
-        return BatchStats._wrap(origin + mean_shift, var, count)
+        return BatchStats._wrap(_read_only(origin + mean_shift), _read_only(var), count)
 
     def __add__(self, other: BatchStats) -> BatchStats:
         return self.merge(other) if isinstance(other, BatchStats) else NotImplemented
@@ -138,12 +142,9 @@ _set_mean = BatchStats.__dict__["mean"].__set__
 _set_var = BatchStats.__dict__["var"].__set__
 
 
-def _fill(stats: BatchStats, mean: NDArray[np.float64], var: NDArray[np.float64], count: int) -> None:
-    mean.setflags(write=False)
-    var.setflags(write=False)
-    _set_mean(stats, mean)
-    _set_var(stats, var)
-    _set_count(stats, count)
+def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:
+    array.setflags(write=False)
+    return array
 
 
 def _float64_vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
@@ -152,4 +153,4 @@ def _float64_vector(name: str, values: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(f"{name} must be one-dimensional, one value per channel, got shape {array.shape}")
     if array.size and not np.can_cast(array.dtype, np.float64, "same_kind"):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
-    return np.array(array, np.float64, order="C")
+    return _read_only(np.array(array, np.float64, order="C"))
