@@ -123,9 +123,11 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
 
-/* Whether those go half as many at a time, nearer to memory's order: with AVX-512, as long as two rows of all operands
- * take no more than half of L1. */
-INLINE int half_as_many(ptrdiff_t cols, int operands) { return VL == LINE && cols * operands <= 2 * WIDE; }
+/* Whether half as many go at a time, nearer to memory's order: with AVX-512, as long as two rows of all operands take
+ * no more than half of L1, and where four take no more either only those rows that prefetch. */
+INLINE int half_as_many(ptrdiff_t cols, int operands, int far) {
+    return VL == LINE && cols * operands <= 2 * WIDE && (far || cols * operands > WIDE);
+}
 
 /* To where: L1 holds several rows of two operands, if they are narrow. */
 INLINE int nearest(ptrdiff_t cols) { return cols <= NARROW ? TO_L1 : TO_L2; }
@@ -371,6 +373,14 @@ INLINE void work_some_rows(const bn_problem *p, const bn_coef *coef, const rowse
     }
 }
 
+/* So many at a time from row r on; returns the row after them. */
+INLINE ptrdiff_t work_rows_by(const bn_problem *p, const bn_coef *coef, const rowset *b, ptrdiff_t r, int rows, int far,
+                              int direction, int act, int res, int stream) {
+    for (; r + rows <= b->rows; r += rows)
+        work_some_rows(p, coef, b, r, rows, far, direction, act, res, stream);
+    return r;
+}
+
 /* Packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after which the
  * channels begin again, stay in registers. Returns where whole periods end. */
 INLINE ptrdiff_t work_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
@@ -464,25 +474,23 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
             continue;
         }
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
+        const int far = p->packed && far_rows(p, K), half = half_as_many(K, operands, far);
         ptrdiff_t r = 0;
         if (stream && several_streamed(p, K, direction)) /* asks for rotate too: no code for a remainder */
-            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
-        else if (p->packed && !stream && far_rows(p, K) && half_as_many(K, operands))
-            for (; r + WORK_ROWS / 2 <= b.rows; r += WORK_ROWS / 2)
-                work_some_rows(p, coef, &b, r, WORK_ROWS / 2, 1, direction, act, res, 0);
-        else if (p->packed && !stream && far_rows(p, K))
-            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
+            r = work_rows_by(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 1);
+        else if (p->pitch && !stream && far && half)
+            r = work_rows_by(p, coef, &b, r, WORK_ROWS / 2, 1, direction, act, res, 0);
+        else if (p->pitch && !stream && far)
+            r = work_rows_by(p, coef, &b, r, WORK_ROWS, 1, direction, act, res, 0);
+        else if (p->pitch && !stream && half)
+            r = work_rows_by(p, coef, &b, r, WORK_ROWS / 2, 0, direction, act, res, 0);
         else if (p->pitch && !stream)
-            for (; r + WORK_ROWS <= b.rows; r += WORK_ROWS)
-                work_some_rows(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
-        for (; r < b.rows; r++)
-            if (stream && rotate)
-                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 1);
-            else
-                work_some_rows(p, coef, &b, r, 1, 0, direction, act, res, 0);
-        e0 += b.rows * K;
+            r = work_rows_by(p, coef, &b, r, WORK_ROWS, 0, direction, act, res, 0);
+        if (stream && rotate)
+            r = work_rows_by(p, coef, &b, r, 1, 0, direction, act, res, 1);
+        else
+            r = work_rows_by(p, coef, &b, r, 1, 0, direction, act, res, 0);
+        e0 += r * K;
     }
 }
 

@@ -370,7 +370,7 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
     const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? STATS_AHEAD : K;
     const int several = several_rows(p) && !(VL == LINE && ahead); /* sums hold up narrower vectors more than memory */
-    const int half = far && half_as_many(cols, 2);                 /* the sums are like an operand */
+    const int half = half_as_many(cols, 2, far);                   /* the sums are like an operand */
     const float *x[SAMPLES];
     for (int i = 0; i < SAMPLES; i++)
         x[i] = sample_row(p, row0, rows, i) + c;
@@ -389,8 +389,10 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
         ptrdiff_t i = 0;
         for (; in_strip && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_strip(row_at(p, row0 + r + i), shift, s, q);
-        for (; several && half && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
+        for (; several && far && half && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
             add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS / 2, STATS_ROWS / 2 * K, cols, shift, s, q);
+        for (; several && !far && half && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS / 2, 0, cols, shift, s, q);
         for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, STATS_ROWS * K, cols, shift, s, q);
         for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)

@@ -29,9 +29,9 @@ def test_all_operands_alike(isa, shape, axis, layout):  # cases 13 and 14
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("shape", [(2050, 136), (353, 768), (257, 1040)], ids=str)
-def test_rows_of_more_than_a_megabyte(isa, shape, operation):
-    """They prefetch, as many at a time as their columns and operands allow; here one is left over."""
+@pytest.mark.parametrize("shape", [(15, 640), (15, 1024), (2050, 136), (353, 768), (257, 1040)], ids=str)
+def test_several_rows_at_a_time(isa, shape, operation):
+    """As many as their columns and operands allow, with prefetches from 1 MB on; here some are left over."""
     p = problem(shape)
     check(operation, p)
     if operation not in UNFUSED:

@@ -116,8 +116,9 @@ def test_attributes():
 
 def test_immutable():
     made = BatchStats([1.0], [1.0], 2)
-    computed = fastbn.batch_stats(np.ones((2, 1), np.float32))
-    for stats in made, computed, made + computed:
+    x = np.ones((2, 1), np.float32)
+    computed, saved = fastbn.batch_stats(x), fastbn.batch_norm_forward(x)[1]
+    for stats in made, computed, saved, made + computed:
         for name in "mean", "var", "count", "other":
             with pytest.raises(AttributeError, match="immutable"):
                 setattr(stats, name, 1)
