@@ -123,8 +123,8 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
  * of memory, which several rows at once hide from the hardware. */
 INLINE int far_rows(const bn_problem *p, ptrdiff_t cols) { return p->N * p->S * p->C >= FAR && cols == p->C * p->fold; }
 
-/* Whether half as many go at a time, nearer to memory's order: with AVX-512, as long as two rows of all operands take
- * no more than half of L1, and where four take no more either only those rows that prefetch. */
+/* Whether half as many go at a time, nearer to memory's order: with AVX-512, where two rows of all operands take no
+ * more than half of L1. Rows that are not far, and do not prefetch, only where four of them take more. */
 INLINE int half_as_many(ptrdiff_t cols, int operands, int far) {
     return VL == LINE && cols * operands <= 2 * WIDE && (far || cols * operands > WIDE);
 }
