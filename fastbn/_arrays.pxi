@@ -203,7 +203,7 @@ cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
 
 
 cdef cnp.ndarray statistic(Py_ssize_t C, bint zero):
-    """What only the kernels write, for a BatchStats."""
+    """Float64 and read-only to all but the kernels, as a BatchStats has it."""
     cdef cnp.ndarray a = per_channel(C, cnp.NPY_FLOAT64, zero)
     cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
     return a

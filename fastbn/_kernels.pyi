@@ -54,7 +54,7 @@ def forward(
     running_var: NDArray[float32] | None,
     momentum: float,
     unbiased: bool,
-    want_stats: bool,
+    want_stats: bool,  # else mean and var are None, which batch_norm drops
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: NDArray[float32],

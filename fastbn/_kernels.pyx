@@ -132,17 +132,17 @@ def channels(x, axis, tuple ranks):
 # ---- the operations -----------------------------------------------------------------------------------------------
 
 cdef int allocate_scratch(Plan *plan) except -1:
-    """Tiles, what is found from them, and coefficients if there is an output."""
+    """Tiles, sums over them, and coefficients if there is an output."""
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
     cdef bint backward = plan.p.grad_input.data != NULL
     cdef const float *out = plan.p.grad_input.data if backward else plan.p.y.data
     cdef Py_ssize_t C = plan.p.C + gaps(plan) * GAP, n = plan.T * plan.width + gaps(plan) * GAP
     cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
-    cdef size_t doubles = 2 * <size_t> (n + C) * sizeof(double)
+    cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row
-    plan.scratch = malloc(doubles + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
+    plan.scratch = malloc(sums + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
     if plan.scratch == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
     plan.tile_a = <double *> plan.scratch
@@ -238,7 +238,7 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         plan.momentum = momentum
         plan.unbiasing = unbiasing(m, unbiased)
     allocate_scratch(&plan)
-    plan.mean = data64(mean) if want_stats else plan.g
+    plan.mean = data64(mean) if want_stats else plan.g  # which the forward pass has no other use for
     plan.var = data64(var) if want_stats else plan.gx
     run(&plan, two_passes)
     if out is not None and y is not out:

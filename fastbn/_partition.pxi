@@ -484,7 +484,8 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
     those that are read exceed what is found there again from one pass or call to the next.
 
     That is six eighths of the cache, and all of it; for one thread alone, which waits for memory longer, half in both
-    cases. In place of a sliced cache all threads' L2 counts, and streaming wins the earlier the more threads there are.
+    cases. In place of a sliced cache all threads' L2 counts, to write past it less a 64th for each thread, of which no
+    more than 16 were measured.
     """
     cdef Py_ssize_t most = STREAM_BYTES, most_read = STREAM_BYTES
     cdef Py_ssize_t bytes_of_tensor = p.N * p.C * p.S * 4
