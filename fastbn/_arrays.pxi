@@ -329,25 +329,53 @@ cdef void flatten(bn_problem *p) noexcept:
 
 # Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next
 # output. It is in force while such an array is made, and for all the life of that array.
+#
+# Nothing gives up the GIL while it holds the lock, which only a Python without a GIL needs, and such a Python forks
+# when no thread is inside: a child never finds it locked.
+cdef cython.pymutex output_lock
+
+
+cdef void *output_malloc(void *unused, size_t size) noexcept:
+    with output_lock:
+        return bn_output_malloc(size)
+
+
+cdef void *output_calloc(void *unused, size_t count, size_t size) noexcept:
+    with output_lock:
+        return bn_output_calloc(count, size)
+
+
+cdef void *output_realloc(void *unused, void *memory, size_t size) noexcept:
+    with output_lock:
+        return bn_output_realloc(memory, size)
+
+
+cdef void output_free(void *unused, void *memory, size_t size) noexcept:
+    with output_lock:
+        bn_output_free(memory)
+
+
 cdef PyDataMem_Handler output_handler
 memset(&output_handler, 0, sizeof(output_handler))
 strcpy(output_handler.name, b"fastbn_outputs")
 output_handler.version = 1
-output_handler.allocator.malloc = bn_output_malloc
-output_handler.allocator.calloc = bn_output_calloc
-output_handler.allocator.realloc = bn_output_realloc
-output_handler.allocator.free = bn_output_free
+output_handler.allocator.malloc = output_malloc
+output_handler.allocator.calloc = output_calloc
+output_handler.allocator.realloc = output_realloc
+output_handler.allocator.free = output_free
 cdef object output_handler_capsule = PyCapsule_New(&output_handler, "mem_handler", NULL)
 cdef Py_ssize_t KEEP_FROM = 1 << 18  # bytes; smaller arrays do not pay for page faults
 
 
 def set_output_limit(Py_ssize_t max_bytes):
-    bn_output_set_limit(<size_t> max_bytes)
+    with output_lock:
+        bn_output_set_limit(<size_t> max_bytes)
 
 
 def output_memory():
     """(bytes kept now, bytes kept at most)"""
-    return bn_output_held(), bn_output_limit()
+    with output_lock:
+        return bn_output_held(), bn_output_limit()
 
 
 cdef cnp.ndarray empty_like(cnp.ndarray x):

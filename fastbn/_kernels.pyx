@@ -11,6 +11,7 @@ import os
 
 import numpy as np
 
+cimport cython
 cimport numpy as cnp
 from cython.parallel cimport parallel, threadid
 from libc.math cimport isfinite

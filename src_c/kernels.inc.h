@@ -10,6 +10,11 @@
  * is a median of nine values of the tile, which costs nearly nothing; when it was a bad guess, or float32 has not the
  * range, the sums themselves tell, and the tile is summed again, in float64 if need be. Tiles are pooled in float64.
  */
+#if !defined(__clang__) && __GNUC__ >= 13
+/* It would go on with what is specialized here already: a fifth more code, that is 1 to 3 % faster. */
+#pragma GCC optimize("no-unswitch-loops")
+#endif
+
 #include <float.h>
 #include <math.h>
 #include <string.h>

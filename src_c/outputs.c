@@ -62,10 +62,9 @@ static void trim(size_t bytes, int entries) {
         free(header_of(take(0))->start);
 }
 
-void *bn_output_malloc(void *unused, size_t size) {
+void *bn_output_malloc(size_t size) {
     int best = -1;
     size_t best_capacity = size + size / 8; /* more would be wasted */
-    (void)unused;
     for (int i = 0; i < n_kept; i++) {
         const size_t capacity = header_of(kept[i])->capacity;
         if (capacity >= size && capacity <= best_capacity) {
@@ -76,16 +75,14 @@ void *bn_output_malloc(void *unused, size_t size) {
     return best >= 0 ? take(best) : allocate(size);
 }
 
-void *bn_output_calloc(void *unused, size_t count, size_t size) {
+void *bn_output_calloc(size_t count, size_t size) {
     if (size && count > SIZE_MAX / size)
         return NULL;
-    void *memory = bn_output_malloc(unused, count * size);
+    void *memory = bn_output_malloc(count * size);
     return memory ? memset(memory, 0, count * size) : NULL;
 }
 
-void bn_output_free(void *unused, void *memory, size_t size) {
-    (void)unused;
-    (void)size; /* the array's, which may be less than the capacity */
+void bn_output_free(void *memory) {
     if (!memory)
         return;
     const size_t capacity = header_of(memory)->capacity;
@@ -98,12 +95,12 @@ void bn_output_free(void *unused, void *memory, size_t size) {
     held += capacity;
 }
 
-void *bn_output_realloc(void *unused, void *memory, size_t size) {
-    void *moved = bn_output_malloc(unused, size);
+void *bn_output_realloc(void *memory, size_t size) {
+    void *moved = bn_output_malloc(size);
     if (moved && memory) {
         const size_t capacity = header_of(memory)->capacity;
         memcpy(moved, memory, capacity < size ? capacity : size);
-        bn_output_free(unused, memory, capacity);
+        bn_output_free(memory);
     }
     return moved;
 }

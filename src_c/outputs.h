@@ -4,13 +4,12 @@
 
 #include <stddef.h>
 
-/* As malloc, calloc, realloc and free, with the signatures that NumPy wants of an allocator. What is freed is kept, the
- * oldest going first when the kept ones exceed the limit, and is handed out again where it fits without much waste.
- * Not locked: the caller holds the GIL, which also keeps a fork from happening in between. */
-void *bn_output_malloc(void *unused, size_t size);
-void *bn_output_calloc(void *unused, size_t count, size_t size);
-void *bn_output_realloc(void *unused, void *memory, size_t size);
-void bn_output_free(void *unused, void *memory, size_t size);
+/* As malloc, calloc, realloc and free. What is freed is kept, the oldest going first when the kept ones exceed the
+ * limit, and is handed out again where it fits without much waste. Not locked: one call at a time. */
+void *bn_output_malloc(size_t size);
+void *bn_output_calloc(size_t count, size_t size);
+void *bn_output_realloc(void *memory, size_t size);
+void bn_output_free(void *memory);
 
 /* Bytes to keep at most; what is more is given back at once. */
 void bn_output_set_limit(size_t bytes);

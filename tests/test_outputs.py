@@ -189,6 +189,38 @@ assert os.waitpid(pid, 0)[1] == 0 and ok
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_fork_while_threads_make_outputs():
+    """No child finds the lock of the kept outputs held, nor them half-changed."""
+    code = """
+import os, signal, threading
+import numpy as np, fastbn
+bn = fastbn.FrozenBatchNorm(np.zeros(4, "f4"), np.ones(4, "f4"), eps=0.0)
+def right(value):
+    return (bn(np.full((1, 4, 128, 130 + value % 8), value, "f4")) == value).all()
+failures, done = [], threading.Event()
+def work(value):
+    while not done.is_set():
+        if not right(value):
+            failures.append(value)
+threads = [threading.Thread(target=work, args=(value,)) for value in range(4)]
+for thread in threads:
+    thread.start()
+for value in range(40):
+    pid = os.fork()
+    if not pid:
+        signal.alarm(20)
+        os._exit(0 if all(right(value) for _ in range(5)) else 1)
+    if os.waitpid(pid, 0)[1]:
+        failures.append(pid)
+done.set()
+for thread in threads:
+    thread.join()
+assert not failures
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize(("channels", "calls"), [(1 << 17, 20), (16, 10000)])
 def test_calls_keep_no_memory(channels, calls):
     """Little work and much: what a call holds meanwhile is 14 MB here and 10 KB there."""
