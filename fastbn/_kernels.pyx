@@ -11,7 +11,6 @@ import os
 
 import numpy as np
 
-cimport cython
 cimport numpy as cnp
 from cython.parallel cimport parallel, threadid
 from libc.math cimport isfinite
