@@ -331,9 +331,9 @@ cdef void flatten(bn_problem *p) noexcept:
 # output. It is in force while such an array is made, and for all the life of that array.
 cdef extern from *:
     """
-    /* Where there is no GIL. Not PyMutex: that may be handed to a thread that waits for it, and a child that another
-     * thread forks then finds it locked for ever. This one is held by running threads alone, and Python stops those
-     * before it forks where they hold nothing. */
+    /* For where no GIL keeps others out. Not a PyMutex: that may be handed to a thread that waits for it, and a child
+     * that another thread forks then finds it locked for ever. This one is held by running threads alone, and before
+     * it forks Python stops those where they hold nothing. */
     #ifdef Py_GIL_DISABLED
     #include <sched.h>
     #include <stdatomic.h>
