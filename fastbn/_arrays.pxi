@@ -13,43 +13,82 @@ cdef int activation_code(activation) except -1:
     raise ValueError(f"activation must be None, 'relu', 'relu6' or 'leaky_relu', got {activation!r}")
 
 
-cdef int check_slope(double negative_slope) except -1:
-    if not isfinite(negative_slope):
-        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
-    return 0
+cdef double number(value, str name) except? -1.0:
+    try:
+        return value
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be within the range of a float, got an int beyond it") from None
 
 
-def check_activation(activation, double negative_slope):
+cdef Py_ssize_t whole(value, str name) except? -1:
+    if type(value) is int:
+        pass
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    else:
+        try:
+            value = operator.index(value)
+        except TypeError:  # an array has the method, but not always a number
+            raise TypeError(f"{name} must be an int, got {value!r}") from None
+    try:
+        return value
+    except OverflowError:
+        raise ValueError(f"{name} is far out of range, got {value}") from None
+
+
+cdef double check_eps(eps) except? -1.0:
+    cdef double value = number(eps, "eps")
+    if not (isfinite(value) and value >= 0.0):
+        raise ValueError(f"eps must be finite and >= 0, got {value}")
+    return value
+
+
+cdef float check_slope(negative_slope) except? -1.0:
+    cdef double value = number(negative_slope, "negative_slope")
+    if not fabs(value) <= FLT_MAX:
+        raise ValueError(f"negative_slope must be finite, in float32 too, got {value}")
+    return <float> value
+
+
+cpdef double check_momentum(momentum) except? -1.0:
+    cdef double value = number(momentum, "momentum")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"momentum must be finite and from 0 to 1, got {value}")
+    return value
+
+
+def check_activation(activation, negative_slope):
     activation_code(activation)
     check_slope(negative_slope)
-
-
-cpdef check_momentum(double momentum):
-    if not isfinite(momentum):
-        raise ValueError(f"momentum must be finite, got {momentum}")
 
 
 cdef object foreign(a, str name):
     """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
     reason = ""
+    cure = f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
     try:
-        if isinstance(a, np.generic):
+        if a is None:
+            cure = "pass an array"
+        elif isinstance(a, np.generic):
             reason = " (a scalar)"
         elif hasattr(a, "__array_interface__"):
             return np.asarray(a)
         elif not hasattr(a, "__dlpack__"):
             return np.asarray(memoryview(a))
-        elif a.__dlpack_device__()[0] == 1:  # kDLCPU
-            return np.from_dlpack(a)
         else:
+            device, _ = a.__dlpack_device__()
+            if device == 1:  # kDLCPU
+                return np.from_dlpack(a)
             reason = " (not in the memory of the CPU)"
+            cure = "copy it there first"
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         if hasattr(a, "__dlpack__"):
             reason = f" ({error})"
-    raise TypeError(
-        f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; "
-        f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
-    )
+    if getattr(a, "requires_grad", False) is True:
+        cure = f"pass {name}.detach()"
+    raise TypeError(f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
 
 
 cpdef cnp.ndarray array32(a, str name):
@@ -63,6 +102,10 @@ cpdef cnp.ndarray array32(a, str name):
     if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
     return b
+
+
+cdef object optional(a, str name):
+    return None if a is None else array32(a, name)
 
 
 cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1:
@@ -87,27 +130,77 @@ cdef int check_rank(x, tuple ranks) except -1:
     raise ValueError(f"expected {expected} input (got {cnp.PyArray_NDIM(x)}D input)")
 
 
-cdef Py_ssize_t check_axis(cnp.ndarray x, axis, str name) except -1:
-    cdef Py_ssize_t nd = cnp.PyArray_NDIM(x), i
+cdef int check_axis(cnp.ndarray x, Py_ssize_t axis) except -1:
+    cdef Py_ssize_t nd = cnp.PyArray_NDIM(x)
     if nd < 2:
-        raise ValueError(f"{name} must have at least 2 dimensions (batch and channels), got shape {(<object> x).shape}")
-    try:
-        i = axis
-    except (TypeError, OverflowError):
-        raise TypeError(f"axis must be an int, got {axis!r}") from None
-    if not -nd <= i < nd:
-        raise ValueError(f"axis must lie in [{-nd}, {nd}) for {name} of shape {(<object> x).shape}, got {axis}")
-    return i + nd if i < 0 else i
+        raise ValueError(f"x must have at least 2 dimensions (batch and channels), got shape {(<object> x).shape}")
+    if not -nd <= axis < nd:
+        raise ValueError(f"axis must lie in [{-nd}, {nd}) for x of shape {(<object> x).shape}, got {axis}")
+    return axis + nd if axis < 0 else axis
+
+
+cdef str last_axis_hint(x, int axis, Py_ssize_t C):
+    """What to do where C would fit the last axis of x, but not this one."""
+    cdef int last = 0 if x is None else cnp.PyArray_NDIM(x) - 1
+    if axis < last and cnp.PyArray_DIM(x, last) == C:
+        return f"; x has shape {x.shape} and its channels on axis {axis}: pass axis=-1 if they come last"
+    return ""
+
+
+cdef int check_vector(a, str name, Py_ssize_t C, x=None, int axis=0) except -1:
+    """`a`, an array of float32 or None, must have C values: the channels of x on this axis, where there is one."""
+    if a is not None and (cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C):
+        hint = last_axis_hint(x, axis, cnp.PyArray_DIM(a, 0)) if cnp.PyArray_NDIM(a) == 1 else ""
+        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {a.shape}{hint}")
+    return 0
+
+
+cdef int check_running(cnp.ndarray a, str name) except -1:
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
+    if not distinct(a):
+        raise ValueError(f"{name} has elements that share memory (stride 0); pass an array without")
+    return 0
 
 
 cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
     """`a` as a float32 vector of C values."""
     cdef cnp.ndarray v = array32(a, name)
-    if cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != C:
-        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {(<object> v).shape}")
-    if writable and not cnp.PyArray_ISWRITEABLE(v):
-        raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
+    check_vector(v, name, C)
+    if writable:
+        check_running(v, name)
     return v
+
+
+cdef int check_moment(a, str name, Py_ssize_t C) except -1:
+    """The mean or the variance of a BatchStats, which no more than a class keeps others from changing."""
+    if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISNOTSWAPPED(a):
+        raise TypeError(f"stats.{name} must be a float64 numpy.ndarray, got {getattr(a, 'dtype', type(a).__name__)}; "
+                        "make a new BatchStats")
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C:
+        raise ValueError(f"stats must be of {C} channels, as x is, got {name} of shape {a.shape}")
+    if C > 1 and cnp.PyArray_STRIDE(a, 0) != 8 or not cnp.PyArray_ISALIGNED(a):
+        raise ValueError(f"stats.{name} must be contiguous and aligned; make a new BatchStats")
+    return 0
+
+
+cdef int check_variance(cnp.ndarray var, bint float64, double eps) except -1:
+    """That a checked vector, without gaps, gives no root of a negative number; a NaN may be."""
+    cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
+    cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
+    cdef const double *v64 = <const double *> cnp.PyArray_DATA(var)
+    cdef bint negative = False
+    if float64:
+        for c in range(C):
+            negative |= v64[c] + eps < 0.0
+    else:
+        for c in range(C):
+            negative |= v32[c] + eps < 0.0
+    if negative:
+        c = int(np.argmax(np.asarray(var, np.float64) + eps < 0.0))
+        name = "stats.var" if float64 else "running_var"
+        raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]} + {eps}")
+    return 0
 
 
 cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
@@ -169,48 +262,28 @@ cdef bint distinct(cnp.ndarray a) noexcept:
     return True
 
 
-cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
-    """`a` as an array that the result for x may be written into."""
-    cdef cnp.ndarray out = array32(a, "out")
+cdef int check_output(cnp.ndarray out, cnp.ndarray x, bint in_place) except -1:
+    """The result for x may be written into out."""
     check_shape(out, x, "out", "the input")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out is read-only; pass a writable array")
-    if in_place and same_memory(out, x):
-        return out
     if not (cnp.PyArray_IS_C_CONTIGUOUS(out) or distinct(out)):
         raise ValueError(
             f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
         )
-    if overlap(out, x):
+    if not (in_place and same_memory(out, x)) and overlap(out, x):
         raise ValueError(
             "out overlaps x; pass x itself (in place) or memory of its own" if in_place else
             "out overlaps x; pass memory of its own"
         )
-    return out
-
-
-cdef int check_clear(cnp.ndarray out, a, str name) except -1:
-    if a is not None and overlap(out, a if cnp.PyArray_Check(a) else foreign(a, name)):
-        raise ValueError(f"out overlaps {name}; pass memory of its own")
     return 0
 
 
-cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
-    """A result of one value a channel; without zero, memory that only the kernels write: clearing it takes its lines
-    from the core of the thread that is about to."""
-    cdef cnp.npy_intp shape = C
-    return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
-
-
-cdef cnp.ndarray statistic(Py_ssize_t C, bint zero):
-    """Float64 and read-only to all but the kernels, as a BatchStats has it."""
-    cdef cnp.ndarray a = per_channel(C, cnp.NPY_FLOAT64, zero)
-    cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
-    return a
-
-
-cdef double *data64(cnp.ndarray a) noexcept:
-    return <double *> cnp.PyArray_DATA(a)
+cdef int check_clear(cnp.ndarray a, str name, other, str name_of_other) except -1:
+    """That `a`, which is written, shares no memory with another array."""
+    if other is not None and overlap(a, other):
+        raise ValueError(f"{name} overlaps {name_of_other}; pass memory of its own")
+    return 0
 
 
 cdef struct Strides:
@@ -250,18 +323,22 @@ cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
     return s
 
 
+cdef void sizes_of(cnp.ndarray a, int axis, Py_ssize_t *N, Py_ssize_t *C, Py_ssize_t *S) noexcept:
+    cdef int i, nd = cnp.PyArray_NDIM(a)
+    N[0] = S[0] = 1
+    C[0] = cnp.PyArray_DIM(a, axis)
+    for i in range(nd):
+        if i < axis and (i == 0 or axis < nd - 1 or nd == 2):
+            N[0] *= cnp.PyArray_DIM(a, i)
+        elif i != axis:
+            S[0] *= cnp.PyArray_DIM(a, i)
+
+
 cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
     """Sizes and layout of p from x."""
     cdef Strides s = strides_of(x, axis)
-    cdef int i, nd = cnp.PyArray_NDIM(x)
     memset(p, 0, sizeof(bn_problem))
-    p.N = p.S = 1
-    p.C = cnp.PyArray_DIM(x, axis)
-    for i in range(nd):
-        if i < axis and (i == 0 or axis < nd - 1 or nd == 2):
-            p.N *= cnp.PyArray_DIM(x, i)
-        elif i != axis:
-            p.S *= cnp.PyArray_DIM(x, i)
+    sizes_of(x, axis, &p.N, &p.C, &p.S)
     if p.S == 1:
         p.layout = BN_ROWS
     elif p.C == 1 or (s.walkable and s.inner == 1):
@@ -269,7 +346,7 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
     elif s.walkable and s.channel == 1:
         p.layout = BN_ROWS
     else:
-        p.layout = BN_ROWS if axis == nd - 1 else BN_PLANES
+        p.layout = BN_ROWS if axis == cnp.PyArray_NDIM(x) - 1 else BN_PLANES
     p.fold = 1
     if p.layout == BN_ROWS and (not s.walkable or (
             (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
@@ -277,8 +354,15 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
 
 
 cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
-    """Fill in an operand; False where the kernels cannot walk it."""
-    cdef Strides s = strides_of(a, axis)
+    """Fill in an operand; False where the kernels cannot walk it, or it is none of this problem."""
+    cdef Py_ssize_t N, C, S
+    cdef Strides s
+    if cnp.PyArray_NDIM(a) <= max(axis, 1) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT32:
+        return False
+    sizes_of(a, axis, &N, &C, &S)
+    if N != p.N or C != p.C or S != p.S:
+        return False
+    s = strides_of(a, axis)
     o.data = <float *> cnp.PyArray_DATA(a)
     o.outer = s.outer
     o.inner = s.channel if p.layout == BN_PLANES else s.inner
@@ -407,44 +491,126 @@ def output_memory():
     return held, limit
 
 
-cdef cnp.ndarray empty_like(cnp.ndarray x):
-    if cnp.PyArray_NBYTES(x) < KEEP_FROM or bn_output_limit() == 0:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
-    previous = PyDataMem_SetHandler(output_handler_capsule)
+cdef bint give_back() noexcept:
+    """Give back what is kept; whether that was anything, and an allocation that failed may be tried once more."""
+    fastbn_take_outputs()
+    cdef bint held = bn_output_held() > 0
+    bn_output_give_back()
+    fastbn_leave_outputs()
+    return held
+
+
+cdef void *claim(size_t size) noexcept:
+    """Memory to be freed, or NULL."""
+    cdef void *memory = malloc(size)
+    if memory == NULL and give_back():
+        memory = malloc(size)
+    return memory
+
+
+cdef cnp.ndarray empty_like(cnp.ndarray x, int order):
+    cdef bint keep = cnp.PyArray_NBYTES(x) >= KEEP_FROM and bn_output_limit() > 0
+    if keep:
+        previous = PyDataMem_SetHandler(output_handler_capsule)
     try:
-        return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+        return PyArray_NewLikeArray(x, order, NULL, 0)
+    except MemoryError:
+        if not give_back():
+            raise
+        return PyArray_NewLikeArray(x, order, NULL, 0)
     finally:
-        PyDataMem_SetHandler(previous)
+        if keep:
+            PyDataMem_SetHandler(previous)
+
+
+cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
+    """A result of one value a channel; without zero, memory that only the kernels write: clearing it takes its lines
+    from the core of the thread that is about to."""
+    cdef cnp.npy_intp shape = C
+    try:
+        return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+    except MemoryError:
+        if not give_back():
+            raise
+        return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+
+
+cdef cnp.ndarray statistic(Py_ssize_t C, bint zero):
+    """Float64 and read-only to all but the kernels, as a BatchStats has it."""
+    cdef cnp.ndarray a = per_channel(C, cnp.NPY_FLOAT64, zero)
+    cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
+    return a
+
+
+cdef double *data64(cnp.ndarray a) noexcept:
+    return <double *> cnp.PyArray_DATA(a)
+
+
+cdef cnp.ndarray contiguous(cnp.ndarray a):
+    """A checked vector, or a copy of it without gaps."""
+    if cnp.PyArray_ISALIGNED(a) and (cnp.PyArray_STRIDE(a, 0) == 4 or cnp.PyArray_DIM(a, 0) <= 1):
+        return a
+    copy = per_channel(cnp.PyArray_DIM(a, 0), cnp.NPY_FLOAT32, False)
+    copy[...] = a
+    return copy
 
 
 cdef cnp.ndarray empty_for(const bn_problem *p, cnp.ndarray x, int axis):
     """An array of x's shape, without gaps, in the memory order of p's layout."""
     cdef bn_operand o
-    cdef cnp.ndarray a = empty_like(x)
+    cdef cnp.ndarray a = empty_like(x, cnp.NPY_KEEPORDER)
     if not place(&o, p, a, axis):
         to = axis
         if p.layout == BN_ROWS:
             to = -1
         elif axis == cnp.PyArray_NDIM(x) - 1:
             to = 1
-        a = np.moveaxis(np.empty(np.moveaxis(x, axis, to).shape, np.float32), to, axis)
+        a = np.moveaxis(empty_like(np.moveaxis(x, axis, to), cnp.NPY_CORDER), to, axis)
     return a
 
 
-cdef cnp.ndarray readable(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis):
-    """Fill in an operand that is read; returns the array that must live as long: `a` or a copy."""
-    if place(o, p, a, axis):
+cdef cnp.ndarray readable(const bn_problem *p, cnp.ndarray a, int axis):
+    """What to read in place of `a`: itself, or a copy where that cannot be walked."""
+    cdef bn_operand o
+    if place(&o, p, a, axis):
         return a
     copy = empty_for(p, a, axis)
     copy[...] = a
-    place(o, p, copy, axis)
     return copy
 
 
-cdef cnp.ndarray writable(bn_operand *o, const bn_problem *p, out, cnp.ndarray x, int axis):
-    """Fill in an operand that is written: `out`, or a new array where that is None or cannot be walked."""
-    if out is not None and place(o, p, out, axis):
+cdef cnp.ndarray writable(const bn_problem *p, out, cnp.ndarray x, int axis):
+    """What to write: `out`, or a new array where that is None or cannot be walked."""
+    cdef bn_operand o
+    if out is not None and place(&o, p, out, axis):
         return out
-    fresh = empty_for(p, x, axis)
-    place(o, p, fresh, axis)
-    return fresh
+    return empty_for(p, x, axis)
+
+
+# Python code may run wherever one is called, memory is freed, or the GIL is let go of, and then an array may get another
+# shape or memory. So the kernels' pointers are taken last of all, and every array is looked at again with that.
+
+cdef int changed(str name) except -1:
+    raise RuntimeError(f"{name} was given another shape, other strides or other memory during the call")
+
+
+cdef int take(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis, str name) except -1:
+    return 0 if place(o, p, a, axis) else changed(name)
+
+
+cdef char *take_vector(cnp.ndarray a, Py_ssize_t C, int dtype, Py_ssize_t stride, str name) except? NULL:
+    """The C values of a checked vector, so many bytes apart (0: any number)."""
+    if (cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C or cnp.PyArray_TYPE(a) != dtype
+            or C > 1 and stride != 0 and cnp.PyArray_STRIDE(a, 0) != stride):
+        changed(name)
+    return <char *> cnp.PyArray_DATA(a)
+
+
+cdef const float *take32(a, Py_ssize_t C, str name) except? NULL:
+    if a is None:
+        return NULL
+    return <const float *> take_vector(a, C, cnp.NPY_FLOAT32, 4, name)
+
+
+cdef double *take64(a, Py_ssize_t C, str name) except? NULL:
+    return <double *> take_vector(a, C, cnp.NPY_FLOAT64, 8, name)

@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
+# cython: language_level=3, cdivision=True, freethreading_compatible=True
 """The OpenMP-parallel kernels: the operations on the arrays of _arrays.pxi, run in parallel by _partition.pxi on what
 _machine.pxi has found.
 
@@ -13,7 +13,8 @@ import numpy as np
 
 cimport numpy as cnp
 from cython.parallel cimport parallel, threadid
-from libc.math cimport isfinite
+from libc.float cimport FLT_MAX
+from libc.math cimport fabs, isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
@@ -69,56 +70,49 @@ cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward
         k.g_shift = block + 7 * width
 
 
-cdef int check_eps(double eps) except -1:
-    if not (isfinite(eps) and eps >= 0.0):
-        raise ValueError(f"eps must be finite and >= 0, got {eps}")
-    return 0
-
-
-cdef object contiguous(a, str name, Py_ssize_t C):
-    """A checked vector, or a copy of it without gaps."""
-    if a is None:
-        return None
-    a = vector(a, name, C, False)
-    if C > 1 and cnp.PyArray_STRIDE(a, 0) != 4 or not cnp.PyArray_ISALIGNED(a):
-        return np.array(a)
-    return a
-
-
-cdef inline float *data32(a) noexcept:
-    return NULL if a is None else <float *> cnp.PyArray_DATA(a)
-
-
-cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t rows, mean, var, bint float64, weight,
-                           bias, double eps) except NULL:
-    """Coefficients from float32 running statistics, or from the float64 ones of a BatchStats, for so many rows.
+cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t rows, cnp.ndarray mean, cnp.ndarray var,
+                           bint float64, weight, bias, double eps) except NULL:
+    """Coefficients from checked vectors: float32 running statistics, or the float64 ones of a BatchStats. For so many
+    rows.
 
     They are in `room`, of ROOM floats, if that is not NULL and is enough; otherwise in memory to be freed.
     """
     cdef bn_problem p
     cdef float *block = room
-    check_eps(eps)
-    if not float64:
-        mean = contiguous(mean, "running_mean", C)
-        var = contiguous(var, "running_var", C)
-    elif cnp.PyArray_DIM(mean, 0) != C:
-        raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
-    weight = contiguous(weight, "weight", C)
-    bias = contiguous(bias, "bias", C)
+    cdef const float *weights
+    cdef const float *biases
     memset(&p, 0, sizeof(p))
     p.layout = BN_ROWS  # or planes, which want less
     p.C = C
     p.fold = K.fold(C, rows)
     cdef Py_ssize_t width = coef_width(C, 0)
+    if not float64:
+        mean = contiguous(mean)
+        var = contiguous(var)
+    if weight is not None:
+        weight = contiguous(weight)
+    if bias is not None:
+        bias = contiguous(bias)
+    # no Python code runs from here on
+    weights = take32(weight, C, "weight")
+    biases = take32(bias, C, "bias")
+    if float64:
+        take64(mean, C, "stats.mean")
+        take64(var, C, "stats.var")
+    else:
+        take32(mean, C, "running_mean")
+        take32(var, C, "running_var")
+    check_variance(var, float64, eps)
     if room == NULL or coef_floats(width, False) > ROOM:
-        block = <float *> malloc(<size_t> coef_floats(width, False) * sizeof(float))
+        block = <float *> claim(<size_t> coef_floats(width, False) * sizeof(float))
         if block == NULL:
             raise MemoryError(f"no memory for coefficients, {width} of each")
     lay_out_coef(k, block, width, False, C * p.fold, NULL)
     if float64:
-        K.coef(&p, 0, C, data64(mean), data64(var), data32(weight), data32(bias), eps, k)
+        K.coef(&p, 0, C, data64(mean), data64(var), weights, biases, eps, k)
     else:
-        K.running_coef(&p, data32(mean), data32(var), data32(weight), data32(bias), eps, k)
+        K.running_coef(&p, <const float *> cnp.PyArray_DATA(mean), <const float *> cnp.PyArray_DATA(var), weights,
+                       biases, eps, k)
     return block
 
 
@@ -126,7 +120,8 @@ def channels(x, axis, tuple ranks):
     """The number of channels of x, checked."""
     x = array32(x, "x")
     check_rank(x, ranks)
-    return cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
+    cdef Py_ssize_t number = whole(axis, "axis")
+    return cnp.PyArray_DIM(x, check_axis(x, number))
 
 
 # ---- the operations -----------------------------------------------------------------------------------------------
@@ -142,7 +137,7 @@ cdef int allocate_scratch(Plan *plan) except -1:
     cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row
-    plan.scratch = malloc(sums + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
+    plan.scratch = claim(sums + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
     if plan.scratch == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
     plan.tile_a = <double *> plan.scratch
@@ -155,63 +150,82 @@ cdef int allocate_scratch(Plan *plan) except -1:
     return 0
 
 
+cdef int begin(Plan *plan, cnp.ndarray x, axis, activation, negative_slope, num_threads) except -1:
+    """Everything that is not an array, and the problem as x has it; returns the channels' axis."""
+    memset(plan, 0, sizeof(Plan))
+    cdef int code = activation_code(activation)
+    cdef float slope = check_slope(negative_slope)
+    cdef Py_ssize_t number = whole(axis, "axis")
+    plan.threads = ask_threads(num_threads, cnp.PyArray_SIZE(x))
+    cdef int ax = check_axis(x, number)
+    plan.K = K
+    describe(&plan.p, x, ax)
+    plan.p.activation = code
+    plan.p.negative_slope = slope
+    return ax
+
+
 def stats(x, axis, num_threads):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
     x = array32(x, "x")
-    cdef int ax = check_axis(x, axis, "x")
     cdef Plan plan
-    memset(&plan, 0, sizeof(plan))
-    describe(&plan.p, x, ax)
+    cdef int ax = begin(&plan, x, axis, None, 0.0, num_threads)
     cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    plan.threads = ask_threads(num_threads, C * m)
     cdef cnp.ndarray mean = statistic(C, m == 0), var = statistic(C, m == 0)
     if C * m == 0:
         return mean, var, 0
-    x = readable(&plan.p.x, &plan.p, x, ax)
+    walked = readable(&plan.p, x, ax)
+    result = mean, var, m
+    take(&plan.p.x, &plan.p, walked, ax, "x")
     flatten(&plan.p)
-    plan.K = K
     plan.mean = data64(mean)
     plan.var = data64(var)
     plan.need_stats = True
     plan.p.stream = past_cache(&plan.p, plan.threads)
     allocate_scratch(&plan)
     run(&plan, two_passes)
-    return mean, var, m
+    return result
 
 
-def forward(x, weight, bias, double eps, axis, residual, activation, double negative_slope, out, num_threads,
-            running_mean, running_var, double momentum, bint unbiased, bint want_stats):
+def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, running_mean,
+            running_var, momentum, bint unbiased, bint want_stats):
     """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
     times None, are updated."""
     x = array32(x, "x")
-    check_eps(eps)
-    cdef int ax = check_axis(x, axis, "x")
-    cdef Plan plan
-    memset(&plan, 0, sizeof(plan))
-    describe(&plan.p, x, ax)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    plan.p.activation = activation_code(activation)
-    check_slope(negative_slope)
-    plan.p.negative_slope = negative_slope
-    cdef object flat_weight = contiguous(weight, "weight", C), flat_bias = contiguous(bias, "bias", C)
-    plan.weight = data32(flat_weight)
-    plan.bias = data32(flat_bias)
-    if running_mean is not None:
-        running_mean = vector(running_mean, "running_mean", C, True)
-        running_var = vector(running_var, "running_var", C, True)
-        check_momentum(momentum)
-    if residual is not None:
-        residual = array32(residual, "residual")
-        check_shape(residual, x, "residual", "x")
+    weight = optional(weight, "weight")
+    bias = optional(bias, "bias")
+    residual = optional(residual, "residual")
+    cdef bint update = running_mean is not None
+    if update:
+        running_mean = array32(running_mean, "running_mean")
+        running_var = array32(running_var, "running_var")
     given = out
+    out = optional(out, "out")
+    cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if update else 0.0
+    cdef Plan plan
+    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
+    check_vector(weight, "weight", C, x, ax)
+    check_vector(bias, "bias", C, x, ax)
+    if residual is not None:
+        check_shape(residual, x, "residual", "x")
     if out is not None:
-        out = output(out, x, True)
-        check_clear(out, residual, "residual")
-        check_clear(out, weight, "weight")
-        check_clear(out, bias, "bias")
-        check_clear(out, running_mean, "running_mean")
-        check_clear(out, running_var, "running_var")
-    plan.threads = ask_threads(num_threads, C * m)
+        check_output(out, x, True)
+        check_clear(out, "out", residual, "residual")
+        check_clear(out, "out", weight, "weight")
+        check_clear(out, "out", bias, "bias")
+    if update:
+        check_vector(running_mean, "running_mean", C, x, ax)
+        check_vector(running_var, "running_var", C, x, ax)
+        check_clear(running_var, "running_var", running_mean, "running_mean")
+        for running, name in (running_mean, "running_mean"), (running_var, "running_var"):
+            check_running(running, name)
+            if out is not None:
+                check_clear(out, "out", running, name)
+            check_clear(running, name, x, "x")
+            check_clear(running, name, weight, "weight")
+            check_clear(running, name, bias, "bias")
+            check_clear(running, name, residual, "residual")
     cdef cnp.ndarray mean = statistic(C, m == 0) if want_stats else None
     cdef cnp.ndarray var = statistic(C, m == 0) if want_stats else None
     if C * m == 0:
@@ -221,51 +235,74 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
             f"training needs more than 1 value per channel, got x of shape {x.shape} with axis={axis}; "
             "pass a larger batch, or fixed statistics"
         )
-    x0 = x
-    x = readable(&plan.p.x, &plan.p, x, ax)
+    if weight is not None:
+        weight = contiguous(weight)
+    if bias is not None:
+        bias = contiguous(bias)
+    walked = readable(&plan.p, x, ax)
     if residual is not None:
-        residual = readable(&plan.p.residual, &plan.p, residual, ax)
-    y = writable(&plan.p.y, &plan.p, out, x0, ax)
+        residual = readable(&plan.p, residual, ax)
+    y = writable(&plan.p, out, x, ax)
+    result = (y if out is None else given), mean, var, m
+    take(&plan.p.x, &plan.p, walked, ax, "x")
+    if residual is not None:
+        take(&plan.p.residual, &plan.p, residual, ax, "residual")
+    take(&plan.p.y, &plan.p, y, ax, "out")
+    plan.weight = take32(weight, C, "weight")
+    plan.bias = take32(bias, C, "bias")
+    if update:
+        plan.running_mean = take_vector(running_mean, C, cnp.NPY_FLOAT32, 0, "running_mean")
+        plan.running_var = take_vector(running_var, C, cnp.NPY_FLOAT32, 0, "running_var")
+        plan.running_stride = [cnp.PyArray_STRIDE(running_mean, 0), cnp.PyArray_STRIDE(running_var, 0)]
+        plan.momentum = share
+        plan.unbiasing = unbiasing(m, unbiased)
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
-    plan.K = K
-    plan.eps = eps
+    plan.eps = epsilon
     plan.need_stats = True
-    if running_mean is not None:
-        plan.running_mean = <char *> cnp.PyArray_DATA(running_mean)
-        plan.running_var = <char *> cnp.PyArray_DATA(running_var)
-        plan.running_stride = [cnp.PyArray_STRIDE(running_mean, 0), cnp.PyArray_STRIDE(running_var, 0)]
-        plan.momentum = momentum
-        plan.unbiasing = unbiasing(m, unbiased)
     allocate_scratch(&plan)
     plan.mean = data64(mean) if want_stats else plan.g  # which the forward pass has no other use for
     plan.var = data64(var) if want_stats else plan.gx
     run(&plan, two_passes)
     if out is not None and y is not out:
         out[...] = y
-    return (y if out is None else given), mean, var, m
+    return result
 
 
-def normalize(x, mean, var, bint float64, weight, bias, double eps, axis, residual, activation, double negative_slope,
-              out, num_threads, tuple ranks):
+def normalize(x, mean, var, bint float64, weight, bias, eps, axis, residual, activation, negative_slope, out,
+              num_threads, tuple ranks):
     """y from running statistics, or with float64 those of a BatchStats."""
-    cdef int code = activation_code(activation)
-    check_slope(negative_slope)
     x = array32(x, "x")
+    if not float64:
+        mean = array32(mean, "running_mean")
+        var = array32(var, "running_var")
+    weight = optional(weight, "weight")
+    bias = optional(bias, "bias")
+    residual = optional(residual, "residual")
+    given = out
+    out = optional(out, "out")
     check_rank(x, ranks)
-    cdef bn_coef k
-    cdef Py_ssize_t C = cnp.PyArray_DIM(x, check_axis(x, axis, "x"))
+    cdef double epsilon = check_eps(eps)
+    cdef Plan plan
+    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = plan.p.C
+    if float64:
+        check_moment(mean, "mean", C)
+        check_moment(var, "var", C)
+    else:
+        check_vector(mean, "running_mean", C, x, ax)
+        check_vector(var, "running_var", C, x, ax)
+    check_vector(weight, "weight", C, x, ax)
+    check_vector(bias, "bias", C, x, ax)
+    if out is not None:
+        check_clear(out, "out", weight, "weight")
+        check_clear(out, "out", bias, "bias")
+        check_clear(out, "out", mean, "stats.mean" if float64 else "running_mean")
+        check_clear(out, "out", var, "stats.var" if float64 else "running_var")
     cdef float room[ROOM]
-    cdef Py_ssize_t rows = cnp.PyArray_SIZE(x) // max(C, 1)
-    cdef float *block = inference_coef(&k, room, C, rows, mean, var, float64, weight, bias, eps)
+    cdef float *block = inference_coef(&plan.k, room, C, plan.p.N * plan.p.S, mean, var, float64, weight, bias, epsilon)
     try:
-        if out is not None:
-            to = array32(out, "out")
-            check_clear(to, weight, "weight")
-            check_clear(to, bias, "bias")
-            check_clear(to, mean, "running_mean")
-            check_clear(to, var, "running_var")
-        return infer(&k, x, axis, residual, code, negative_slope, out, num_threads)
+        return infer(&plan, x, ax, residual, out, given)
     finally:
         if block != room:
             free(block)
@@ -275,38 +312,45 @@ cdef class Frozen:
     """Coefficients made once, and how to apply them. Nothing of it changes after construction."""
     cdef bn_coef k
     cdef float *block
-    cdef int activation_code
     cdef readonly Py_ssize_t num_features
-    cdef readonly object axis
+    cdef readonly Py_ssize_t axis
     cdef readonly object activation
     cdef readonly double eps
     cdef readonly double negative_slope
 
-    def __cinit__(self, running_mean, running_var, weight=None, bias=None, double eps=1e-5, *, axis=1, activation=None,
-                  double negative_slope=0.01, copy=True):
+    def __cinit__(self, running_mean, running_var, weight=None, bias=None, eps=1e-5, *, axis=1, activation=None,
+                  negative_slope=0.01, copy=True):
         running_mean = array32(running_mean, "running_mean")
+        running_var = array32(running_var, "running_var")
+        weight = optional(weight, "weight")
+        bias = optional(bias, "bias")
+        self.axis = whole(axis, "axis")
+        check_activation(activation, negative_slope)
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.eps = check_eps(eps)
         if cnp.PyArray_NDIM(running_mean) != 1:
             raise ValueError(f"running_mean must have shape (C,), one value a channel, got {running_mean.shape}")
-        self.num_features = cnp.PyArray_DIM(running_mean, 0)
-        self.axis = operator.index(axis)
-        self.activation = activation
-        self.activation_code = activation_code(activation)
-        check_slope(negative_slope)
-        self.negative_slope = negative_slope
-        self.eps = eps
+        cdef Py_ssize_t C = cnp.PyArray_DIM(running_mean, 0)
+        self.num_features = C
+        check_vector(running_var, "running_var", C)
+        check_vector(weight, "weight", C)
+        check_vector(bias, "bias", C)
         self.block = inference_coef(
-            &self.k, NULL, self.num_features, PY_SSIZE_T_MAX, running_mean, running_var, False, weight, bias, eps)
+            &self.k, NULL, C, PY_SSIZE_T_MAX, running_mean, running_var, False, weight, bias, self.eps)
 
     def __dealloc__(self):
         free(self.block)
 
-    def __call__(self, x, residual=None, out=None):
+    def __call__(self, x, residual=None, out=None, *, num_threads=None):
         """Normalize `x`.
 
         Parameters
         ----------
         x : ndarray of float32, rank >= 2
         residual, out : ndarray of float32, shape of `x`, or None
+            See :func:`fastbn.batch_norm`.
+        num_threads : int or None
             See :func:`fastbn.batch_norm`.
 
         Returns
@@ -320,42 +364,40 @@ cdef class Frozen:
             As :func:`fastbn.batch_norm`.
         """
         x = array32(x, "x")
-        if cnp.PyArray_DIM(x, check_axis(x, self.axis, "x")) != self.num_features:
-            raise ValueError(f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}")
-        return infer(&self.k, x, self.axis, residual, self.activation_code, self.negative_slope, out, None)
+        residual = optional(residual, "residual")
+        given = out
+        out = optional(out, "out")
+        cdef Plan plan
+        cdef int ax = begin(&plan, x, self.axis, self.activation, self.negative_slope, num_threads)
+        if plan.p.C != self.num_features:
+            hint = last_axis_hint(x, ax, self.num_features)
+            raise ValueError(f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}{hint}")
+        plan.k = self.k
+        return infer(&plan, x, ax, residual, out, given)
 
 
-cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_slope, out, num_threads):
-    cdef int ax = check_axis(x, axis, "x")
-    cdef Plan plan
-    cdef Py_ssize_t elements
-    memset(&plan, 0, sizeof(plan))
-    describe(&plan.p, x, ax)
-    elements = plan.p.C * plan.p.N * plan.p.S
-    plan.p.activation = activation
-    plan.p.negative_slope = negative_slope
+cdef infer(Plan *plan, cnp.ndarray x, int ax, residual, out, given):
+    """y by the coefficients of plan.k, for as many channels as plan.p has."""
     if residual is not None:
-        residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
-    given = out
     if out is not None:
-        out = output(out, x, True)
-        check_clear(out, residual, "residual")
-    plan.threads = ask_threads(num_threads, elements)
-    if elements == 0:
+        check_output(out, x, True)
+        check_clear(out, "out", residual, "residual")
+    if plan.p.C * plan.p.N * plan.p.S == 0:
         return empty_for(&plan.p, x, ax) if out is None else given
-    x0 = x
-    x = readable(&plan.p.x, &plan.p, x, ax)
+    walked = readable(&plan.p, x, ax)
     if residual is not None:
-        residual = readable(&plan.p.residual, &plan.p, residual, ax)
-    y = writable(&plan.p.y, &plan.p, out, x0, ax)
+        residual = readable(&plan.p, residual, ax)
+    y = writable(&plan.p, out, x, ax)
+    take(&plan.p.x, &plan.p, walked, ax, "x")
+    if residual is not None:
+        take(&plan.p.residual, &plan.p, residual, ax, "residual")
+    take(&plan.p.y, &plan.p, y, ax, "out")
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
-    plan.K = K
-    plan.k = k[0]
     if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
-        plan.p.fold = K.fold(plan.p.C, plan.p.S)
-    run(&plan, elementwise)
+        plan.p.fold = plan.K.fold(plan.p.C, plan.p.S)
+    run(plan, elementwise)
     if out is None:
         return y
     if y is not out:
@@ -363,64 +405,80 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     return given
 
 
-def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, double eps, bint training, axis,
-             residual, activation, double negative_slope, out, num_threads):
-    """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,)."""
+def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
+             negative_slope, out, num_threads):
+    """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,), over `count` values
+    a channel."""
     x = array32(x, "x")
     grad_output = array32(grad_output, "grad_output")
-    check_eps(eps)
-    cdef int ax = check_axis(x, axis, "x")
-    check_shape(grad_output, x, "grad_output", "x")
-    cdef Plan plan
-    memset(&plan, 0, sizeof(plan))
-    describe(&plan.p, x, ax)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    plan.p.activation = activation_code(activation)
-    check_slope(negative_slope)
-    plan.p.negative_slope = negative_slope
-    cdef object flat_weight = contiguous(weight, "weight", C), flat_bias = contiguous(bias, "bias", C)
-    plan.weight = data32(flat_weight)
-    plan.bias = data32(flat_bias)
-    if residual is not None:
-        residual = array32(residual, "residual")
-        check_shape(residual, x, "residual", "x")
+    weight = optional(weight, "weight")
+    bias = optional(bias, "bias")
+    residual = optional(residual, "residual")
     given = out
+    out = optional(out, "out")
+    cdef double epsilon = check_eps(eps)
+    cdef Plan plan
+    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
+    check_shape(grad_output, x, "grad_output", "x")
+    check_moment(mean, "mean", C)
+    check_moment(var, "var", C)
+    check_variance(var, True, epsilon)
+    check_vector(weight, "weight", C, x, ax)
+    check_vector(bias, "bias", C, x, ax)
+    if residual is not None:
+        check_shape(residual, x, "residual", "x")
     if out is not None:
-        out = output(out, x, False)
-        check_clear(out, grad_output, "grad_output")
-        check_clear(out, residual, "residual")
-        check_clear(out, weight, "weight")
-        check_clear(out, bias, "bias")
-    plan.threads = ask_threads(num_threads, C * m)
-    if mean.size != C:
-        raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
+        check_output(out, x, False)
+        check_clear(out, "out", grad_output, "grad_output")
+        check_clear(out, "out", residual, "residual")
+        check_clear(out, "out", weight, "weight")
+        check_clear(out, "out", bias, "bias")
+        check_clear(out, "out", mean, "stats.mean")
+        check_clear(out, "out", var, "stats.var")
+    if training and C * m > 0 and count != m:
+        raise ValueError(
+            f"stats are those of {count} values a channel, but x has {m}; compute them over the whole x that you pass, "
+            "or pass training=False for fixed statistics"
+        )
     cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     if C * m == 0:
         return (empty_for(&plan.p, x, ax) if out is None else given), grad_weight, grad_bias, (
             None if residual is None else empty_for(&plan.p, x, ax))
-    x0 = x
-    x = readable(&plan.p.x, &plan.p, x, ax)
-    grad_output = readable(&plan.p.grad_output, &plan.p, grad_output, ax)
+    if weight is not None:
+        weight = contiguous(weight)
+    if bias is not None:
+        bias = contiguous(bias)
+    walked = readable(&plan.p, x, ax)
+    grad_output = readable(&plan.p, grad_output, ax)
     grad_residual = None
     if residual is not None:
-        residual = readable(&plan.p.residual, &plan.p, residual, ax)
-        grad_residual = writable(&plan.p.grad_residual, &plan.p, None, x0, ax)
-    dx = writable(&plan.p.grad_input, &plan.p, out, x0, ax)
+        residual = readable(&plan.p, residual, ax)
+        grad_residual = writable(&plan.p, None, x, ax)
+    dx = writable(&plan.p, out, x, ax)
+    result = (dx if out is None else given), grad_weight, grad_bias, grad_residual
+    take(&plan.p.x, &plan.p, walked, ax, "x")
+    take(&plan.p.grad_output, &plan.p, grad_output, ax, "grad_output")
+    if residual is not None:
+        take(&plan.p.residual, &plan.p, residual, ax, "residual")
+        take(&plan.p.grad_residual, &plan.p, grad_residual, ax, "grad_residual")
+    take(&plan.p.grad_input, &plan.p, dx, ax, "out")
+    plan.weight = take32(weight, C, "weight")
+    plan.bias = take32(bias, C, "bias")
+    plan.mean = take64(mean, C, "stats.mean")
+    plan.var = take64(var, C, "stats.var")
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
-    plan.K = K
-    plan.mean = data64(mean)
-    plan.var = data64(var)
-    plan.grad_weight = data32(grad_weight)
-    plan.grad_bias = data32(grad_bias)
-    plan.eps = eps
+    plan.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
+    plan.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
+    plan.eps = epsilon
     plan.frozen = not training
     allocate_scratch(&plan)
     run(&plan, two_passes)
     if out is not None and dx is not out:
         out[...] = dx
-    return (dx if out is None else given), grad_weight, grad_bias, grad_residual
+    return result
 
 
 cdef double unbiasing(Py_ssize_t count, bint unbiased) noexcept:
@@ -428,14 +486,28 @@ cdef double unbiasing(Py_ssize_t count, bint unbiased) noexcept:
     return <double> count / (count - 1) if unbiased and count > 1 else 1.0
 
 
-def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var, Py_ssize_t count, double momentum,
-                   bint unbiased):
+def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
-    cdef Py_ssize_t C = cnp.PyArray_DIM(mean, 0)
-    check_momentum(momentum)
-    if count == 0:
+    cdef cnp.ndarray to_mean = array32(running_mean, "running_mean"), to_var = array32(running_var, "running_var")
+    cdef double share = check_momentum(momentum)
+    cdef Py_ssize_t values = whole(count if type(count) is not int else min(count, PY_SSIZE_T_MAX), "stats.count")
+    cdef Py_ssize_t C = mean.size if isinstance(mean, np.ndarray) else 0
+    check_moment(mean, "mean", C)
+    check_moment(var, "var", C)
+    check_vector(to_mean, "running_mean", C)
+    check_vector(to_var, "running_var", C)
+    check_running(to_mean, "running_mean")
+    check_running(to_var, "running_var")
+    check_clear(to_var, "running_var", to_mean, "running_mean")
+    check_clear(to_mean, "running_mean", mean, "stats.mean")
+    check_clear(to_mean, "running_mean", var, "stats.var")
+    check_clear(to_var, "running_var", mean, "stats.mean")
+    check_clear(to_var, "running_var", var, "stats.var")
+    if values == 0:
         return
-    K.move_running(<char *> cnp.PyArray_DATA(running_mean), cnp.PyArray_STRIDE(running_mean, 0), data64(mean), 0, C,
-                   momentum, 1.0)
-    K.move_running(<char *> cnp.PyArray_DATA(running_var), cnp.PyArray_STRIDE(running_var, 0), data64(var), 0, C,
-                   momentum, unbiasing(count, unbiased))
+    cdef char *means = take_vector(to_mean, C, cnp.NPY_FLOAT32, 0, "running_mean")
+    cdef char *variances = take_vector(to_var, C, cnp.NPY_FLOAT32, 0, "running_var")
+    cdef const double *batch_mean = take64(mean, C, "stats.mean")
+    cdef const double *batch_var = take64(var, C, "stats.var")
+    K.move_running(means, cnp.PyArray_STRIDE(to_mean, 0), batch_mean, 0, C, share, 1.0)
+    K.move_running(variances, cnp.PyArray_STRIDE(to_var, 0), batch_var, 0, C, share, unbiasing(values, unbiased))

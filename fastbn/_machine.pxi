@@ -74,6 +74,7 @@ cdef extern from "outputs.h":
     void *bn_output_calloc(size_t, size_t)
     void *bn_output_realloc(void *, size_t)
     void bn_output_free(void *)
+    void bn_output_give_back()
     void bn_output_set_limit(size_t)
     size_t bn_output_limit()
     size_t bn_output_held()
@@ -182,12 +183,9 @@ if os.environ.get("FASTBN_ISA"):
 cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
     cdef Py_ssize_t n = 1
     if num_threads is not None:
-        try:
-            n = num_threads
-        except TypeError:
-            raise TypeError(f"num_threads must be None or an int, got {num_threads!r}") from None
-        if n < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        n = whole(num_threads, "num_threads")
+        if not 1 <= n <= 1024:
+            raise ValueError(f"num_threads must be None or from 1 to 1024, got {num_threads}")
     if elements < SERIAL or openmp is None:
         return 1
     if threads_module is None:

@@ -72,7 +72,14 @@ void *bn_output_malloc(size_t size) {
             best_capacity = capacity;
         }
     }
-    return best >= 0 ? take(best) : allocate(size);
+    if (best >= 0)
+        return take(best);
+    void *memory = allocate(size);
+    if (!memory && n_kept) {
+        bn_output_give_back();
+        memory = allocate(size);
+    }
+    return memory;
 }
 
 void *bn_output_calloc(size_t count, size_t size) {
@@ -104,6 +111,8 @@ void *bn_output_realloc(void *memory, size_t size) {
     }
     return moved;
 }
+
+void bn_output_give_back(void) { trim(0, 0); }
 
 void bn_output_set_limit(size_t bytes) {
     limit = bytes;
