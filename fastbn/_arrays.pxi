@@ -199,7 +199,7 @@ cdef int check_variance(cnp.ndarray var, bint float64, double eps) except -1:
     if negative:
         c = int(np.argmax(np.asarray(var, np.float64) + eps < 0.0))
         name = "stats.var" if float64 else "running_var"
-        raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]} + {eps}")
+        raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]!s} + {eps}")
     return 0
 
 
@@ -596,6 +596,13 @@ cdef int changed(str name) except -1:
 
 cdef int take(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis, str name) except -1:
     return 0 if place(o, p, a, axis) else changed(name)
+
+
+cdef int take_output(bn_operand *o, const bn_problem *p, cnp.ndarray y, out, int axis) except -1:
+    """What is written, and is copied into `out` if that is another array."""
+    if out is not None and out is not y:
+        check_shape(out, y, "out", "the input")
+    return take(o, p, y, axis, "out")
 
 
 cdef char *take_vector(cnp.ndarray a, Py_ssize_t C, int dtype, Py_ssize_t stride, str name) except? NULL:

@@ -247,7 +247,7 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     take(&plan.p.x, &plan.p, walked, ax, "x")
     if residual is not None:
         take(&plan.p.residual, &plan.p, residual, ax, "residual")
-    take(&plan.p.y, &plan.p, y, ax, "out")
+    take_output(&plan.p.y, &plan.p, y, out, ax)
     plan.weight = take32(weight, C, "weight")
     plan.bias = take32(bias, C, "bias")
     if update:
@@ -392,7 +392,7 @@ cdef infer(Plan *plan, cnp.ndarray x, int ax, residual, out, given):
     take(&plan.p.x, &plan.p, walked, ax, "x")
     if residual is not None:
         take(&plan.p.residual, &plan.p, residual, ax, "residual")
-    take(&plan.p.y, &plan.p, y, ax, "out")
+    take_output(&plan.p.y, &plan.p, y, out, ax)
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
     if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
@@ -463,7 +463,7 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     if residual is not None:
         take(&plan.p.residual, &plan.p, residual, ax, "residual")
         take(&plan.p.grad_residual, &plan.p, grad_residual, ax, "grad_residual")
-    take(&plan.p.grad_input, &plan.p, dx, ax, "out")
+    take_output(&plan.p.grad_input, &plan.p, dx, out, ax)
     plan.weight = take32(weight, C, "weight")
     plan.bias = take32(bias, C, "bias")
     plan.mean = take64(mean, C, "stats.mean")

@@ -50,7 +50,8 @@ def call(function, *args, writes=(), **kwargs):
     """
     arguments = [*args, *kwargs.values()]
     stats = [a for a in arguments if isinstance(a, fastbn.BatchStats)]
-    arrays = [a for a in arguments if isinstance(a, np.ndarray)] + [v for s in stats for v in (s.mean, s.var)]
+    arrays = [*arguments, *(v for s in stats for v in (s.mean, s.var))]
+    arrays = [a for a in arrays if isinstance(a, np.ndarray)]
     before = [(memory, memory.tobytes()) for memory in map(memory_of, arrays)]
     if isinstance(kwargs.get("out"), np.ndarray):
         writes = (*writes, kwargs["out"])

@@ -4,6 +4,8 @@ That nothing is written is proven by `call`, which compares all memory behind al
 running statistics too, whenever the call raises.
 """
 
+import math
+import pickle
 import re
 
 import numpy as np
@@ -37,7 +39,7 @@ def arguments(operation):
         "frozen_backward": (fastbn.batch_norm_backward, backward | {"training": False}),
         "update_running": (fastbn.update_running, running | stats | {"momentum": 0.1}),
         "FrozenBatchNorm": (FrozenBatchNorm, running | affine | options | {"axis": 1}),
-        "frozen": (FrozenBatchNorm(**running, **affine), operands),
+        "frozen": (FrozenBatchNorm(**running, **affine), operands | {"num_threads": None}),
         "layer in training": (BatchNorm(C), operands),
         "layer in evaluation": (BatchNorm(C).eval(), operands),
     }[operation]
@@ -203,9 +205,144 @@ def test_read_only_running_statistics(operation, name):  # case 13
 
 
 @takes("momentum")
-@pytest.mark.parametrize("momentum", [np.nan, np.inf, -np.inf])
-def test_senseless_momentum(operation, name, momentum):
-    refuses(operation, ValueError, ["momentum", str(momentum)], momentum=momentum)
+@pytest.mark.parametrize("momentum", [np.nan, np.inf, -np.inf, -0.1, 1.5, 99, math.nextafter(1, 2)])
+def test_senseless_momentum(operation, name, momentum):  # case 36
+    refuses(operation, ValueError, ["momentum", "from 0 to 1", str(momentum)], momentum=momentum)
+
+
+@pytest.mark.parametrize("momentum", [0, 1, 0.0, 1.0])
+def test_momentum_of_nothing_and_of_all(momentum):  # case 36
+    stats = BatchStats([3, 4], [5, 6], 10)
+    running = np.ones(2, np.float32), np.ones(2, np.float32)
+    fastbn.update_running(*running, stats, momentum, unbiased=False)
+    assert [r.tolist() for r in running] == ([[3, 4], [5, 6]] if momentum else [[1, 1], [1, 1]])
+
+
+SHARED = np.ones(2 * N * C * L, np.float32)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("other", ["x", "weight", "bias", "residual", "out", "running_mean"])
+def test_running_statistics_that_overlap(name, other):
+    """Another array, by one value, in no order that a stride could tell."""
+    if name == other:
+        pytest.skip("itself")
+    shape = arguments("training")[1][other].shape
+    view = SHARED[C - 1 : C - 1 + math.prod(shape)].reshape(shape)
+    refuses("training", ValueError, [rf"\b{name}\b", "overlaps", other], **{name: SHARED[:C], other: view})
+    if other == "running_mean":
+        refuses("update_running", ValueError, [name, "overlaps", other], **{name: SHARED[:C], other: view})
+
+
+@pytest.mark.parametrize("operation", ["training", "update_running"])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_of_one_value_for_all_channels(operation, name):
+    stretched = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (C,), (0,))
+    refuses(operation, ValueError, [name, "share memory"], **{name: stretched})
+
+
+@pytest.mark.parametrize("operation", ["inference", "FrozenBatchNorm", "layer in evaluation"])
+@pytest.mark.parametrize("variance", [-0.5, -np.inf, -1.1e-5])
+def test_variance_below_zero(operation, variance):  # case 35
+    function, given = arguments(operation)
+    var = np.ones(C, np.float32)
+    var[3] = variance
+    expected = [r"running_var\[3\] \+ eps must be >= 0, got " + re.escape(str(var[3])) + r" \+ 1e-05"]
+    if operation == "layer in evaluation":
+        function.running_var[...] = var
+        with pytest.raises(ValueError, match=expected[0]):
+            function(**given)
+        return
+    refuses(operation, ValueError, expected, running_var=var)
+    # once in float64, too: a gap between values is copied away
+    refuses(operation, ValueError, expected, running_var=np.repeat(var, 2)[::2])
+
+
+def test_variance_that_eps_brings_above_zero():  # case 35
+    x = np.array([[1], [2]], np.float32)
+    mean, var = np.zeros(1, np.float32), np.array([-9.99e-6], np.float32)
+    expected = (x / np.sqrt(var.astype(np.float64) + 1e-5)).astype(np.float32)
+    for y in fastbn.batch_norm(x, mean, var), FrozenBatchNorm(mean, var)(x):
+        np.testing.assert_allclose(y, expected, rtol=2.4e-7)
+
+
+def test_frozen_without_running_statistics():
+    ones = np.ones(3, np.float32)
+    for running in (ones, None), (None, ones), (None, None):
+        with pytest.raises(TypeError, match=r"running_(mean|var) must be .* got NoneType; pass an array"):
+            FrozenBatchNorm(*running)
+
+
+# Statistics that are given
+
+
+class Meddled(BatchStats):
+    """Of a class that keeps nobody from changing it."""
+
+    __slots__ = ()
+    __setattr__ = object.__setattr__
+
+
+def resized(name):
+    array = np.ones(C)
+    stats = Meddled(np.ones(C), np.ones(C), N * L)
+    setattr(stats, name, array)
+    del array
+    getattr(stats, name).resize(1)
+    return stats
+
+
+def replaced(name, value):
+    stats = Meddled(np.ones(C), np.ones(C), N * L)
+    setattr(stats, name, value)
+    return stats
+
+
+@pytest.mark.parametrize("operation", ["given_stats", "backward", "frozen_backward", "update_running"])
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_stats_that_were_changed(operation, name):
+    wide = np.ones(2 * C)
+    odd = np.ndarray(C, np.float64, np.ones(8 * C + 8, np.uint8), 4 if C else 0)
+    refuses(operation, ValueError, "stats|running_mean", stats=resized(name))
+    for wrong in np.ones((C, 1)), np.ones(C - 1), np.array(1.0), wide[::2], odd[::-1]:
+        refuses(operation, ValueError, "stats|running_mean", stats=replaced(name, wrong))
+    for wrong in np.ones(C, np.float32), np.ones(C, ">f8"), [1.0] * C, None:
+        refuses(operation, TypeError, [rf"stats\.{name} must be a float64"], stats=replaced(name, wrong))
+
+
+def test_count_that_was_changed():
+    for wrong in "24", None, 24.0:
+        refuses("update_running", TypeError, ["count must be an int"], stats=replaced("count", wrong))
+
+
+@pytest.mark.parametrize("count", [1, N * L - 1, N * L + 1, 3 * N * L, 2**64])
+def test_stats_of_another_count(count):  # case 29
+    stats = BatchStats(np.zeros(C), np.ones(C), count)
+    expected = [r"\bstats\b", rf"\b{count} values", rf"\b{N * L}\b", "whole x", "training=False"]
+    refuses("backward", ValueError, expected, stats=stats)
+    for operation in "frozen_backward", "given_stats":
+        function, given = arguments(operation)
+        call(function, **given | {"stats": stats})
+
+
+def test_half_of_a_batch_is_refused():  # case 29
+    """The statistics of a whole batch, and of it one part: no gradient rather than a wrong one."""
+    p = problem((8, C, L))
+    stats = fastbn.batch_stats(p.x[:4]) + fastbn.batch_stats(p.x[4:])
+    fastbn.batch_norm_backward(p.grad_output, p.x, stats)
+    with pytest.raises(ValueError, match=r"48 values a channel, but x has 24"):
+        fastbn.batch_norm_backward(p.grad_output[:4], p.x[:4], stats)
+
+
+@pytest.mark.parametrize("count", [2**63 - 1, 2**63, 2**64, 10**400])
+def test_counts_beyond_64_bits(count):
+    stats = BatchStats([1.0] * C, [2.0] * C, count)
+    running = np.zeros(C, np.float32), np.zeros(C, np.float32)
+    fastbn.update_running(*running, stats, 0.5)
+    assert [r.tolist() for r in running] == [[0.5] * C, [1] * C]
+    merged = stats + stats
+    assert (merged.count, merged.var.tolist()) == (2 * count, [2] * C)
+    assert pickle.loads(pickle.dumps(stats)) == stats
 
 
 @pytest.mark.parametrize("shape", [(1, C), (1, C, 1), (1, C, 1, 1)], ids=str)
@@ -243,19 +380,19 @@ def test_unknown_activation(operation, name, activation):
 
 
 @takes("negative_slope")
-@pytest.mark.parametrize("slope", [np.nan, np.inf])
+@pytest.mark.parametrize("slope", [np.nan, np.inf, 1e300, -1e39])
 def test_senseless_slope(operation, name, slope):
-    refuses(operation, ValueError, ["negative_slope", str(slope)], negative_slope=slope)
+    refuses(operation, ValueError, ["negative_slope", re.escape(str(slope))], negative_slope=slope)
 
 
 @takes("num_threads")
-@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("number", [0, -1, 1025, 10**6, 2**63, -(2**70)])
 def test_senseless_number_of_threads(operation, name, number):
     refuses(operation, ValueError, ["num_threads", str(number)], num_threads=number)
 
 
 @takes("num_threads")
-@pytest.mark.parametrize("number", [1.5, "2", [2]])
+@pytest.mark.parametrize("number", [1.5, "2", [2], True, np.ones(2, int)], ids=str)
 def test_number_of_threads_of_another_type(operation, name, number):
     refuses(operation, TypeError, ["num_threads", re.escape(repr(number))], num_threads=number)
 
@@ -264,10 +401,39 @@ def test_number_of_threads_of_another_type(operation, name, number):
     "operation", ["batch_stats", "inference", "training", "batch_norm_forward", "backward"]
 )
 def test_no_such_axis(operation):
-    for axis in 3, -4, 2**40:
+    for axis in 3, -4, 2**40, 2**70, -(2**70):
         refuses(operation, ValueError, ["axis", str(axis)], axis=axis)
-    for axis in 1.0, "1", None:
+    for axis in 1.0, "1", None, True:
         refuses(operation, TypeError, ["axis", re.escape(repr(axis))], axis=axis)
+
+
+def test_axis_of_frozen():
+    for axis in 1.0, "1", None, True:
+        refuses("FrozenBatchNorm", TypeError, ["axis", re.escape(repr(axis))], axis=axis)
+    refuses("FrozenBatchNorm", ValueError, ["axis", str(2**70)], axis=2**70)
+
+
+@takes("eps", "momentum", "negative_slope")
+@pytest.mark.parametrize("wrong", ["1e-5", None, 1j, [0.1]], ids=repr)
+def test_numbers_of_another_type(operation, name, wrong):  # case 43
+    refuses(operation, TypeError, [rf"\b{name} must be a number", re.escape(repr(wrong))], **{name: wrong})
+
+
+@takes("eps", "momentum", "negative_slope")
+def test_numbers_beyond_floats(operation, name):
+    refuses(operation, ValueError, name, **{name: 10**400})
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (4, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize(
+    "operation", ["inference", "training", "batch_norm_forward", "frozen", "layer in evaluation"]
+)
+def test_channels_that_come_last(operation, shape):  # case 42
+    expected = [re.escape(str(shape)), "axis=-1"]
+    refuses(operation, ValueError, expected, x=np.ones(shape, np.float32), residual=None, out=None)
+    other = (*shape[:-1], C + 2)
+    with pytest.raises(AssertionError):  # what fits nowhere gets no such advice
+        refuses(operation, ValueError, expected, x=np.ones(other, np.float32), residual=None, out=None)
 
 
 # out
@@ -335,6 +501,72 @@ def test_out_that_overlaps_itself(operation, name):
     ]
     for out in outs:
         refuses(operation, ValueError, [r"\bout\b", "share memory"], out=out)
+        if "backward" not in operation:  # nor where it is x itself
+            refuses(operation, ValueError, [r"\bout\b", "share memory"], x=out, out=out)
+
+
+# Arrays that change during the call, by Python code that it runs
+
+
+class Hook:
+    """A number, or an array, that does something to others when it is looked at."""
+
+    def __init__(self, value, action):
+        self.value, self.action = value, action
+
+    def look(self):
+        self.action()
+        return self.value
+
+    __index__ = __float__ = look
+    __array_interface__ = property(lambda self: self.look().__array_interface__)
+
+
+@takes("axis", "num_threads", "eps", "momentum", "negative_slope", "weight", "residual", "running_var", "out")
+@pytest.mark.parametrize("shape", [(N, 2 * C, L // 2), (N, C, 1), (1, C, 1), (0, C, L)], ids=str)
+def test_x_that_is_resized_during_the_call(operation, name, shape):
+    """It is another x then, and either is refused or gives what it gives."""
+    function, given = arguments(operation)
+    if "x" not in given:
+        pytest.skip("no x")
+    given |= {k: None for k in ("residual", "out") if k in given and k != name}
+    x = given["x"].copy()
+    value = {"axis": 1, "num_threads": 1}.get(name, given[name])
+    hook = Hook(value, lambda: x.resize(shape, refcheck=False))
+    try:
+        result = function(**given | {"x": x, name: hook})
+    except (ValueError, TypeError, RuntimeError):
+        assert x.shape == shape
+        return
+    expected = function(**arguments(operation)[1] | {k: None for k in given if k in ("residual", "out")}
+                        | {"x": x, name: value})  # fmt: skip
+    assert pickle.dumps(result) == pickle.dumps(expected)
+
+
+@pytest.mark.parametrize(
+    "operation", ["inference", "training", "batch_norm_forward", "given_stats", "backward"]
+)
+@pytest.mark.parametrize("name", ["x", "out", "weight"])
+def test_array_that_changes_while_others_are_checked(operation, name):
+    """Where NumPy is asked whether two arrays share memory, their class has the word."""
+    memory = np.ones((6, 6, 6), np.float32)
+
+    class Meddler(np.ndarray):
+        def __array_function__(self, function, types, args, kwargs):
+            arrays[name].shape = (2, 3) if name == "weight" else (2, 4, 9)
+            return False
+
+    arrays = {"x": memory[::3], "out": memory[1::3].view(Meddler), "weight": memory[2, 0]}
+    ones = np.ones(6, np.float32)
+    given = arguments(operation)[1] | arrays | {"residual": None, "bias": ones}
+    given |= {k: ones.copy() for k in ("running_mean", "running_var") if k in given}
+    if "stats" in given:
+        given["stats"] = BatchStats(np.ones(6), np.ones(6), 12)
+    if "grad_output" in given:
+        given["grad_output"] = np.ones((2, 6, 6), np.float32)
+    with pytest.raises((RuntimeError, ValueError)):
+        call(arguments(operation)[0], **given)
+    assert (memory == 1).all()
 
 
 def test_options_beyond_pytorch_are_keyword_only():

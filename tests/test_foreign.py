@@ -176,6 +176,9 @@ def test_what_cannot_be_used_in_place_is_refused():
     x = np.ones((4, 3), np.float32)
     with pytest.raises(TypeError, match=r"x must be .* got Capsule \(not in the memory of the CPU\)"):
         fastbn.batch_stats(Capsule(x, (2, 0)))
+    for device in (), (1,), None, "cpu", [], 1:
+        with pytest.raises(TypeError, match=r"x must be .* got Capsule"):
+            fastbn.batch_stats(Capsule(x, device))
     with pytest.raises(TypeError, match=r"x must have dtype float32 .* got Interface of float64 \(<f8\)"):
         fastbn.batch_stats(Interface(x.astype(np.float64)))
     with pytest.raises(TypeError, match=r"x must be .* got float32 \(a scalar\)"):
@@ -188,8 +191,9 @@ def test_what_cannot_be_used_in_place_is_refused():
 def test_tensors_that_are_refused():
     torch = pytest.importorskip("torch")
     x = torch.ones(4, 3)
-    with pytest.raises(TypeError, match=r"x must be .* got Tensor .*detach"):
-        fastbn.batch_stats(x.clone().requires_grad_())
+    with pytest.raises(TypeError, match=r"x must be .* got Tensor .*; pass x\.detach\(\)$"):
+        fastbn.batch_stats(leaf := x.clone().requires_grad_())
+    assert fastbn.batch_stats(leaf.detach()).count == 4
     for dtype in torch.float64, torch.float16:
         with pytest.raises(TypeError, match=r"x must have dtype float32.* got Tensor of float"):
             fastbn.batch_stats(x.to(dtype))

@@ -170,6 +170,46 @@ def test_stress_many_threads_never_share_memory():
     assert held() <= 64 * MEGABYTE
 
 
+SHORT_OF_MEMORY = """
+import resource
+import numpy as np, fastbn
+fastbn.set_num_threads(1)
+fastbn.set_output_cache(1 << 30)
+ones = np.ones(4, "f4")
+bn = fastbn.FrozenBatchNorm(ones, ones)
+image = np.lib.stride_tricks.as_strided(ones, (6, 4, 4 << 20), (0, 0, 0))
+ys = [bn(image[:1]) for _ in range(4)]
+C = 3 << 20
+rows, vector, doubles = np.ones((2, C), "f4"), np.ones(C, "f4"), np.ones(2 * C, "f4")[::2]
+stats = fastbn.batch_stats(rows)
+del ys
+assert fastbn._kernels.output_memory()[0] >= 256 << 20
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
+{call}
+assert fastbn._kernels.output_memory()[0] == 0
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is that of Linux")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "bn(image[:2])",
+        "fastbn.batch_norm_forward(image[:2])",
+        "fastbn.batch_stats(rows)",
+        "fastbn.batch_norm(rows, vector, vector, out=rows)",
+        "fastbn.batch_norm_backward(rows, rows, stats)",
+        "fastbn.batch_norm_forward(rows, doubles, out=rows)",
+        "fastbn.FrozenBatchNorm(vector, vector, copy=False)",
+        "y = bn(image[:1])\ny.resize(6 << 22, refcheck=False)",
+    ],
+)
+def test_kept_memory_goes_before_an_allocation_fails(call):  # case 34
+    code = SHORT_OF_MEMORY.replace("{call}", call)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
 def test_fork():
     """Parent and child go on with memory of their own, as copy-on-write has it."""
