@@ -183,11 +183,12 @@ C = 3 << 20
 rows, vector, doubles = np.ones((2, C), "f4"), np.ones(C, "f4"), np.ones(2 * C, "f4")[::2]
 stats = fastbn.batch_stats(rows)
 del ys
-assert fastbn._kernels.output_memory()[0] >= 256 << 20
+kept = fastbn._kernels.output_memory()[0]
+assert kept >= 256 << 20
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), -1))
-{call}
-assert fastbn._kernels.output_memory()[0] == 0
+y = {call}
+assert fastbn._kernels.output_memory()[0] < kept
 """
 
 
@@ -202,7 +203,7 @@ assert fastbn._kernels.output_memory()[0] == 0
         "fastbn.batch_norm_backward(rows, rows, stats)",
         "fastbn.batch_norm_forward(rows, doubles, out=rows)",
         "fastbn.FrozenBatchNorm(vector, vector, copy=False)",
-        "y = bn(image[:1])\ny.resize(6 << 22, refcheck=False)",
+        "bn(image[:1])\ny.resize(6 << 22, refcheck=False)",
     ],
 )
 def test_kept_memory_goes_before_an_allocation_fails(call):  # case 34
