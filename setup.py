@@ -49,7 +49,8 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        sources = {f"src_c/{name}.c": own_flags for name in ("dispatch", "outputs", "kernels_baseline")}
+        plain = "backoff", "dispatch", "outputs", "kernels_baseline"
+        sources = {f"src_c/{name}.c": own_flags for name in plain}
         for isa, (gnu, visual) in isas.items():
             sources[f"src_c/kernels_{isa}.c"] = own_flags + (visual if msvc else gnu)
 

@@ -1,5 +1,30 @@
 """fastbn: batch normalization for CPUs. NumPy arrays in, NumPy arrays out."""
 
+import os as _os
+
+
+def _openmp_is_loaded() -> bool:
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            return "/libgomp" in file.read()
+    except OSError:  # not on Linux
+        return False
+
+
+# GNU OpenMP reads, when it is loaded, how long its threads spin for the next region before they sleep.
+# Without a word it is milliseconds, which a busy machine pays for; here it is some tens of microseconds. The
+# variable is gone again before anything else can see it. Where another library has loaded the runtime before,
+# nothing changes.
+_short_spin = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & _os.environ.keys() and not _openmp_is_loaded()
+if _short_spin:
+    _os.environ["GOMP_SPINCOUNT"] = "3000"
+try:
+    from fastbn import _kernels as _kernels
+finally:
+    if _short_spin:
+        del _os.environ["GOMP_SPINCOUNT"]
+
+# ruff: noqa: E402, I001
 from fastbn.config import show_config
 from fastbn.folding import fold_conv, fold_linear
 from fastbn.frozen import FrozenBatchNorm

@@ -329,56 +329,31 @@ cdef void flatten(bn_problem *p) noexcept:
 
 # Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next
 # output. It is in force while such an array is made, and for all the life of that array.
-cdef extern from *:
-    """
-    /* For where no GIL keeps others out. Not a PyMutex: that may be handed to a thread that waits for it, and a child
-     * that another thread forks then finds it locked for ever. This one is held by running threads alone, and before
-     * it forks Python stops those where they hold nothing. */
-    #ifdef Py_GIL_DISABLED
-    #include <sched.h>
-    #include <stdatomic.h>
-    static atomic_flag fastbn_outputs_in_use = ATOMIC_FLAG_INIT;
-    static void fastbn_take_outputs(void) {
-        while (atomic_flag_test_and_set_explicit(&fastbn_outputs_in_use, memory_order_acquire))
-            sched_yield();
-    }
-    static void fastbn_leave_outputs(void) {
-        atomic_flag_clear_explicit(&fastbn_outputs_in_use, memory_order_release);
-    }
-    #else
-    #define fastbn_take_outputs() ((void)0)
-    #define fastbn_leave_outputs() ((void)0)
-    #endif
-    """
-    void fastbn_take_outputs()
-    void fastbn_leave_outputs()
-
-
 cdef void *output_malloc(void *unused, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *memory = bn_output_malloc(size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return memory
 
 
 cdef void *output_calloc(void *unused, size_t count, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *memory = bn_output_calloc(count, size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return memory
 
 
 cdef void *output_realloc(void *unused, void *memory, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *moved = bn_output_realloc(memory, size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return moved
 
 
 cdef void output_free(void *unused, void *memory, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     bn_output_free(memory)
-    fastbn_leave_outputs()
+    fastbn_unlock()
 
 
 cdef PyDataMem_Handler output_handler
@@ -394,16 +369,16 @@ cdef Py_ssize_t KEEP_FROM = 1 << 18  # bytes; smaller arrays do not pay for page
 
 
 def set_output_limit(Py_ssize_t max_bytes):
-    fastbn_take_outputs()
+    fastbn_lock()
     bn_output_set_limit(<size_t> max_bytes)
-    fastbn_leave_outputs()
+    fastbn_unlock()
 
 
 def output_memory():
     """(bytes kept now, bytes kept at most)"""
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef size_t held = bn_output_held(), limit = bn_output_limit()
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return held, limit
 
 

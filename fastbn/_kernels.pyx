@@ -12,7 +12,6 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport parallel, threadid
 from libc.math cimport isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
