@@ -24,7 +24,7 @@ finally:
     if _short_spin:
         del _os.environ["GOMP_SPINCOUNT"]
 
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 from fastbn.config import show_config
 from fastbn.folding import fold_conv, fold_linear
 from fastbn.frozen import FrozenBatchNorm
