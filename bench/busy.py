@@ -4,13 +4,15 @@ Each contestant is a process of its own; they take turns, so that a slow moment 
 alike. `--before PATH` adds the default of another checkout, built in place. Bounds are printed where they are
 missed: with other work around, p50 1.5 times, p99 3 times and CPU time 2 times that of one thread; on a quiet
 machine with calls every 10 ms, p50 1.15 times the better of one thread and of all that wait passively, CPU
-time 2 times.
+time 2 times. `--quiet --before PATH` compares, over all of the bench's shapes, calls back to back on a quiet
+machine with those of the other checkout.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 SHAPES = [(8, 64, 28, 28), (1, 256, 56, 56), (32, 256, 56, 56)]
@@ -143,6 +146,29 @@ def missed(row: Row) -> list[str]:
     return [f"{name} {ratio:.2f} > {bound}" for name, (ratio, bound) in found.items() if ratio > bound]
 
 
+def compare_quiet(contestants: dict[str, Contestant], seconds: float) -> None:
+    """How long the default takes beside that of before, back to back, with nothing else at work."""
+    from shapes import SHAPES, label
+
+    by_operation: dict[str, list[float]] = {operation: [] for operation in OPERATIONS}
+    for shape in SHAPES:
+        for operation in OPERATIONS:
+            if operation != "inference" and math.prod(shape) == shape[1]:
+                continue
+            typical = contestants["before"].ask(shape, operation, 50, 0)[0][25]
+            contestants["default"].ask(shape, operation, 50, 0)
+            calls = min(max(10, round(seconds / ROUNDS / typical)), 20_000)
+            medians = []
+            for _ in range(ROUNDS):
+                now, before = (contestants[name].ask(shape, operation, calls, 0)[0] for name in contestants)
+                medians.append(quantile(now, 0.5) / quantile(before, 0.5))
+            by_operation[operation].append(quantile(medians, 0.5))
+            print(f"{label(shape):20} {operation:10} {by_operation[operation][-1]:.2f}", flush=True)
+    everything = [ratio for found in by_operation.values() for ratio in found]
+    means = [f"{name} {geometric_mean(found):.3f}" for name, found in by_operation.items()]
+    print("time now / before, geometric means:", *means, f"all {geometric_mean(everything):.3f}", sep="  ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,10 +179,16 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="of calls for each cell (default: %(default)s)"
     )
+    parser.add_argument("--quiet", action="store_true", help="compare calls back to back; needs --before")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant is not None:
         contestant(args.contestant or None)
+        return
+    if args.quiet:
+        compare_quiet(
+            {"default": Contestant(None), "before": Contestant(None, args.before.resolve())}, args.seconds
+        )
         return
     contestants = {
         "default": Contestant(None),

@@ -3,8 +3,9 @@
 
 #include <string.h>
 
-/* Debt from which calls go alone: a few calls that took as long again, or one that took twice as long. */
-static const double MOST_DEBT = 1.0;
+/* Debt from which calls go alone, and what calls that gained can pay in advance. A machine where one call in a
+ * hundred is late by a little gains from sharing; one that lasted a scheduler's slice is beyond all credit. */
+static const double MOST_DEBT = 1.0, MOST_CREDIT = 10.0;
 /* A call that gained pays at most so much, or one lucky call would stand for many late ones. */
 static const double MOST_PAID = 0.5;
 /* Calls of the first pause, how much longer each further one is, and the longest: beyond it the tries' share of the
@@ -13,7 +14,7 @@ static const int64_t FIRST_PAUSE = 8, LONGER = 4, LONGEST_PAUSE = 8192;
 /* Wins that shorten the next pause by one step: fewer, and a machine where one call in a hundred is late would be
  * tried too often. */
 static const double WINS_A_STEP = 256.0;
-/* A pause lasts so many times what was lost. */
+/* A pause lasts so many times what was lost, at most; the first one lasts as long as that. */
 static const int64_t TIMES_THE_LOSS = 20;
 
 /* The first call after a pause wakes the threads and tells nothing of those that follow it, unless it took so many
@@ -54,7 +55,7 @@ void bn_backoff_judge(int64_t elements, int threads, int64_t own, int64_t wall, 
         double paid = (double)-lost / (double)by_one;
         b->debt -= paid < MOST_PAID ? paid : MOST_PAID;
         b->pauses -= 1.0 / WINS_A_STEP;
-        b->debt = b->debt < 0 ? 0 : b->debt;
+        b->debt = b->debt < -MOST_CREDIT ? -MOST_CREDIT : b->debt;
         b->pauses = b->pauses < 0 ? 0 : b->pauses;
         return;
     }
@@ -66,7 +67,8 @@ void bn_backoff_judge(int64_t elements, int threads, int64_t own, int64_t wall, 
         calls *= LONGER;
     b->pauses += calls < LONGEST_PAUSE;
     b->alone = calls;
-    b->until = now + TIMES_THE_LOSS * lost;
+    int64_t times = calls / FIRST_PAUSE;
+    b->until = now + lost * (times < TIMES_THE_LOSS ? times : TIMES_THE_LOSS);
     b->paused = 1;
     b->debt = MOST_DEBT / 2; /* the next try that is late is enough */
 }
