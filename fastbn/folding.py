@@ -180,8 +180,8 @@ def fold_conv_next(
     if padded:
         raise ValueError(
             f"padding must be 0, got {padding!r}: zeros are padded behind the batch norm, where its shift "
-            f"does not reach, so that no bias is right both at the borders and inside; keep the batch norm, as "
-            f"bn.freeze()"
+            f"does not reach, so that no bias is right both at the borders and inside; keep the batch norm, "
+            f"as bn.freeze()"
         )
     weight = _conv_weight(conv_weight)
     return _fold_next("conv_bias", conv_bias, bn, weight, _checked_groups(groups, weight))

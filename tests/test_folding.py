@@ -217,9 +217,7 @@ def test_linear_behind(with_bias):  # case 45
 
 @pytest.mark.parametrize("padding", [1, (0, 1), "same"])
 def test_padding_by_zeros_is_refused(padding):  # case 45
-    with pytest.raises(
-        ValueError, match=r"padding must be 0, got .*: zeros are padded behind the batch norm"
-    ):
+    with pytest.raises(ValueError, match=r"padding must be 0, got .*: zeros are padded behind"):
         fold_conv_next(BatchNorm(C).eval(), np.ones((2, C, 3, 3), np.float32), None, padding=padding)
 
 
