@@ -83,7 +83,7 @@ class BatchNormalization(OpRun):
     ``ReferenceEvaluator(model, new_ops=[BatchNormalization])`` runs every such node of the model by fastbn,
     those of subgraphs included: opsets 6 and later, inference and training, ``spatial=0`` too. The evaluator
     does not pass `new_ops` on to functions defined in the model; ``onnx.inliner.inline_local_functions``
-    takes these apart first.
+    takes these apart first. Of the two spellings of ONNX's own domain it knows "" only, not "ai.onnx".
 
     Tensors are float32; float16 and bfloat16 are computed in float32 and rounded once. A training node of
     opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the biased variance
