@@ -230,7 +230,7 @@ def keras_2():
     return tf_keras
 
 
-@pytest.mark.parametrize("shape", [(6, 3), (6, 4, 3), (2, 3, 2, 4)])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 4, 3), (2, 3, 2, 4), (2, 3, 2, 2, 4)])
 @pytest.mark.parametrize("fused", [None, False])
 def test_keras_2(keras_2, shape, fused):  # case 46
     rng = np.random.default_rng(0)
@@ -238,7 +238,7 @@ def test_keras_2(keras_2, shape, fused):  # case 46
     theirs.build(shape)
     theirs.set_weights([rng.uniform(0.5, 2, shape[-1]) for _ in range(4)])
     ours = from_keras(theirs)
-    assert ours.unbiased is (fused is None and len(shape) == 4)
+    assert ours.unbiased is (fused is None and len(shape) >= 4)
     for training in False, True, True, False:
         x = batch(rng, shape)
         assert_close(ours.train(training)(x), theirs(x, training=training).numpy())
