@@ -24,7 +24,7 @@ def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
 
     Keras weighs the old value with its `momentum`, fastbn the new one with ``1 - momentum``, along the same
     `axis`. Keras 3 averages the biased variance then (``unbiased=False``). Keras 2 averages the unbiased one
-    in its fused implementation, which it takes by itself for inputs of 4 or 5 axes with the channels second or
+    in its fused implementation, taken by itself for inputs of 4 or 5 axes with the channels second or
     last, and the biased one in the other; the layer does as its `fused` says.
 
     Parameters
