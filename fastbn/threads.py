@@ -166,7 +166,7 @@ def _look_up() -> tuple[int, str]:
     quota = _cgroup_quota()
     if quota is not None:
         limits.append((math.ceil(quota), f"cgroup CPU quota of {quota:g}"))
-    omp, ours = (os.environ.get(name, "").strip() for name in ("OMP_NUM_THREADS", "FASTBN_NUM_THREADS"))
+    omp = os.environ.get("OMP_NUM_THREADS", "").strip()
     if omp:
         count = _positive(omp.partition(",")[0])
         if count:
@@ -177,15 +177,24 @@ def _look_up() -> tuple[int, str]:
                 RuntimeWarning,
                 stacklevel=1,
             )
-    if ours:
-        count = _positive(ours)
-        if not 1 <= count <= MAX_THREADS:
-            raise ValueError(
-                f"the environment variable FASTBN_NUM_THREADS must be a whole number from 1 to "
-                f"{MAX_THREADS}, got {ours!r}; correct it or unset it"
-            )
-        limits.append((count, "FASTBN_NUM_THREADS"))
+    asked_for = _asked_for()
+    if asked_for is not None:
+        limits.append((asked_for, "FASTBN_NUM_THREADS"))
     return min(limits, key=operator.itemgetter(0))
+
+
+def _asked_for() -> int | None:
+    """What FASTBN_NUM_THREADS says."""
+    text = os.environ.get("FASTBN_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    count = _positive(text)
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(
+            f"the environment variable FASTBN_NUM_THREADS must be a whole number from 1 to "
+            f"{MAX_THREADS}, got {text!r}; correct it or unset it"
+        )
+    return count
 
 
 def _positive(text: str) -> int:
@@ -252,3 +261,9 @@ def _quota(directory: str, is_v2: bool) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or "max"
         return None
     return cpus if cpus > 0 else None  # v1 writes -1 for no limit
+
+
+try:  # at import, rather than at the first call that is large enough to ask
+    _asked_for()
+except ValueError as error:
+    raise ImportError(str(error)) from None
