@@ -35,7 +35,7 @@ cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t n_gaps) noexcept:
 
 
 cdef enum:
-    ROOM = 3 * (1024 + 16) + 15 + PAGE  # floats: coefficients that need no allocation
+    ROOM = 3 * (256 + 16) + 15 + PAGE  # floats, 7 KB: coefficients that need no allocation
 
 
 cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
@@ -131,7 +131,7 @@ def channels(x, axis, tuple ranks):
 # ---- the operations -----------------------------------------------------------------------------------------------
 
 cdef int allocate_scratch(Plan *plan) except -1:
-    """Tiles, sums over them, and coefficients if there is an output."""
+    """Room for each member's sums of columns, tiles, sums over them, and coefficients if there is an output."""
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
     cdef bint backward = plan.p.grad_input.data != NULL
@@ -141,10 +141,13 @@ cdef int allocate_scratch(Plan *plan) except -1:
     cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row
-    plan.scratch = malloc(sums + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
+    cdef Py_ssize_t rooms = plan.threads * BN_ROOM if plan.p.layout == BN_ROWS else 0
+    cdef size_t coefficients = 0 if out == NULL else coef_floats(width, backward) * sizeof(float)
+    plan.scratch = malloc(63 + rooms * sizeof(float) + sums + coefficients)
     if plan.scratch == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
-    plan.tile_a = <double *> plan.scratch
+    plan.p.room = <float *> ((<uintptr_t> plan.scratch + 63) // 64 * 64)
+    plan.tile_a = <double *> (plan.p.room + rooms)
     plan.tile_b = plan.tile_a + n
     plan.g = plan.tile_b + n
     plan.gx = plan.g + C

@@ -2,7 +2,7 @@
 
 cdef extern from "kernels.h":
     enum:
-        BN_PLANES, BN_ROWS, BN_SHORT_PLANE
+        BN_PLANES, BN_ROWS, BN_SHORT_PLANE, BN_ROOM
         BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU
 
     ctypedef struct bn_operand:
@@ -14,6 +14,7 @@ cdef extern from "kernels.h":
         float negative_slope
         Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
+        float *room
 
     ctypedef struct bn_coef:
         float *mean

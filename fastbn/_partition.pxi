@@ -54,6 +54,7 @@ cdef void as_member(void *arg, int member, int team) noexcept nogil:
     cdef long long start
     own.member = member
     own.team = team
+    own.p.room += member * BN_ROOM
     if member:
         own.work(&own)
     else:
@@ -113,7 +114,7 @@ cdef inline void wait_for_all(Plan *plan) noexcept nogil:
 
 cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit) noexcept nogil:
     """Where part i of n begins, at a multiple of unit."""
-    return total if i == n else total * i // n // unit * unit
+    return total if i == n else (total // n * i + total % n * i // n) // unit * unit
 
 
 cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backward) noexcept nogil:
