@@ -198,7 +198,11 @@ cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
             raise TypeError(f"num_threads must be None or an int, got {num_threads!r}") from None
         if n < 1:
             raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    if elements < SERIAL or openmp is None:
+    if elements < SERIAL:
+        return 1
+    if openmp is None:
+        from fastbn import threads
+        threads.warn_if_serial(num_threads)
         return 1
     if threads_module is None:
         first_parallel_call()

@@ -20,7 +20,7 @@ _SERIAL = (1, "built without OpenMP")
 
 _chosen: tuple[int, str] | None = None  # by set_num_threads: the count and why
 _default: tuple[int, str] | None = None  # None until it is asked for
-_warned_of_fewer = False
+_warned_of_fewer = _warned_of_serial = False
 
 
 def get_num_threads() -> int:
@@ -107,7 +107,30 @@ def set_num_threads(n: int | None) -> None:
         raise TypeError(f"n must be an integer or None, got {type(n).__name__}") from None
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(f"n must be from 1 to {MAX_THREADS}, got {count}")
-    _chosen = _SERIAL if _kernels.openmp is None else (count, "set_num_threads")
+    _chosen = _SERIAL if _kernels.openmp is None and count > 1 else (count, "set_num_threads")
+
+
+def warn_if_serial(num_threads: int | None) -> None:
+    """Warn once if a call with this ``num_threads=`` would have used threads, had the build OpenMP."""
+    global _warned_of_serial
+    if _warned_of_serial:
+        return
+    if num_threads is not None:
+        would = num_threads > 1
+    elif _chosen is not None:
+        would = _chosen is _SERIAL
+    else:
+        would = _least_limit()[0] > 1
+    if would:
+        _warned_of_serial = True
+        warnings.warn(
+            "fastbn was built without OpenMP and uses one thread only. To use more, install a compiler with "
+            "OpenMP (gcc, or clang with libomp) and build again without FASTBN_NO_OPENMP: pip install "
+            "--force-reinstall --no-deps --no-cache-dir --no-binary fastbn. To keep one thread and hear no "
+            "more of it: fastbn.set_num_threads(1)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def count_cpus() -> int:
@@ -162,6 +185,10 @@ def warn_of_fewer(can: int, wanted: int) -> None:
 def _look_up() -> tuple[int, str]:
     if _kernels.openmp is None:
         return _SERIAL
+    return _least_limit()
+
+
+def _least_limit() -> tuple[int, str]:
     limits = [(count_cpus(), "CPU affinity"), (MAX_THREADS, "upper limit of fastbn")]
     quota = _cgroup_quota()
     if quota is not None:

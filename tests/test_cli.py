@@ -48,6 +48,10 @@ def test_show_config_as_dicts():
         "supported_isas": list(_kernels.supported_isas()),
         "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
         "threads": dict(zip(("count", "reason"), threads.explain_num_threads(), strict=True)),
+        "sharing": {
+            "wait_policy": threads.wait_policy(),
+            **dict(zip(("shared", "alone", "lost"), _kernels.sharing(), strict=True)),
+        },
         "caches": dict(zip(("L2", "last_level", "last_level_cpus"), _kernels.caches(), strict=True)),
         "output_memory": {"limit": 256 << 20},
     }
@@ -60,12 +64,16 @@ def test_show_config_prints(capsys, monkeypatch):
     monkeypatch.setattr(_kernels, "caches", lambda: (512 << 10, 6 << 20, 4))
     monkeypatch.setattr(_kernels, "openmp", 201511)
     monkeypatch.setattr(_kernels, "openmp_library", lambda: "/lib/libgomp.so.1")
+    monkeypatch.setattr(_kernels, "sharing", lambda: (70, 8, 2))
+    monkeypatch.setattr(config, "wait_policy", lambda: "patiently")
     assert fastbn.show_config() is None
     expected = f"""\
 fastbn           {fastbn.__version__}, NumPy {np.__version__}
 instruction set  {_kernels.get_isa()}, of {", ".join(_kernels.supported_isas())}
 OpenMP           201511, /lib/libgomp.so.1
 threads          3: CPU affinity
+wait policy      patiently
+calls            70 shared out, 2 of them late; 8 went alone instead
 caches           L2 0.5 MiB, last level 6 MiB for 4 CPUs
 output memory    0 MiB held for the next outputs, 256 MiB at most
 """
