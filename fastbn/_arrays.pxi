@@ -14,8 +14,8 @@ cdef int activation_code(activation) except -1:
 
 
 cdef int check_slope(double negative_slope) except -1:
-    if not isfinite(negative_slope):
-        raise ValueError(f"negative_slope must be finite, got {negative_slope}")
+    if not fabs(negative_slope) <= FLT_MAX:
+        raise ValueError(f"negative_slope must be finite, in float32 too, got {negative_slope}")
     return 0
 
 
@@ -25,8 +25,8 @@ def check_activation(activation, double negative_slope):
 
 
 cpdef check_momentum(double momentum):
-    if not isfinite(momentum):
-        raise ValueError(f"momentum must be finite, got {momentum}")
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must be finite and lie in [0, 1], the weight of the new value, got {momentum}")
 
 
 cdef object foreign(a, str name):
@@ -39,9 +39,10 @@ cdef object foreign(a, str name):
             return np.asarray(a)
         elif not hasattr(a, "__dlpack__"):
             return np.asarray(memoryview(a))
-        elif a.__dlpack_device__()[0] == 1:  # kDLCPU
-            return np.from_dlpack(a)
         else:
+            device, _ = a.__dlpack_device__()
+            if device == 1:  # kDLCPU
+                return np.from_dlpack(a)
             reason = " (not in the memory of the CPU)"
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         if hasattr(a, "__dlpack__"):
@@ -175,13 +176,11 @@ cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
     check_shape(out, x, "out", "the input")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out is read-only; pass a writable array")
-    if in_place and same_memory(out, x):
-        return out
     if not (cnp.PyArray_IS_C_CONTIGUOUS(out) or distinct(out)):
         raise ValueError(
             f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
         )
-    if overlap(out, x):
+    if not (in_place and same_memory(out, x)) and overlap(out, x):
         raise ValueError(
             "out overlaps x; pass x itself (in place) or memory of its own" if in_place else
             "out overlaps x; pass memory of its own"
@@ -192,6 +191,48 @@ cdef cnp.ndarray output(a, cnp.ndarray x, bint in_place):
 cdef int check_clear(cnp.ndarray out, a, str name) except -1:
     if a is not None and overlap(out, a if cnp.PyArray_Check(a) else foreign(a, name)):
         raise ValueError(f"out overlaps {name}; pass memory of its own")
+    return 0
+
+
+cdef int check_running(cnp.ndarray a, str name, others) except -1:
+    """That a running array, which is updated, shares no memory with itself or any of the (name, array or None)."""
+    if not distinct(a):
+        raise ValueError(
+            f"{name} has elements that share memory (strides {(<object> a).strides}); pass an array without"
+        )
+    for other_name, other in others:
+        if other is not None and overlap(a, other if cnp.PyArray_Check(other) else foreign(other, other_name)):
+            raise ValueError(f"{name} overlaps {other_name}; pass memory of its own")
+    return 0
+
+
+cdef int check_moment(a, str name, Py_ssize_t C) except -1:
+    """Of a BatchStats, which no more than its class keeps others from changing."""
+    if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISNOTSWAPPED(a):
+        raise TypeError(f"stats.{name} must be a float64 numpy.ndarray; make a new BatchStats")
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C:
+        raise ValueError(f"stats must be of {C} channels, as x is, got {a.size} in stats.{name}")
+    if C > 1 and cnp.PyArray_STRIDE(a, 0) != 8 or not cnp.PyArray_ISALIGNED(a):
+        raise ValueError(f"stats.{name} must be contiguous and aligned; make a new BatchStats")
+    return 0
+
+
+cdef int check_variance(cnp.ndarray var, bint float64, double eps) except -1:
+    """That a checked vector without gaps gives no root of a negative number; a NaN may be in it."""
+    cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
+    cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
+    cdef const double *v64 = <const double *> cnp.PyArray_DATA(var)
+    cdef bint negative = False
+    if float64:
+        for c in range(C):
+            negative |= v64[c] + eps < 0.0
+    else:
+        for c in range(C):
+            negative |= v32[c] + eps < 0.0
+    if negative:
+        c = int(np.argmax(np.asarray(var, np.float64) + eps < 0.0))
+        name = "stats.var" if float64 else "running_var"
+        raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]} + {eps}")
     return 0
 
 

@@ -38,6 +38,8 @@ class Frozen:
         x: NDArray[float32],
         residual: NDArray[float32] | None = None,
         out: NDArray[float32] | None = None,
+        *,
+        num_threads: int | None = None,
     ) -> NDArray[float32]: ...
 
 def set_output_limit(max_bytes: int) -> None: ...
@@ -83,6 +85,7 @@ def backward(
     x: NDArray[float32],
     mean: NDArray[np.float64],
     var: NDArray[np.float64],
+    count: int,
     weight: NDArray[float32] | None,
     bias: NDArray[float32] | None,
     eps: float,

@@ -12,7 +12,8 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from libc.math cimport isfinite
+from libc.float cimport FLT_MAX
+from libc.math cimport fabs, isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
@@ -98,10 +99,12 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     cdef float *block = room
     check_eps(eps)
     if not float64:
-        mean = contiguous(mean, "running_mean", C)
-        var = contiguous(var, "running_var", C)
-    elif cnp.PyArray_DIM(mean, 0) != C:
-        raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
+        mean = contiguous(array32(mean, "running_mean"), "running_mean", C)
+        var = contiguous(array32(var, "running_var"), "running_var", C)
+    else:
+        check_moment(mean, "mean", C)
+        check_moment(var, "var", C)
+    check_variance(var, float64, eps)
     weight = contiguous(weight, "weight", C)
     bias = contiguous(bias, "bias", C)
     memset(&p, 0, sizeof(p))
@@ -202,6 +205,9 @@ def forward(x, weight, bias, double eps, axis, residual, activation, double nega
         running_mean = vector(running_mean, "running_mean", C, True)
         running_var = vector(running_var, "running_var", C, True)
         check_momentum(momentum)
+        others = [("x", x), ("weight", weight), ("bias", bias), ("residual", residual)]
+        check_running(running_mean, "running_mean", [*others, ("running_var", running_var)])
+        check_running(running_var, "running_var", others)
     if residual is not None:
         residual = array32(residual, "residual")
         check_shape(residual, x, "residual", "x")
@@ -302,13 +308,15 @@ cdef class Frozen:
     def __dealloc__(self):
         free(self.block)
 
-    def __call__(self, x, residual=None, out=None):
+    def __call__(self, x, residual=None, out=None, *, num_threads=None):
         """Normalize `x`.
 
         Parameters
         ----------
         x : ndarray of float32, rank >= 2
         residual, out : ndarray of float32, shape of `x`, or None
+            See :func:`fastbn.batch_norm`.
+        num_threads : int or None
             See :func:`fastbn.batch_norm`.
 
         Returns
@@ -324,7 +332,7 @@ cdef class Frozen:
         x = array32(x, "x")
         if cnp.PyArray_DIM(x, check_axis(x, self.axis, "x")) != self.num_features:
             raise ValueError(f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}")
-        return infer(&self.k, x, self.axis, residual, self.activation_code, self.negative_slope, out, None)
+        return infer(&self.k, x, self.axis, residual, self.activation_code, self.negative_slope, out, num_threads)
 
 
 cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_slope, out, num_threads):
@@ -365,7 +373,7 @@ cdef infer(const bn_coef *k, x, axis, residual, int activation, double negative_
     return given
 
 
-def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, double eps, bint training, axis,
+def backward(grad_output, x, mean, var, count, weight, bias, double eps, bint training, axis,
              residual, activation, double negative_slope, out, num_threads):
     """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,)."""
     x = array32(x, "x")
@@ -394,8 +402,13 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
         check_clear(out, weight, "weight")
         check_clear(out, bias, "bias")
     plan.threads = ask_threads(num_threads, C * m)
-    if mean.size != C:
-        raise ValueError(f"stats must be of {C} channels, as x is, got {mean.size}")
+    check_moment(mean, "mean", C)
+    check_moment(var, "var", C)
+    if training and m and count != m:
+        raise ValueError(
+            f"stats are of {count} values per channel, but x has {m}; pass the whole batch that they are of, or "
+            "training=False where they are fixed"
+        )
     cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     if C * m == 0:
@@ -425,16 +438,21 @@ def backward(grad_output, x, cnp.ndarray mean, cnp.ndarray var, weight, bias, do
     return (dx if out is None else given), grad_weight, grad_bias, grad_residual
 
 
-cdef double unbiasing(Py_ssize_t count, bint unbiased) noexcept:
+cdef double unbiasing(double count, bint unbiased) noexcept:
     """Bessel's correction."""
-    return <double> count / (count - 1) if unbiased and count > 1 else 1.0
+    return count / (count - 1) if unbiased and count > 1 else 1.0
 
 
-def update_running(running_mean, running_var, cnp.ndarray mean, cnp.ndarray var, Py_ssize_t count, double momentum,
-                   bint unbiased):
+def update_running(running_mean, running_var, mean, var, count, double momentum, bint unbiased):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
-    cdef Py_ssize_t C = cnp.PyArray_DIM(mean, 0)
+    cdef Py_ssize_t C = cnp.PyArray_SIZE(mean) if cnp.PyArray_Check(mean) else 0
+    check_moment(mean, "mean", C)
+    check_moment(var, "var", C)
+    running_mean = vector(running_mean, "running_mean", C, True)
+    running_var = vector(running_var, "running_var", C, True)
     check_momentum(momentum)
+    check_running(running_mean, "running_mean", [("running_var", running_var)])
+    check_running(running_var, "running_var", [])
     if count == 0:
         return
     K.move_running(<char *> cnp.PyArray_DATA(running_mean), cnp.PyArray_STRIDE(running_mean, 0), data64(mean), 0, C,

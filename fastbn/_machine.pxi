@@ -185,6 +185,9 @@ if os.environ.get("FASTBN_ISA"):
 
 # ---- how many threads ---------------------------------------------------------------------------------------------
 
+cdef enum:
+    MAX_THREADS = 1024
+
 cdef int AT_WORK = 0, MOST_AT_WORK = 0  # threads of calls that have let go of the GIL, now and at most
 cdef int DEFAULT_THREADS = 0  # that a call took which named no number; only its kind is judged
 
@@ -196,8 +199,10 @@ cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
             n = num_threads
         except TypeError:
             raise TypeError(f"num_threads must be None or an int, got {num_threads!r}") from None
-        if n < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        except OverflowError:
+            n = 0
+        if not 1 <= n <= MAX_THREADS:
+            raise ValueError(f"num_threads must be from 1 to {MAX_THREADS}, got {num_threads}")
     if elements < SERIAL:
         return 1
     if openmp is None:
@@ -210,7 +215,6 @@ cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
         n = threads_module.get_num_threads()
         if n > 1:
             n = default_threads(n, elements)
-    n = min(n, 1024)
     return n if n == 1 else startable(n)
 
 

@@ -214,7 +214,7 @@ def batch_norm_backward(
         Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
         from them; with `residual` its gradient is returned too.
     stats : BatchStats
-        What the forward call normalized with.
+        What the forward call normalized with. In training, of all of `x`: of as many values per channel.
     training : bool
         Whether `stats` are those of `x`, and the gradient goes through them; False takes them as constants.
     out : ndarray of float32, shape of `x`, or None
@@ -233,8 +233,8 @@ def batch_norm_backward(
     """
     _check_stats(stats)
     grads = _kernels.backward(
-        grad_output, x, stats.mean, stats.var, weight, bias, eps, training, axis, residual, activation,
-        negative_slope, out, num_threads,
+        grad_output, x, stats.mean, stats.var, stats.count, weight, bias, eps, training, axis, residual,
+        activation, negative_slope, out, num_threads,
     )  # fmt: skip
     return _new_tuple(BatchNormGrads, grads)
 
@@ -268,9 +268,6 @@ def update_running(
         If an array is not a writable float32 vector of as many channels as `stats` has.
     """
     _check_stats(stats)
-    channels = stats.mean.size
-    running_mean = _kernels.vector(running_mean, "running_mean", channels, True)
-    running_var = _kernels.vector(running_var, "running_var", channels, True)
     _kernels.update_running(running_mean, running_var, stats.mean, stats.var, stats.count, momentum, unbiased)
 
 
