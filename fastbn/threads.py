@@ -126,8 +126,8 @@ def warn_if_serial(num_threads: int | None) -> None:
         warnings.warn(
             "fastbn was built without OpenMP and uses one thread only. To use more, install a compiler with "
             "OpenMP (gcc, or clang with libomp) and build again without FASTBN_NO_OPENMP: pip install "
-            "--force-reinstall --no-deps --no-cache-dir --no-binary fastbn fastbn. To keep one thread and hear no "
-            "more of it: fastbn.set_num_threads(1)",
+            "--force-reinstall --no-deps --no-cache-dir --no-binary fastbn fastbn. To keep one thread and "
+            "hear no more of it: fastbn.set_num_threads(1)",
             RuntimeWarning,
             stacklevel=2,
         )
