@@ -1,6 +1,8 @@
 """Build the C core: one object per instruction set, each with its own flags, linked into one extension."""
 
 import os
+import re
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -12,6 +14,11 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). No other file is compiled
 # with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
@@ -33,6 +40,16 @@ GNU_OPENMP = [
 MSVC_OPENMP = [(["/openmp"], [])]
 OPENMP_PROBE = "#include <omp.h>\nint probe(void);\nint probe(void) { return omp_get_max_threads(); }\n"
 
+# Flags of CC, CFLAGS, CPPFLAGS and LDFLAGS that would make a wrong library. Unsafe mathematics changes
+# results, and gcc that links with it changes the arithmetic of the whole process. Instructions belong to the
+# files above.
+IGNORED = re.compile(
+    r"-(Ofast|ff(ast-math|inite-math-only|p-model=.*|p-contract=.*)|funsafe-math-optimizations|fassociative-math"
+    r"|freciprocal-math|fno-signed-zeros|fapprox-func|fcx-limited-range|fsingle-precision-constant"
+    r"|fdenormal-fp-math(-f32)?=.*|m(arch|cpu|tune|fpmath)=.*|mdaz-ftz|mrecip(=.*)?"
+    r"|m(no-)?(avx|sse|ssse|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|xop|aes|vaes|sha|gfni|vpclmul|pclmul|amx).*)"
+)
+
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
 INCLUDED = glob("fastbn/*.pxi")  # by _kernels.pyx
 
@@ -40,16 +57,42 @@ INCLUDED = glob("fastbn/*.pxi")  # by _kernels.pyx
 class BuildKernels(build_ext):
     def initialize_options(self):
         super().initialize_options()
-        self.build_temp = "build/objects"  # shared by installing, packaging and building in place
+        # Shared by installing, packaging and building in place, not by several Pythons.
+        self.build_temp = f"build/objects/{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
+
+    def run(self):
+        """Build when no other build of this checkout for this Python is at work."""
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        with open(Path(self.build_temp, "lock"), "w") as lock:
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
+
+    def ignore_flags(self):
+        """Take from the compiler's commands what would make a wrong library, and say so."""
+        ignored = {}  # a set that keeps the order
+        for name in self.compiler.executables:
+            command = getattr(self.compiler, name, None)
+            if command:
+                ignored |= dict.fromkeys(filter(IGNORED.fullmatch, command))
+                kept = [flag for flag in command if not IGNORED.fullmatch(flag)]
+                setattr(self.compiler, name, kept)
+        if ignored:
+            self.warn(
+                f"fastbn ignores {' '.join(ignored)} of CC, CFLAGS, CPPFLAGS, LDFLAGS or Python's own flags: "
+                "its results must be exact, and it chooses instructions when it is imported"
+            )
 
     def build_extension(self, ext):
+        self.ignore_flags()
         msvc = self.compiler.compiler_type == "msvc"
         flags = MSVC_FLAGS if msvc else GNU_FLAGS + GNU_OPTIMIZE[bool(self.debug)]
         openmp_compile, openmp_link = self.find_openmp(MSVC_OPENMP if msvc else GNU_OPENMP)
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        sources = {f"src_c/{name}.c": own_flags for name in ("dispatch", "outputs", "kernels_baseline")}
+        plain = "backoff", "dispatch", "outputs", "kernels_baseline"
+        sources = {f"src_c/{name}.c": own_flags for name in plain}
         for isa, (gnu, visual) in isas.items():
             sources[f"src_c/kernels_{isa}.c"] = own_flags + (visual if msvc else gnu)
 

@@ -1,7 +1,34 @@
 """fastbn: batch normalization for CPUs. NumPy arrays in, NumPy arrays out."""
 
+import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
+
+def _openmp_is_loaded() -> bool:
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            return "/libgomp" in file.read()
+    except OSError:  # not on Linux
+        return False
+
+
+# GNU OpenMP reads, when it is loaded, how long its threads spin for the next region before they sleep.
+# Without a word it is milliseconds, which a busy machine pays for; here it is some tens of microseconds. The
+# variable is gone again before anything else can see it. Where another library has loaded the runtime before,
+# nothing changes.
+_short_spin = not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & _os.environ.keys() and not _openmp_is_loaded()
+if _short_spin:
+    _os.environ["GOMP_SPINCOUNT"] = "3000"
+try:
+    from fastbn import _kernels as _kernels
+finally:
+    if _short_spin:
+        del _os.environ["GOMP_SPINCOUNT"]
+
+# ruff: noqa: E402
 from fastbn.config import show_config
-from fastbn.folding import fold_conv, fold_linear
+from fastbn.folding import fold_conv, fold_conv_next, fold_linear, fold_linear_next
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import (
     BatchNormGrads,
@@ -15,6 +42,9 @@ from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.outputs import empty_output_cache, set_output_cache
 from fastbn.statistics import BatchStats
 from fastbn.threads import get_num_threads, set_num_threads
+
+if _TYPE_CHECKING:
+    from fastbn import interop
 
 __version__ = "0.1.0"
 
@@ -32,10 +62,21 @@ __all__ = [
     "batch_stats",
     "empty_output_cache",
     "fold_conv",
+    "fold_conv_next",
     "fold_linear",
+    "fold_linear_next",
     "get_num_threads",
+    "interop",
     "set_num_threads",
     "set_output_cache",
     "show_config",
     "update_running",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "interop":  # when it is first asked for
+        from importlib import import_module
+
+        return import_module("fastbn.interop")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,9 @@
 
 python -m fastbn info [--json]
 python -m fastbn bench [--shape 32x64x56x56 ...] [--threads 1 4 ...] [--seconds 0.5] [--json]
+python -m fastbn --version
+
+`fastbn` alone says the same where fastbn is installed.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,21 +39,32 @@ SAMPLE = 0.005  # seconds of calls that are timed as one, and of calls before th
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     try:
-        config = show_config("dicts")
-    except ValueError as error:  # in the environment
-        sys.exit(f"python -m fastbn {args.command}: {error}")
-    if args.command == "bench":
-        _bench(args, config)
-    elif args.json:
-        print(json.dumps(config, indent=2))
-    else:
-        show_config()
+        if args.command == "bench":
+            _bench(args, show_config("dicts"))
+        elif args.json:
+            print(json.dumps(show_config("dicts"), indent=2))
+        else:
+            show_config()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has had enough, such as `head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell has it
+    except (MemoryError, ValueError) as error:  # of shapes, of the environment
+        sys.exit(f"{parser.prog} {args.command}: {error}")
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fastbn", description="Batch normalization for CPUs.")
+def _parser() -> argparse.ArgumentParser:
+    is_script = os.path.basename(sys.argv[0]).partition(".")[0] == "fastbn"
+    parser = argparse.ArgumentParser(
+        prog="fastbn" if is_script else "python -m fastbn", description="Batch normalization for CPUs."
+    )
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="instruction set, OpenMP, threads, caches, output memory")
     bench = commands.add_parser("bench", help="time fastbn against NumPy on this machine")
@@ -59,10 +74,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     bench.add_argument(
         "--threads", nargs="+", type=_threads, metavar="N", help="default: 1 and what fastbn takes by itself"
     )
-    bench.add_argument("--seconds", type=float, default=0.5, help="for each row (default: %(default)s)")
+    bench.add_argument("--seconds", type=_seconds, default=0.5, help="for each row (default: %(default)s)")
     for command in (info, bench):
         command.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _shape(text: str) -> Shape:
@@ -80,39 +95,100 @@ def _threads(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, got {text!r}")
+    return seconds
+
+
+def _check_memory(shapes: Iterable[Shape]) -> None:
+    """Refuse what would make the machine swap or the kernel end the process."""
+    try:
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return
+    for shape in shapes:
+        needed = 5 * 4 * math.prod(shape)  # x, grad_output, out, and what NumPy puts in between
+        if needed > available:
+            raise MemoryError(
+                f"--shape {'x'.join(map(str, shape))} takes {needed / 2**30:,.1f} GiB of memory, and this "
+                f"machine has {available / 2**30:,.1f} GiB; give a smaller one"
+            )
+
+
 def _bench(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    _check_memory(args.shape)
     threads = list(dict.fromkeys(args.threads or (1, config["threads"]["count"])))
     rows = _rows(args.shape, threads, args.seconds)
     if args.json:
         print(json.dumps({"config": config, "results": list(rows)}, indent=2))
         return
-    try:
-        from rich.console import Console
-        from rich.progress import track
-        from rich.table import Table
-    except ImportError:
-        sys.exit("python -m fastbn bench draws its table with rich: `pip install rich`, or ask for --json")
-
-    table = Table(
-        title="Batch norm: microseconds, and how many times faster than NumPy",
-        caption=f"fastbn {config['version']}, {config['isa']}; NumPy {config['numpy']}",
-    )
-    for heading in ("N x C x spatial", "operation"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("NumPy", *(f"fastbn, {n} thread{'s' * (n > 1)}" for n in threads)):
-        table.add_column(heading, justify="right")
+    title = "Batch norm: microseconds, and how many times faster than NumPy"
+    caption = f"fastbn {config['version']}, {config['isa']}; NumPy {config['numpy']}"
+    headings = [
+        "N x C x spatial",
+        "operation",
+        "NumPy",
+        *(f"fastbn, {n} thread{'s' * (n > 1)}" for n in threads),
+    ]
     total = sum(len(_operations(shape)) for shape in args.shape)
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        _print_plain(rows, title, caption, headings)
+    else:
+        _print_rich(rows, title, caption, headings, total)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return ["x".join(map(str, row["shape"])), row["operation"], f"{row['numpy_us']:,.1f}"]
+
+
+def _means(speedups: list[list[float]]) -> list[str]:
+    return [f"{geometric_mean(found):5.1f}" for found in zip(*speedups, strict=True)]
+
+
+def _print_plain(rows: Iterable[dict[str, Any]], title: str, caption: str, headings: list[str]) -> None:
+    """A row as soon as it is measured."""
+
+    def line(cells: Iterable[str]) -> None:
+        texts = [f"{cell:{'<' if i < 2 else '>'}20}" for i, cell in enumerate(cells)]
+        print(" ".join(texts).rstrip(), flush=True)
+
+    print(title)
+    line(headings)
+    speedups = []
+    for row in rows:
+        line([*_cells(row), *(f"{entry['us']:,.1f} {entry['speedup']:5.1f}" for entry in row["fastbn"])])
+        speedups.append([entry["speedup"] for entry in row["fastbn"]])
+    line(["geometric mean", "", "", *_means(speedups)])
+    print(caption)
+
+
+def _print_rich(
+    rows: Iterable[dict[str, Any]], title: str, caption: str, headings: list[str], total: int
+) -> None:
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, no_wrap=i < 2, justify="left" if i < 2 else "right")
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
     speedups = []
     for row in track(rows, "Timing", total, console=Console(stderr=True), transient=True):
         times = [f"{entry['us']:,.1f} [bold]{entry['speedup']:5.1f}[/]" for entry in row["fastbn"]]
-        table.add_row("x".join(map(str, row["shape"])), row["operation"], f"{row['numpy_us']:,.1f}", *times)
+        table.add_row(*_cells(row), *times)
         speedups.append([entry["speedup"] for entry in row["fastbn"]])
-    means = [f"[bold]{geometric_mean(found):5.1f}[/]" for found in zip(*speedups, strict=True)]
     table.add_section()
-    table.add_row("geometric mean", "", "", *means)
+    table.add_row("geometric mean", "", "", *(f"[bold]{mean}[/]" for mean in _means(speedups)))
     console.print(table)
 
 

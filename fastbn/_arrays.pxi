@@ -22,7 +22,7 @@ cdef double number(value, str name) except? -1.0:
         raise ValueError(f"{name} must be within the range of a float, got an int beyond it") from None
 
 
-cdef Py_ssize_t whole(value, str name) except? -1:
+cdef Py_ssize_t whole(value, str name, str limits) except? -1:
     if type(value) is int:
         pass
     elif isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -35,7 +35,7 @@ cdef Py_ssize_t whole(value, str name) except? -1:
     try:
         return value
     except OverflowError:
-        raise ValueError(f"{name} is far out of range, got {value}") from None
+        raise ValueError(f"{name} must {limits}, got {value}") from None
 
 
 cdef double check_eps(eps) except? -1.0:
@@ -55,7 +55,7 @@ cdef float check_slope(negative_slope) except? -1.0:
 cpdef double check_momentum(momentum) except? -1.0:
     cdef double value = number(momentum, "momentum")
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"momentum must be finite and from 0 to 1, got {value}")
+        raise ValueError(f"momentum must be finite and lie in [0, 1], the weight of the new value, got {value}")
     return value
 
 
@@ -413,56 +413,31 @@ cdef void flatten(bn_problem *p) noexcept:
 
 # Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next
 # output. It is in force while such an array is made, and for all the life of that array.
-cdef extern from *:
-    """
-    /* For where no GIL keeps others out. Not a PyMutex: that may be handed to a thread that waits for it, and a child
-     * that another thread forks then finds it locked for ever. This one is held by running threads alone, and before
-     * it forks Python stops those where they hold nothing. */
-    #ifdef Py_GIL_DISABLED
-    #include <sched.h>
-    #include <stdatomic.h>
-    static atomic_flag fastbn_outputs_in_use = ATOMIC_FLAG_INIT;
-    static void fastbn_take_outputs(void) {
-        while (atomic_flag_test_and_set_explicit(&fastbn_outputs_in_use, memory_order_acquire))
-            sched_yield();
-    }
-    static void fastbn_leave_outputs(void) {
-        atomic_flag_clear_explicit(&fastbn_outputs_in_use, memory_order_release);
-    }
-    #else
-    #define fastbn_take_outputs() ((void)0)
-    #define fastbn_leave_outputs() ((void)0)
-    #endif
-    """
-    void fastbn_take_outputs()
-    void fastbn_leave_outputs()
-
-
 cdef void *output_malloc(void *unused, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *memory = bn_output_malloc(size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return memory
 
 
 cdef void *output_calloc(void *unused, size_t count, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *memory = bn_output_calloc(count, size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return memory
 
 
 cdef void *output_realloc(void *unused, void *memory, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef void *moved = bn_output_realloc(memory, size)
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return moved
 
 
 cdef void output_free(void *unused, void *memory, size_t size) noexcept:
-    fastbn_take_outputs()
+    fastbn_lock()
     bn_output_free(memory)
-    fastbn_leave_outputs()
+    fastbn_unlock()
 
 
 cdef PyDataMem_Handler output_handler
@@ -478,25 +453,25 @@ cdef Py_ssize_t KEEP_FROM = 1 << 18  # bytes; smaller arrays do not pay for page
 
 
 def set_output_limit(Py_ssize_t max_bytes):
-    fastbn_take_outputs()
+    fastbn_lock()
     bn_output_set_limit(<size_t> max_bytes)
-    fastbn_leave_outputs()
+    fastbn_unlock()
 
 
 def output_memory():
     """(bytes kept now, bytes kept at most)"""
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef size_t held = bn_output_held(), limit = bn_output_limit()
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return held, limit
 
 
 cdef bint give_back() noexcept:
     """Give back what is kept; whether that was anything, and an allocation that failed may be tried once more."""
-    fastbn_take_outputs()
+    fastbn_lock()
     cdef bint held = bn_output_held() > 0
     bn_output_give_back()
-    fastbn_leave_outputs()
+    fastbn_unlock()
     return held
 
 

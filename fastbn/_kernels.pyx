@@ -12,7 +12,6 @@ import os
 import numpy as np
 
 cimport numpy as cnp
-from cython.parallel cimport parallel, threadid
 from libc.float cimport FLT_MAX
 from libc.math cimport fabs, isfinite
 from libc.stdint cimport uintptr_t
@@ -37,7 +36,7 @@ cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t n_gaps) noexcept:
 
 
 cdef enum:
-    ROOM = 3 * (1024 + 16) + 15 + PAGE  # floats: coefficients that need no allocation
+    ROOM = 3 * (256 + 16) + 15 + PAGE  # floats, 7 KB: coefficients that need no allocation
 
 
 cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
@@ -120,14 +119,14 @@ def channels(x, axis, tuple ranks):
     """The number of channels of x, checked."""
     x = array32(x, "x")
     check_rank(x, ranks)
-    cdef Py_ssize_t number = whole(axis, "axis")
+    cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
     return cnp.PyArray_DIM(x, check_axis(x, number))
 
 
 # ---- the operations -----------------------------------------------------------------------------------------------
 
 cdef int allocate_scratch(Plan *plan) except -1:
-    """Tiles, sums over them, and coefficients if there is an output."""
+    """Room for each member's sums of columns, tiles, sums over them, and coefficients if there is an output."""
     plan.T = plan.K.tiles(&plan.p)
     plan.width = plan.p.C * plan.p.fold
     cdef bint backward = plan.p.grad_input.data != NULL
@@ -137,10 +136,13 @@ cdef int allocate_scratch(Plan *plan) except -1:
     cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row
-    plan.scratch = claim(sums + (0 if out == NULL else coef_floats(width, backward) * sizeof(float)))
+    cdef Py_ssize_t rooms = plan.threads * BN_ROOM if plan.p.layout == BN_ROWS else 0
+    cdef size_t coefficients = 0 if out == NULL else coef_floats(width, backward) * sizeof(float)
+    plan.scratch = claim(63 + rooms * sizeof(float) + sums + coefficients)
     if plan.scratch == NULL:
         raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
-    plan.tile_a = <double *> plan.scratch
+    plan.p.room = <float *> ((<uintptr_t> plan.scratch + 63) // 64 * 64)
+    plan.tile_a = <double *> (plan.p.room + rooms)
     plan.tile_b = plan.tile_a + n
     plan.g = plan.tile_b + n
     plan.gx = plan.g + C
@@ -155,7 +157,7 @@ cdef int begin(Plan *plan, cnp.ndarray x, axis, activation, negative_slope, num_
     memset(plan, 0, sizeof(Plan))
     cdef int code = activation_code(activation)
     cdef float slope = check_slope(negative_slope)
-    cdef Py_ssize_t number = whole(axis, "axis")
+    cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
     plan.threads = ask_threads(num_threads, cnp.PyArray_SIZE(x))
     cdef int ax = check_axis(x, number)
     plan.K = K
@@ -217,7 +219,7 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     if update:
         check_vector(running_mean, "running_mean", C, x, ax)
         check_vector(running_var, "running_var", C, x, ax)
-        check_clear(running_var, "running_var", running_mean, "running_mean")
+        check_clear(running_mean, "running_mean", running_var, "running_var")
         for running, name in (running_mean, "running_mean"), (running_var, "running_var"):
             check_running(running, name)
             if out is not None:
@@ -324,7 +326,7 @@ cdef class Frozen:
         running_var = array32(running_var, "running_var")
         weight = optional(weight, "weight")
         bias = optional(bias, "bias")
-        self.axis = whole(axis, "axis")
+        self.axis = whole(axis, "axis", "number a dimension")
         check_activation(activation, negative_slope)
         self.activation = activation
         self.negative_slope = negative_slope
@@ -438,8 +440,8 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
         check_clear(out, "out", var, "stats.var")
     if training and C * m > 0 and count != m:
         raise ValueError(
-            f"stats are those of {count} values a channel, but x has {m}; compute them over the whole x that you pass, "
-            "or pass training=False for fixed statistics"
+            f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, or "
+            "training=False where they are fixed"
         )
     cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
@@ -481,16 +483,17 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     return result
 
 
-cdef double unbiasing(Py_ssize_t count, bint unbiased) noexcept:
+cdef double unbiasing(double count, bint unbiased) noexcept:
     """Bessel's correction."""
-    return <double> count / (count - 1) if unbiased and count > 1 else 1.0
+    return count / (count - 1) if unbiased and count > 1 else 1.0
 
 
 def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
     cdef cnp.ndarray to_mean = array32(running_mean, "running_mean"), to_var = array32(running_var, "running_var")
     cdef double share = check_momentum(momentum)
-    cdef Py_ssize_t values = whole(count if type(count) is not int else min(count, PY_SSIZE_T_MAX), "stats.count")
+    cdef Py_ssize_t values = whole(count if type(count) is not int else min(count, PY_SSIZE_T_MAX),
+                                    "stats.count", "be an int")
     cdef Py_ssize_t C = mean.size if isinstance(mean, np.ndarray) else 0
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)
@@ -498,7 +501,7 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     check_vector(to_var, "running_var", C)
     check_running(to_mean, "running_mean")
     check_running(to_var, "running_var")
-    check_clear(to_var, "running_var", to_mean, "running_mean")
+    check_clear(to_mean, "running_mean", to_var, "running_var")
     check_clear(to_mean, "running_mean", mean, "stats.mean")
     check_clear(to_mean, "running_mean", var, "stats.var")
     check_clear(to_var, "running_var", mean, "stats.mean")

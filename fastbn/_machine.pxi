@@ -2,7 +2,7 @@
 
 cdef extern from "kernels.h":
     enum:
-        BN_PLANES, BN_ROWS, BN_SHORT_PLANE
+        BN_PLANES, BN_ROWS, BN_SHORT_PLANE, BN_ROOM
         BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU
 
     ctypedef struct bn_operand:
@@ -14,6 +14,7 @@ cdef extern from "kernels.h":
         float negative_slope
         Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
+        float *room
 
     ctypedef struct bn_coef:
         float *mean
@@ -79,46 +80,51 @@ cdef extern from "outputs.h":
     size_t bn_output_limit()
     size_t bn_output_held()
 
+cdef extern from "team.h":
+    int BN_OPENMP
+    ctypedef void (*bn_member)(void *work, int member, int team) noexcept nogil
+    long long bn_now() nogil
+    void bn_release_pool()
+    void bn_release_before_fork()
+    int bn_team_held
+    int bn_startable(int threads, size_t stack) nogil
+    int bn_in_team(int threads, bn_member member, void *work) nogil
+    void bn_barrier() nogil
+    int bn_openmp_threads()
+    int bn_openmp_cpus()
+    const char *bn_openmp_library()
+
+cdef extern from "backoff.h":
+    ctypedef struct bn_backoff_counts:
+        long long shared, alone, lost
+    bint bn_backoff_alone(long long elements, long long now)
+    void bn_backoff_judge(long long elements, int threads, long long own, long long wall, long long now)
+    bn_backoff_counts bn_backoff_report()
+    void bn_backoff_forget()
+
+# For where no GIL keeps others out of what is shared. Not a PyMutex: that may be handed to a thread that waits for it,
+# and a child that another thread forks then finds it locked for ever. This one is held by running threads alone, and
+# before it forks Python stops those where they hold nothing.
 cdef extern from *:
     """
-    #ifdef _OPENMP
-    #include <omp.h>
-    #define FASTBN_OPENMP _OPENMP
-    #else
-    #define FASTBN_OPENMP 0
-    #endif
-    /* OpenMP 5.0; GCC has had it since 9 without saying so in _OPENMP */
-    #if FASTBN_OPENMP >= 201811 || (FASTBN_OPENMP && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9)
-    #define fastbn_release_pool() ((void)omp_pause_resource_all(omp_pause_soft))
-    #else
-    #define fastbn_release_pool() ((void)0)
-    #endif
-    #if FASTBN_OPENMP
-    #define fastbn_openmp_threads() omp_get_max_threads()
-    #define fastbn_team_size() omp_get_num_threads()
-    #define fastbn_barrier() _Pragma("omp barrier")
-    #else
-    #define fastbn_openmp_threads() 1
-    #define fastbn_team_size() 1
-    #define fastbn_barrier() ((void)0)
-    #endif
-    /* the library that our OpenMP calls reach; NULL: unknown */
-    #if FASTBN_OPENMP && !defined(_WIN32)
-    #include <dlfcn.h>
-    static const char *fastbn_openmp_library(void) {
-        Dl_info info;
-        return dladdr((void *)omp_get_max_threads, &info) ? info.dli_fname : NULL;
+    #ifdef Py_GIL_DISABLED
+    #include <sched.h>
+    #include <stdatomic.h>
+    static atomic_flag fastbn_in_use = ATOMIC_FLAG_INIT;
+    static void fastbn_lock(void) {
+        while (atomic_flag_test_and_set_explicit(&fastbn_in_use, memory_order_acquire))
+            sched_yield();
+    }
+    static void fastbn_unlock(void) {
+        atomic_flag_clear_explicit(&fastbn_in_use, memory_order_release);
     }
     #else
-    #define fastbn_openmp_library() NULL
+    #define fastbn_lock() ((void)0)
+    #define fastbn_unlock() ((void)0)
     #endif
     """
-    int FASTBN_OPENMP
-    void fastbn_release_pool() nogil
-    int fastbn_openmp_threads()
-    int fastbn_team_size() nogil
-    void fastbn_barrier() nogil
-    const char *fastbn_openmp_library()
+    void fastbn_lock()
+    void fastbn_unlock()
 
 
 def caches():
@@ -142,7 +148,7 @@ def caches():
 cdef Py_ssize_t L2_BYTES, LLC_BYTES, LLC_CPUS
 L2_BYTES, LLC_BYTES, LLC_CPUS = caches()
 
-openmp = FASTBN_OPENMP or None  # the OpenMP version as yyyymm, None in a serial build
+openmp = BN_OPENMP or None  # the OpenMP version as yyyymm, None in a serial build
 
 
 # ---- which instruction set ------------------------------------------------------------------------------------
@@ -180,44 +186,123 @@ if os.environ.get("FASTBN_ISA"):
 
 # ---- how many threads ---------------------------------------------------------------------------------------------
 
+cdef enum:
+    MAX_THREADS = 1024
+
+cdef int AT_WORK = 0, MOST_AT_WORK = 0  # threads of calls that have let go of the GIL, now and at most
+cdef int DEFAULT_THREADS = 0  # that a call took which named no number; only its kind is judged
+
+
 cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
     cdef Py_ssize_t n = 1
     if num_threads is not None:
-        n = whole(num_threads, "num_threads")
-        if not 1 <= n <= 1024:
-            raise ValueError(f"num_threads must be None or from 1 to 1024, got {num_threads}")
-    if elements < SERIAL or openmp is None:
+        n = whole(num_threads, "num_threads", "be from 1 to 1024")
+        if not 1 <= n <= MAX_THREADS:
+            raise ValueError(f"num_threads must be from 1 to {MAX_THREADS}, got {num_threads}")
+    if elements < SERIAL:
+        return 1
+    if openmp is None:
+        from fastbn import threads
+        threads.warn_if_serial(num_threads)
         return 1
     if threads_module is None:
         first_parallel_call()
     if num_threads is None:
         n = threads_module.get_num_threads()
-    return min(n, 1024)
+        if n > 1:
+            n = default_threads(n, elements)
+    return n if n == 1 else startable(n)
+
+
+cdef int default_threads(int n, Py_ssize_t elements) noexcept:
+    """Of n threads, what a call takes that named no number: all, or itself alone where others in calls leave no CPUs
+    or where sharing did not pay lately."""
+    global DEFAULT_THREADS
+    cdef bint alone
+    fastbn_lock()
+    DEFAULT_THREADS = n
+    alone = AT_WORK > 0 and AT_WORK + n > CPUS or bn_backoff_alone(elements, bn_now())
+    fastbn_unlock()
+    return 1 if alone else n
+
+
+cdef int startable(int n) except -1:
+    """n, or fewer where the system does not give as many threads: OpenMP would end the process."""
+    cdef int can
+    if n <= bn_team_held:
+        return n
+    with nogil:
+        can = bn_startable(n, STACK_BYTES)
+    if can < n:
+        threads_module.warn_of_fewer(can, n)
+    return can
 
 
 cdef object threads_module = None  # imported at the first call that is big enough to need it
+cdef size_t STACK_BYTES = 0  # of OpenMP's threads; 0: the system's default
+cdef int CPUS = 1  # that the process may use
 
 
 cdef int first_parallel_call() except -1:
-    global threads_module
+    global threads_module, STACK_BYTES, CPUS
     from fastbn import threads
-    threads.register_fork_hook()
+    STACK_BYTES = threads.stack_bytes()
+    CPUS = threads.count_cpus()
+    bn_release_before_fork()
     threads_module = threads
     return 0
 
 
 def release_pool():
     """Give up this thread's OpenMP pool; it is made again when it is needed."""
-    with nogil:
-        fastbn_release_pool()
+    bn_release_pool()
 
 
 def openmp_threads():
     """What OpenMP allows the calling thread, and threadpoolctl sets; 1 in a serial build."""
-    return fastbn_openmp_threads()
+    return bn_openmp_threads()
+
+
+def openmp_cpus():
+    """The CPUs that OpenMP found before it bound threads to some of them; 0 if it has not."""
+    return bn_openmp_cpus()
 
 
 def openmp_library():
     """The file of the OpenMP runtime that the kernels use, None if that is unknown."""
-    cdef const char *file = fastbn_openmp_library()
+    cdef const char *file = bn_openmp_library()
     return None if file == NULL else os.fsdecode(file)
+
+
+def judge(elements, threads, own, wall):
+    """Learn from a call as if one of so many elements had taken `wall` nanoseconds, and its caller's share `own`."""
+    fastbn_lock()
+    bn_backoff_judge(elements, threads, own, wall, bn_now())
+    fastbn_unlock()
+
+
+def sharing():
+    """How many calls were shared out, went alone instead, and took longer than alone, among those that named no number
+    of threads."""
+    cdef bn_backoff_counts counts = bn_backoff_report()
+    return counts.shared, counts.alone, counts.lost
+
+
+def would_share(Py_ssize_t elements):
+    """Whether a call of so many elements would be shared out now. For tests: it counts as one that asked."""
+    fastbn_lock()
+    cdef bint alone = bn_backoff_alone(elements, bn_now())
+    fastbn_unlock()
+    return not alone
+
+
+def most_at_work():
+    """The most threads that were in calls at once. For tests."""
+    return MOST_AT_WORK
+
+
+def forget_sharing():
+    """Share all calls out again, until that does not pay. For tests."""
+    fastbn_lock()
+    bn_backoff_forget()
+    fastbn_unlock()

@@ -7,6 +7,12 @@ cdef Py_ssize_t GROUP_BYTES = 0, SAMPLE_GROUP_BYTES = L2_BYTES // 4
 cdef Py_ssize_t BLOCK = 16384  # elements that a reversed pass takes at a time
 
 
+cdef struct Plan  # a forward declaration: its work is called with it
+
+ctypedef void (*Work)(Plan *plan) noexcept nogil
+ctypedef void (*Item)(const Plan *plan, Py_ssize_t i) noexcept nogil
+
+
 cdef struct Plan:
     const bn_kernels *K
     bn_problem p
@@ -36,40 +42,58 @@ cdef struct Plan:
     Py_ssize_t items, panels, pieces
     int threads         # that were asked for: they decide how the work is cut
     int team, member    # that there are, and which of them goes by this plan
+    Work work           # what each of them does
+    long long waited    # nanoseconds at barriers
+    long long worked    # and those of the caller that it did not wait
 
 
-ctypedef void (*Work)(Plan *plan) noexcept nogil
-ctypedef void (*Item)(const Plan *plan, Py_ssize_t i) noexcept nogil
-
-
-cdef void as_member(const Plan *plan, Work work, int member) noexcept nogil:
+cdef void as_member(void *arg, int member, int team) noexcept nogil:
+    """The work by a plan of this member's own."""
+    cdef Plan *plan = <Plan *> arg
     cdef Plan own = plan[0]
+    cdef long long start
     own.member = member
-    own.team = fastbn_team_size()
-    work(&own)
-
-
-cdef void in_team(Plan *plan, Work work) noexcept nogil:
-    """The work in one parallel region, each thread with a plan of its own: a barrier costs less than a second region.
-    Little work has no smaller team, because GNU OpenMP would end the threads that are left out."""
-    if plan.threads == 1:
-        plan.member = 0
-        plan.team = 1
-        work(plan)
+    own.team = team
+    own.p.room += member * BN_ROOM
+    if member:
+        own.work(&own)
     else:
-        with parallel(num_threads=plan.threads):
-            as_member(plan, work, threadid())
+        start = bn_now()
+        own.work(&own)
+        plan.worked = bn_now() - start - own.waited
 
 
 cdef void run(Plan *plan, Work work) noexcept:
-    """All of the work. Little of it is not worth letting go of the GIL."""
-    if plan.threads == 1 and plan.p.N * plan.p.C * plan.p.S < SERIAL:
-        in_team(plan, work)
+    """All of the work, in one parallel region: a barrier costs less than a second region. Little work is not worth
+    letting go of the GIL, and has no smaller team, because GNU OpenMP would end the threads that are left out."""
+    global AT_WORK, MOST_AT_WORK
+    cdef Py_ssize_t elements = plan.p.N * plan.p.C * plan.p.S
+    cdef long long start = 0, wall = 0
+    cdef bint fresh = True
+    plan.member = 0
+    plan.team = 1
+    if plan.threads == 1 and elements < SERIAL:
+        work(plan)
         free(plan.scratch)
-    else:
-        with nogil:
-            in_team(plan, work)
-            free(plan.scratch)
+        return
+    plan.work = work
+    fastbn_lock()
+    AT_WORK += plan.threads
+    MOST_AT_WORK = max(MOST_AT_WORK, AT_WORK)
+    fastbn_unlock()
+    with nogil:
+        if plan.threads == 1:
+            work(plan)
+        else:
+            start = bn_now()
+            fresh = bn_in_team(plan.threads, as_member, plan)
+            wall = bn_now() - start
+        free(plan.scratch)
+    fastbn_lock()
+    AT_WORK -= plan.threads
+    if plan.threads > 1 and plan.threads == DEFAULT_THREADS and not fresh:
+        bn_backoff_judge(elements, plan.threads, plan.worked, wall, start + wall)
+    fastbn_unlock()
 
 
 cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
@@ -80,14 +104,17 @@ cdef void for_each_item(const Plan *plan, Item item) noexcept nogil:
         item(plan, i)
 
 
-cdef inline void wait_for_all(const Plan *plan) noexcept nogil:
+cdef inline void wait_for_all(Plan *plan) noexcept nogil:
+    cdef long long start
     if plan.team > 1:
-        fastbn_barrier()
+        start = bn_now()
+        bn_barrier()
+        plan.waited += bn_now() - start
 
 
 cdef inline Py_ssize_t share(Py_ssize_t total, Py_ssize_t i, Py_ssize_t n, Py_ssize_t unit) noexcept nogil:
     """Where part i of n begins, at a multiple of unit."""
-    return total if i == n else total * i // n // unit * unit
+    return total if i == n else (total // n * i + total % n * i // n) // unit * unit
 
 
 cdef void backwards(const Plan *plan, Py_ssize_t e0, Py_ssize_t e1, bint backward) noexcept nogil:

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from fastbn import _kernels
-from fastbn.threads import explain_num_threads
+from fastbn.threads import explain_num_threads, wait_policy
 
 
 @overload
@@ -31,7 +31,9 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     dict or None
         With ``mode="dicts"``: the strings ``"version"``, ``"numpy"`` and ``"isa"``, the list
         ``"supported_isas"``, and the dicts ``"openmp"`` (None in a build without it), ``"threads"`` (of the
-        calling thread), ``"caches"`` and ``"output_memory"``. Sizes are in bytes; all can be written as JSON.
+        calling thread), ``"sharing"`` (how idle threads wait, and how many calls were shared out among
+        threads, took longer for it, or went alone instead), ``"caches"`` and ``"output_memory"``. Sizes are
+        in bytes; all can be written as JSON.
 
     Raises
     ------
@@ -45,6 +47,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     count, reason = explain_num_threads()
     l2, last, sharing = _kernels.caches()
     held, limit = _kernels.output_memory()
+    waiting, (shared, alone, lost) = wait_policy(), _kernels.sharing()
     config = {
         "version": __version__,
         "numpy": np.__version__,
@@ -52,6 +55,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         "supported_isas": list(_kernels.supported_isas()),
         "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
         "threads": {"count": count, "reason": reason},
+        "sharing": {"wait_policy": waiting, "shared": shared, "alone": alone, "lost": lost},
         "caches": {"L2": l2, "last_level": last, "last_level_cpus": sharing},
         "output_memory": {"held": held, "limit": limit},
     }
@@ -64,6 +68,8 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         f"instruction set  {config['isa']}, of {', '.join(_kernels.supported_isas())}",
         f"OpenMP           {openmp if _kernels.openmp else 'none'}",
         f"threads          {count}: {reason}",
+        f"wait policy      {waiting}",
+        f"calls            {shared} shared out, {lost} of them late; {alone} went alone instead",
         f"caches           L2 {_mebibytes(l2)}, last level {_mebibytes(last)} for {cpus}",
         f"output memory    {_mebibytes(held)} held for the next outputs, {_mebibytes(limit)} at most",
         sep="\n",

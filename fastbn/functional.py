@@ -214,7 +214,7 @@ def batch_norm_backward(
         Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
         from them; with `residual` its gradient is returned too.
     stats : BatchStats
-        What the forward call normalized with.
+        What the forward call normalized with. In training, of all of `x`: of as many values per channel.
     training : bool
         Whether `stats` are those of `x`, and the gradient goes through them; False takes them as constants.
     out : ndarray of float32, shape of `x`, or None

@@ -165,6 +165,8 @@ class BatchNorm:
         x: Array,
         residual: Array | None = None,
         out: Array | None = None,
+        *,
+        num_threads: int | None = None,
     ) -> Array:
         """Normalize `x`; in training also update the running averages and the counter.
 
@@ -176,6 +178,8 @@ class BatchNorm:
             Added before the activation.
         out : float32 ndarray of the shape of `x`, optional
             Where to write the result. May be `x`, but then :meth:`backward` cannot be called.
+        num_threads : int, optional
+            See :func:`fastbn.batch_norm`.
 
         Returns
         -------
@@ -190,15 +194,17 @@ class BatchNorm:
             If an array is not float32.
         """
         if self.training or self.running_mean is None:
-            return self._normalize_by_batch(x, residual, out)
+            return self._normalize_by_batch(x, residual, out, num_threads)
         y = _kernels.normalize(
             x, self.running_mean, self.running_var, False, self.weight, self.bias, self.eps, self.axis,
-            residual, self.activation, self.negative_slope, out, None, self._ranks,
+            residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
         )  # fmt: skip
         self._saved = (x, residual, out, None)
         return y
 
-    def _normalize_by_batch(self, x: Array, residual: Array | None, out: Array | None) -> Array:
+    def _normalize_by_batch(
+        self, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
+    ) -> Array:
         x = _kernels.array32(x, "x")
         channels = _kernels.channels(x, self.axis, self._ranks)
         if channels != self.num_features:
@@ -212,14 +218,14 @@ class BatchNorm:
             momentum = 1 / (int(self.num_batches_tracked) + 1) if update else 0.0
         y, mean, var, count = _kernels.forward(
             x, self.weight, self.bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
-            out, None, running_mean, running_var, momentum, self.unbiased, True,
+            out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
         )  # fmt: skip
         if update and count:
             self.num_batches_tracked[...] = int(self.num_batches_tracked) + 1  # += 1 takes ten times as long
         self._saved = (x, residual, out, BatchStats._wrap(mean, var, count))
         return y
 
-    def backward(self, grad_output: Array) -> BatchNormGrads:
+    def backward(self, grad_output: Array, *, num_threads: int | None = None) -> BatchNormGrads:
         """Gradients of the latest call, from the gradient of its result.
 
         A call that normalized by the batch is differentiated through the batch's mean and variance; one that
@@ -228,6 +234,8 @@ class BatchNorm:
         Parameters
         ----------
         grad_output : float32 ndarray of the shape of the call's `x`
+        num_threads : int, optional
+            See :func:`fastbn.batch_norm`.
 
         Returns
         -------
@@ -267,6 +275,7 @@ class BatchNorm:
             residual=residual,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            num_threads=num_threads,
         )
 
     def freeze(self) -> FrozenBatchNorm:

@@ -1,7 +1,7 @@
 """How many threads, and why.
 
 The default is decided at the first call that is big enough to be shared out, not at import, and then kept.
-Also here: what makes a process that has used its threads safe to fork.
+Also here: what the kernels ask about a process before they start its threads.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import warnings
 
 from fastbn import _kernels
 
-# GNU OpenMP ends the process when it cannot start a thread: no setting may ask for that.
 MAX_THREADS = 1024
 
 _SERIAL = (1, "built without OpenMP")
 
 _chosen: tuple[int, str] | None = None  # by set_num_threads: the count and why
 _default: tuple[int, str] | None = None  # None until it is asked for
-_fork_hook_registered = False
+_warned_of_fewer = _warned_of_serial = False
 
 
 def get_num_threads() -> int:
@@ -29,7 +28,8 @@ def get_num_threads() -> int:
 
     Unless :func:`set_num_threads` said otherwise it is the least of
 
-    - the CPUs this process may run on: its affinity, which cpusets and ``taskset`` narrow,
+    - the CPUs this process may run on: its affinity, which cpusets and ``taskset`` narrow; that of its main
+      thread, whichever thread asks,
     - the CPU quota of its cgroup (v1 or v2) and of all around it, rounded up: 0.5 gives 1, 1.5 gives 2,
     - the environment variable ``OMP_NUM_THREADS``, of a list its first number,
     - the environment variable ``FASTBN_NUM_THREADS``, and
@@ -39,7 +39,9 @@ def get_num_threads() -> int:
 
     - what OpenMP allows the calling thread, looked up at each call: threadpoolctl sets it.
 
-    In a build without OpenMP it is 1.
+    In a build without OpenMP it is 1. A call takes one thread all the same where other calls of the process
+    have the CPUs just then, or where sharing its work did not pay lately: see "A busy machine" in
+    docs/deployment.md.
 
     Returns
     -------
@@ -105,31 +107,93 @@ def set_num_threads(n: int | None) -> None:
         raise TypeError(f"n must be an integer or None, got {type(n).__name__}") from None
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(f"n must be from 1 to {MAX_THREADS}, got {count}")
-    _chosen = _SERIAL if _kernels.openmp is None else (count, "set_num_threads")
+    _chosen = _SERIAL if _kernels.openmp is None and count > 1 else (count, "set_num_threads")
 
 
-def register_fork_hook() -> None:
-    """Make every later ``os.fork`` give up the forking thread's OpenMP pool first.
+def warn_if_serial(num_threads: int | None) -> None:
+    """Warn once if a call with this ``num_threads=`` would have used threads, had the build OpenMP."""
+    global _warned_of_serial
+    if _warned_of_serial:
+        return
+    if num_threads is not None:
+        would = num_threads > 1
+    elif _chosen is not None:
+        would = _chosen is _SERIAL
+    else:
+        would = _least_limit()[0] > 1
+    if would:
+        _warned_of_serial = True
+        warnings.warn(
+            "fastbn was built without OpenMP and uses one thread only. To use more, install a compiler with "
+            "OpenMP (gcc, or clang with libomp) and build again without FASTBN_NO_OPENMP: pip install "
+            "--force-reinstall --no-deps --no-cache-dir --no-binary fastbn fastbn. To keep one thread and "
+            "hear no more of it: fastbn.set_num_threads(1)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
-    In a child the threads of its parent's pool are gone, and GNU OpenMP waits for them for ever. The kernels
-    call this at their first parallel region, because importing fastbn is to change nothing in the process.
+
+def count_cpus() -> int:
+    """CPUs that the process may use: the affinity of its main thread, which that of others may differ from.
+
+    Where OpenMP has bound threads to places (``OMP_PROC_BIND``, ``OMP_PLACES``, ``GOMP_CPU_AFFINITY``) their
+    affinity tells the place, and what OpenMP found before counts.
     """
-    global _fork_hook_registered
-    # No lock: if another thread forked meanwhile, the child would find it locked for ever. Threads that race
-    # here register the hook twice, and giving up a pool that is not there does nothing.
-    if not _fork_hook_registered and hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_kernels.release_pool)
-        _fork_hook_registered = True
+    if hasattr(os, "sched_getaffinity"):
+        return max(len(os.sched_getaffinity(os.getpid())), _kernels.openmp_cpus())
+    return os.cpu_count() or 1  # macOS and Windows do not tell
+
+
+def stack_bytes() -> int:
+    """Size of the stacks of OpenMP's threads if the environment sets it, else 0."""
+    for name in "OMP_STACKSIZE", "GOMP_STACKSIZE":
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*([BKMG]?)\s*", os.environ.get(name, ""), re.IGNORECASE)
+        if found:
+            return int(found[1]) << {"B": 0, "": 10, "K": 10, "M": 20, "G": 30}[found[2].upper()]
+    return 0
+
+
+def wait_policy() -> str:
+    """How OpenMP's threads wait for the next call, in words."""
+    if _kernels.openmp is None:
+        return "no threads that wait"
+    for name in "GOMP_SPINCOUNT", "OMP_WAIT_POLICY":
+        if name in os.environ:
+            return f"{name}={os.environ[name]}"
+    from fastbn import _short_spin
+
+    if _short_spin:
+        return "threads spin for some tens of microseconds, then sleep"
+    return "as another library found OpenMP, which it loaded before fastbn: threads may spin for milliseconds"
+
+
+def warn_of_fewer(can: int, wanted: int) -> None:
+    """Say, once, that the system does not let this process start the threads a call is to have."""
+    global _warned_of_fewer
+    if _warned_of_fewer:
+        return
+    _warned_of_fewer = True
+    warnings.warn(
+        f"only {can} of {wanted} threads can be had, and calls go on with these: the process has reached a "
+        "limit of processes (ulimit -u, a container's pids limit) or of memory; raise it, or set "
+        "FASTBN_NUM_THREADS",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _look_up() -> tuple[int, str]:
     if _kernels.openmp is None:
         return _SERIAL
-    limits = [(_affinity(), "CPU affinity"), (MAX_THREADS, "upper limit of fastbn")]
+    return _least_limit()
+
+
+def _least_limit() -> tuple[int, str]:
+    limits = [(count_cpus(), "CPU affinity"), (MAX_THREADS, "upper limit of fastbn")]
     quota = _cgroup_quota()
     if quota is not None:
         limits.append((math.ceil(quota), f"cgroup CPU quota of {quota:g}"))
-    omp, ours = (os.environ.get(name, "").strip() for name in ("OMP_NUM_THREADS", "FASTBN_NUM_THREADS"))
+    omp = os.environ.get("OMP_NUM_THREADS", "").strip()
     if omp:
         count = _positive(omp.partition(",")[0])
         if count:
@@ -140,27 +204,30 @@ def _look_up() -> tuple[int, str]:
                 RuntimeWarning,
                 stacklevel=1,
             )
-    if ours:
-        count = _positive(ours)
-        if not 1 <= count <= MAX_THREADS:
-            raise ValueError(
-                f"the environment variable FASTBN_NUM_THREADS must be a whole number from 1 to "
-                f"{MAX_THREADS}, got {ours!r}; correct it or unset it"
-            )
-        limits.append((count, "FASTBN_NUM_THREADS"))
+    asked_for = _asked_for()
+    if asked_for is not None:
+        limits.append((asked_for, "FASTBN_NUM_THREADS"))
     return min(limits, key=operator.itemgetter(0))
+
+
+def _asked_for() -> int | None:
+    """What FASTBN_NUM_THREADS says."""
+    text = os.environ.get("FASTBN_NUM_THREADS", "").strip()
+    if not text:
+        return None
+    count = _positive(text)
+    if not 1 <= count <= MAX_THREADS:
+        raise ValueError(
+            f"the environment variable FASTBN_NUM_THREADS must be a whole number from 1 to "
+            f"{MAX_THREADS}, got {text!r}; correct it or unset it"
+        )
+    return count
 
 
 def _positive(text: str) -> int:
     """The number in `text`, or 0 if there is none."""
     text = text.strip()
     return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS and Windows do not tell
 
 
 # Strings, because importing fastbn is not to wait for their compilation, nor for pathlib.
@@ -221,3 +288,9 @@ def _quota(directory: str, is_v2: bool) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):  # no such controller here, or "max"
         return None
     return cpus if cpus > 0 else None  # v1 writes -1 for no limit
+
+
+try:  # at import, rather than at the first call that is large enough to ask
+    _asked_for()
+except ValueError as error:
+    raise ImportError(str(error)) from None

@@ -108,6 +108,15 @@ INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
                 r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
 }
 
+/* The nearest float32, but of what is finite none that is not: times x - mean, which may be 0, that would be NaN. */
+INLINE float within_range(double a) {
+    if (a > FLT_MAX && a <= DBL_MAX)
+        return FLT_MAX;
+    if (a < -FLT_MAX && a >= -DBL_MAX)
+        return -FLT_MAX;
+    return (float)a;
+}
+
 /* Of n <= BLOCK channels from cb on, from their means hi + lo, or hi alone, and v = var + eps. */
 INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
                        const float *weight, const float *bias, const bn_coef *k) {
@@ -116,7 +125,7 @@ INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double 
     inverse_deviation(v, n, invstd);
     for (ptrdiff_t c = 0; c < n; c++) {
         const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
-        scale[c] = (float)a;
+        scale[c] = within_range(a);
         const double b = bias ? bias[cb + c] : 0.0;
         shift[c] = (float)(lo ? b - lo[c] * a : b);
     }
@@ -124,7 +133,7 @@ INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double 
         mean[c] = hi[c];
     if (k->invstd)
         for (ptrdiff_t c = 0; c < n; c++) {
-            k->invstd[cb + c] = (float)invstd[c];
+            k->invstd[cb + c] = within_range(invstd[c]);
             k->offset[cb + c] = (float)(lo ? -lo[c] * invstd[c] : 0.0);
         }
 }
@@ -194,7 +203,7 @@ INLINE void backward_coef_block(ptrdiff_t cb, ptrdiff_t n, double share, const d
     for (ptrdiff_t c = 0; c < n; c++)
         mean[c] = (float)g_mean[c];
     for (ptrdiff_t c = 0; c < n; c++)
-        proj[c] = (float)(-gx_mean[c] * invstd[c]);
+        proj[c] = within_range(-gx_mean[c] * invstd[c]);
     for (ptrdiff_t c = 0; c < n; c++)
         low[c] = (g_mean[c] - mean[c]) + gx_mean[c] * offset[c];
     for (ptrdiff_t c = 0; c < n; c++)

@@ -226,10 +226,9 @@ INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, ptr
                      ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld, int frozen, int act, int res) {
     const bn_problem local = *problem, *const p = &local; /* as in work_rows */
     const bn_coef local_coef = *coefficients, *const coef = &local_coef;
-    _Alignas(LINE * sizeof(float)) float room[ROOM + 2 * PANEL];
     const cursor a = row_cursor(p, 0, BACKWARD);
     const float *const rows_of[] = {a.x + c0, a.dy + c0};
-    float *const sum = clear_of(p, room, rows_of, coef->mean + c0, coef->scale - coef->mean, 4);
+    float *const sum = clear_of(p, p->room, rows_of, coef->mean + c0, coef->scale - coef->mean, 4);
     float *const sq = sum + PANEL;
     const ptrdiff_t rest = p->N * p->S % p->fold * p->C;
     clear(min_z(PANEL, c1 - c0), sum, sq);

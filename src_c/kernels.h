@@ -22,7 +22,9 @@
 #include <stddef.h>
 
 enum { BN_PLANES, BN_ROWS };
-#define BN_SHORT_PLANE 256 /* values */
+#define BN_SHORT_PLANE 256                   /* values */
+#define BN_PANEL       2048                  /* columns at a time in sums over rows */
+#define BN_ROOM        (1024 + 3 * BN_PANEL) /* floats: their shifts and sums, and where they may begin */
 enum { BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU };
 
 typedef struct {
@@ -40,6 +42,7 @@ typedef struct {
     ptrdiff_t pitch; /* of rows, in every operand: C if packed, more for columns of such rows; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
+    float *room; /* BN_ROOM floats from a cache line on, of this thread alone, for stats and sums over rows */
 } bn_problem;
 
 /* Per-channel coefficients, float32. For rows C * fold of them (of offset C), then 16 more that begin again with the

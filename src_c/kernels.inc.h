@@ -24,7 +24,7 @@
 
 #define LANES         32         /* partial sums of a plane's values: with two sums, half of AVX2's registers */
 #define SHORT_LANES   16         /* of short planes: adding up more would take longer than the values */
-#define SHORT_BLOCK   64         /* channels whose short planes are gone through in memory's order */
+#define SHORT_BLOCK   32         /* channels whose short planes are gone through in memory's order */
 #define ACC           4          /* vectors a loop keeps for each sum: again half of 16 registers */
 #define PASS          (ACC * VL) /* lanes that one pass over a tile covers */
 #define LINE          16         /* floats of a cache line */
@@ -33,8 +33,9 @@
 #define ROW_TILE      256        /* rows */
 #define INTERLEAVE    64         /* values of each of two passes that are gone through in one loop */
 #define CHAIN         64         /* values of rows and short planes that one float32 sum takes */
+#define STATS_CHAIN   16         /* the same of rows in statistics: with 64, four channels in a million miss 2e-6 */
 #define FOLDED        128        /* columns of folded rows at least */
-#define PANEL         2048       /* columns at a time in sums over rows */
+#define PANEL         BN_PANEL   /* columns at a time in sums over rows */
 #define BLOCK         64         /* channels at a time in what is done once a channel */
 #define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
 #define STATS_ROWS    8          /* rows at a time */

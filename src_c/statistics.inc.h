@@ -2,23 +2,33 @@
 
 #define TINY 1e-30 /* below this the squares have lost bits to underflow */
 
-/* Whether the sums of n shifted values tell too little: float32 has not the range, or the shift was over two deviations
- * off the mean (the variance loses accuracy with the square of that). */
-INLINE int unsound(double n, double sum, double sq) {
-    return !(1.25 * (sum * (sum / n)) <= sq) | !(sq <= FLT_MAX) | ((sq < TINY) & (sum != 0.0));
-}
+/* In place of squared deviations, where the sums of shifted values tell too little: */
+#define UNSOUND -1.0 /* float32 has not the range, or the shift was over two deviations off the mean (the variance */
+                     /* loses accuracy with the square of that) */
+#define FLAT -2.0    /* either all values are alike, or their squares have underflowed */
 
-/* Means and squared deviations of n values a column from their shifted sums. Returns whether any is unsound. */
+/* Means and squared deviations of n values a column from their shifted sums, which may be in the same place. Returns
+ * whether any sums tell too little. */
 static int settle(double n, ptrdiff_t cols, const float *shift, const double *sum, const double *sq, double *mean,
                   double *m2) {
     int any = 0;
     for (ptrdiff_t c = 0; c < cols; c++) {
-        const double a = sum[c] / n, m = sq[c] - sum[c] * a;
+        const double s = sum[c], q = sq[c], a = s / n, m = q - s * a;
+        const int unsound = !(1.25 * (s * a) <= q) | !(q <= FLT_MAX), flat = q < TINY;
         mean[c] = shift[c] + a;
-        m2[c] = m > 0.0 ? m : 0.0;
-        any |= unsound(n, sum[c], sq[c]);
+        m2[c] = unsound ? UNSOUND : flat ? FLAT : m > 0.0 ? m : 0.0;
+        any |= unsound | flat;
     }
     return any;
+}
+
+static int alike(const float *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len) {
+    const float first = *x;
+    int differ = 0;
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++)
+            differ |= x[r * stride + i] != first;
+    return !differ;
 }
 
 /* In float64, twice over the values; eight partial sums, because one would wait for itself. */
@@ -166,8 +176,7 @@ static void settle_again(const bn_problem *p, const tile *a, const float *x, dou
     add_lanes(1, s, sum32);
     add_lanes(1, q, sq32);
     const double sum = sum32[0], sq = sq32[0];
-    const int failed = settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2);
-    if (failed || sq < TINY) /* of a shift that is no value of the tile, sums of 0 do not tell that all are alike */
+    if (settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2))
         exact_stats(x, p->x.outer, a->runs, a->len, mean, m2);
 }
 
@@ -184,9 +193,14 @@ INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const
         sq[j] = sq32[j];
     }
     if (settle(n, cols, shift, sum, sq, mean, m2))
-        for (ptrdiff_t j = 0; j < cols; j++)
-            if (unsound(n, sum[j], sq[j]))
+        for (ptrdiff_t j = 0; j < cols; j++) {
+            if (m2[j] == UNSOUND)
                 settle_again(p, a, x[j], &mean[j], &m2[j]);
+            else if (m2[j] == FLAT && alike(x[j], p->x.outer, a->runs, a->len))
+                m2[j] = 0.0;
+            else if (m2[j] == FLAT)
+                exact_stats(x[j], p->x.outer, a->runs, a->len, &mean[j], &m2[j]);
+        }
 }
 
 /* A channel's partial sums, kept while others' values are gone through, as they lie in memory. */
@@ -363,9 +377,45 @@ INLINE void prefetch_samples(const bn_problem *p, ptrdiff_t t, ptrdiff_t c, ptrd
     }
 }
 
+static void exact_column(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, double *mean, double *m2) {
+    float v[ROW_TILE];
+    for (ptrdiff_t r = 0; r < rows; r++)
+        v[r] = row_at(p, row0 + r)[c];
+    exact_stats(v, 0, 1, rows, mean, m2);
+}
+
+/* VL columns of a tile at a time, one more pass over those that may be constant, as channels are that a ReLU has
+ * killed: their values one after the other would take ten times as long. */
+static void settle_flat(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, double *mean,
+                        double *m2) {
+    for (ptrdiff_t i = 0; i < cols; i += VL) {
+        const ptrdiff_t n = min_z(VL, cols - i);
+        const vt t = vtail(n);
+        float low[VL], high[VL];
+        int flat = 0;
+        for (ptrdiff_t j = 0; j < n; j++)
+            flat |= m2[i + j] == FLAT;
+        if (!flat)
+            continue;
+        vf least = vload_tail(row_at(p, row0) + c + i, t), most = least;
+        for (ptrdiff_t r = 1; r < rows; r++) {
+            const vf v = vload_tail(row_at(p, row0 + r) + c + i, t);
+            least = vmin(least, v);
+            most = vmax(most, v);
+        }
+        vstore(low, least);
+        vstore(high, most);
+        for (ptrdiff_t j = 0; j < n; j++)
+            if (m2[i + j] == FLAT && low[j] == high[j])
+                m2[i + j] = 0.0;
+            else if (m2[i + j] == FLAT)
+                exact_column(p, row0, rows, c + i + j, &mean[i + j], &m2[i + j]);
+    }
+}
+
 /* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
 INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
-                       float *s, float *q, double *sum, double *sq, double *mean, double *m2) {
+                       float *s, float *q, double *mean, double *m2) {
     const ptrdiff_t K = p->C * p->fold;
     const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
     const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? STATS_AHEAD : K;
@@ -382,10 +432,11 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
             v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
         vstore(shift + i, vmedian3(v[0], v[1], v[2]));
     }
+    double *const sum = mean, *const sq = m2; /* until they are settled */
     memset(sum, 0, (size_t)cols * sizeof *sum);
     memset(sq, 0, (size_t)cols * sizeof *sq);
     for (ptrdiff_t r = 0, n; r < rows; r += n) {
-        n = min_z(CHAIN, rows - r);
+        n = min_z(STATS_CHAIN, rows - r);
         ptrdiff_t i = 0;
         for (; in_strip && i + STATS_ROWS <= n; i += STATS_ROWS)
             add_strip(row_at(p, row0 + r + i), shift, s, q);
@@ -403,14 +454,12 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
             add_rows(row_at(p, row0 + r + i) + c, K, 1, 0, cols, shift, s, q);
         carry(cols, s, q, sum, sq);
     }
-    if (settle((double)rows, cols, shift, sum, sq, mean, m2))
-        for (ptrdiff_t i = 0; i < cols; i++)
-            if (unsound((double)rows, sum[i], sq[i])) {
-                float v[ROW_TILE];
-                for (ptrdiff_t r = 0; r < rows; r++)
-                    v[r] = row_at(p, row0 + r)[c + i];
-                exact_stats(v, 0, 1, rows, &mean[i], &m2[i]);
-            }
+    if (!settle((double)rows, cols, shift, sum, sq, mean, m2))
+        return;
+    for (ptrdiff_t i = 0; i < cols; i++)
+        if (m2[i] == UNSOUND)
+            exact_column(p, row0, rows, c + i, &mean[i], &m2[i]);
+    settle_flat(p, row0, rows, c, cols, mean, m2);
 }
 
 /* How far two addresses are from each other in their low bits: PAGE / 2 if half a period. */
@@ -449,10 +498,8 @@ INLINE float *clear_of(const bn_problem *p, float *room, const float *const rows
 
 static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                        double *m2, ptrdiff_t ld) {
-    _Alignas(LINE * sizeof(float)) float room[ROOM + 3 * PANEL];
-    double sum[PANEL], sq[PANEL];
     const float *const first = row_at(p, 0) + c0, *const rows_of[] = {first, first};
-    float *const shift = clear_of(p, room, rows_of, NULL, 0, 0);
+    float *const shift = clear_of(p, p->room, rows_of, NULL, 0, 0);
     float *const s = shift + PANEL, *const q = s + PANEL;
     clear(min_z(PANEL, c1 - c0), s, q);
     for (ptrdiff_t t = t0; t < t1; t++) {
@@ -471,7 +518,7 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
             const ptrdiff_t at = (t - t0) * ld + (c - c0), cols = min_z(PANEL, c1 - c);
             if (beyond_cache(p) && t + 1 < t1)
                 prefetch_samples(p, t + 1, c, cols);
-            tile_stats(p, row0, rows, c, cols, shift, s, q, sum, sq, mean + at, m2 + at);
+            tile_stats(p, row0, rows, c, cols, shift, s, q, mean + at, m2 + at);
         }
     }
 }

@@ -50,13 +50,16 @@ static ptrdiff_t fold(ptrdiff_t C, ptrdiff_t rows) {
     return f;
 }
 
+/* total * i / n without the product, which has not the range. */
+INLINE ptrdiff_t part(ptrdiff_t total, ptrdiff_t i, ptrdiff_t n) { return total / n * i + total % n * i / n; }
+
 INLINE tile plane_tile(const bn_problem *p, ptrdiff_t t) {
     tile a;
     if (p->S < PLANE_TILE) {
         const ptrdiff_t n = tiles(p);
-        a.n = p->N * t / n;
+        a.n = part(p->N, t, n);
         a.s = 0;
-        a.runs = p->N * (t + 1) / n - a.n;
+        a.runs = part(p->N, t + 1, n) - a.n;
         a.len = p->S;
     } else {
         const ptrdiff_t len = piece_length(p->S), pieces = (p->S + len - 1) / len;
@@ -75,8 +78,8 @@ INLINE ptrdiff_t row_tile(const bn_problem *p, ptrdiff_t t, ptrdiff_t *row0) {
         *row0 = wide;
         return 0;
     }
-    *row0 = wide * t / n;
-    return wide * (t + 1) / n - *row0;
+    *row0 = part(wide, t, n);
+    return part(wide, t + 1, n) - *row0;
 }
 
 /* How many values of a channel a column of tile t holds, and in how many repetitions of the channels: in all of them,

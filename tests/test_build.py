@@ -1,6 +1,7 @@
 """The build: its flags, its OpenMP probe, what is rebuilt when, and the packages that come out of it."""
 
 import email
+import fcntl
 import os
 import re
 import shutil
@@ -21,7 +22,8 @@ X86_64 = sysconfig.get_platform().endswith("x86_64")
 SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")}
 if not X86_64:
     SOURCES -= {"src_c/kernels_avx2.c", "src_c/kernels_avx512.c"}
-EXTENSION = {"build/objects/fastbn/_kernels.c", "link"}
+OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
+EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
 
@@ -130,7 +132,7 @@ def test_what_is_built_again_when(recorder):
 def test_openmp_probe(recorder, refuse, flags):
     recorder.touch("src_c/dispatch.c")
     calls = recorder.build(refuse)
-    assert {"-Xpreprocessor", "-fopenmp"} & set(calls["build/objects/fastbn/_kernels.c"]) == flags
+    assert {"-Xpreprocessor", "-fopenmp"} & set(calls[f"{OBJECTS}/fastbn/_kernels.c"]) == flags
     assert ("-lomp" in calls["link"]) == ("-Xpreprocessor" in flags)
     assert ("WITHOUT OpenMP" in recorder.warnings) == (not flags)
 
@@ -143,6 +145,35 @@ def test_openmp_can_be_switched_off(recorder):
     assert "WITHOUT OpenMP and will use one thread only: FASTBN_NO_OPENMP is set" in recorder.warnings
     assert "-fopenmp" in recorder.build(FASTBN_NO_OPENMP="0")["link"]
     assert "WITHOUT OpenMP" not in recorder.warnings
+
+
+@pytest.mark.parametrize("variable", ["CFLAGS", "CPPFLAGS", "LDFLAGS", "CC"])
+def test_flags_that_would_make_a_wrong_library_are_ignored(recorder, variable):
+    """-ffast-math changes results, and the arithmetic of the process where it is linked with; -march=native
+    puts instructions into all files that the dispatcher has not asked the CPU for."""
+    wrong = ["-ffast-math", "-march=native", "-Ofast", "-funsafe-math-optimizations", "-msse4.2"]
+    flags = " ".join(["-DHARMLESS", *wrong])
+    if variable == "CC":
+        flags = f"{recorder.folder / 'cc'} {flags}"
+    recorder.touch("setup.py")
+    calls = recorder.build(**{variable: flags})
+    assert set(calls) == SOURCES | EXTENSION
+    for name, call in calls.items():
+        assert not set(call) & set(wrong), name
+    assert any("-DHARMLESS" in call for call in calls.values())
+    assert f"fastbn ignores {' '.join(wrong)}" in recorder.warnings
+
+
+def test_builds_for_several_pythons_and_at_once_do_not_share_objects(recorder):
+    recorder.build()
+    built = {path.parent.parent.name for path in recorder.checkout.glob("build/objects/**/dispatch.o")}
+    assert built == {Path(OBJECTS).name}
+    with open(recorder.checkout / OBJECTS / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another build has it
+        command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+        with pytest.raises(subprocess.TimeoutExpired):
+            subprocess.run(command, cwd=recorder.checkout, timeout=4, capture_output=True)
+    recorder.build()
 
 
 # ---- what comes out of the build
@@ -219,11 +250,13 @@ def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_p
         assert openmp == "True", "gcc has OpenMP"
 
     tree = checkout(tmp_path / "serial")
-    if (ROOT / "build/objects").is_dir():  # the C kernels are the same objects with and without OpenMP
-        shutil.copytree(ROOT / "build/objects", tree / "build/objects")
+    if (ROOT / OBJECTS).is_dir():  # the C kernels are the same objects with and without OpenMP
+        shutil.copytree(ROOT / OBJECTS, tree / OBJECTS)
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     assert "WITHOUT OpenMP" in run(*build, cwd=tree, FASTBN_NO_OPENMP="1").stderr
-    place, openmp, serial = run(python, "-c", PROGRAM, cwd=tree).stdout.strip().split("|")
+    done = run(python, "-W", "always", "-c", PROGRAM, cwd=tree)
+    place, openmp, serial = done.stdout.strip().split("|")
     assert Path(place).is_relative_to(tree)
     assert openmp == "False"
+    assert done.stderr.count("RuntimeWarning: fastbn was built without OpenMP") == 1
     assert serial == installed

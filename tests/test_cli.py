@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,10 @@ def test_show_config_as_dicts():
         "supported_isas": list(_kernels.supported_isas()),
         "openmp": _kernels.openmp and {"version": _kernels.openmp, "library": _kernels.openmp_library()},
         "threads": dict(zip(("count", "reason"), threads.explain_num_threads(), strict=True)),
+        "sharing": {
+            "wait_policy": threads.wait_policy(),
+            **dict(zip(("shared", "alone", "lost"), _kernels.sharing(), strict=True)),
+        },
         "caches": dict(zip(("L2", "last_level", "last_level_cpus"), _kernels.caches(), strict=True)),
         "output_memory": {"limit": 256 << 20},
     }
@@ -59,12 +64,16 @@ def test_show_config_prints(capsys, monkeypatch):
     monkeypatch.setattr(_kernels, "caches", lambda: (512 << 10, 6 << 20, 4))
     monkeypatch.setattr(_kernels, "openmp", 201511)
     monkeypatch.setattr(_kernels, "openmp_library", lambda: "/lib/libgomp.so.1")
+    monkeypatch.setattr(_kernels, "sharing", lambda: (70, 8, 2))
+    monkeypatch.setattr(config, "wait_policy", lambda: "patiently")
     assert fastbn.show_config() is None
     expected = f"""\
 fastbn           {fastbn.__version__}, NumPy {np.__version__}
 instruction set  {_kernels.get_isa()}, of {", ".join(_kernels.supported_isas())}
 OpenMP           201511, /lib/libgomp.so.1
 threads          3: CPU affinity
+wait policy      patiently
+calls            70 shared out, 2 of them late; 8 went alone instead
 caches           L2 0.5 MiB, last level 6 MiB for 4 CPUs
 output memory    0 MiB held for the next outputs, 256 MiB at most
 """
@@ -99,13 +108,15 @@ def test_info():
     assert json.loads(python("-m", "fastbn", "info", "--json").stdout)["isa"] in _kernels.supported_isas()
 
 
-@pytest.mark.skipif(_kernels.openmp is None, reason="built without OpenMP")
-@pytest.mark.parametrize("command", ["info", "bench"])
-def test_a_senseless_environment_is_told_in_a_line(command):
-    done = python("-m", "fastbn", command, FASTBN_NUM_THREADS="lots")
+@pytest.mark.parametrize("value", ["abc", "0", "1025", "-1", "2.5"])
+def test_a_senseless_number_of_threads_is_told_at_import(value):
+    done = python("-c", "import fastbn", FASTBN_NUM_THREADS=value)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"python -m fastbn {command}: the environment variable FASTBN_NUM_THREADS")
-    assert done.stderr.count("\n") == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: the environment variable FASTBN_NUM_THREADS must be a whole number")
+    assert repr(value) in last
+    assert "During handling" not in done.stderr
+    assert python("-c", "import fastbn", FASTBN_NUM_THREADS=" ").returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -117,6 +128,10 @@ def test_a_senseless_environment_is_told_in_a_line(command):
         (["bench", "--threads", "0"], "expected a number from 1 to 1024, got '0'"),
         (["bench", "--threads", "1", "1025"], "got '1025'"),
         (["bench", "--threads", "two"], "got 'two'"),
+        (["bench", "--seconds", "-1"], "expected a finite number of at least 0, got '-1'"),
+        (["bench", "--seconds", "nan"], "got 'nan'"),
+        (["bench", "--seconds", "inf"], "got 'inf'"),
+        (["bench", "--seconds", "long"], "got 'long'"),
         ([], "required: command"),
     ],
 )
@@ -160,12 +175,78 @@ def test_bench_as_a_table(capsys, no_pause):
 
 
 def test_bench_without_rich(monkeypatch, capsys, no_pause):
-    for module in [name for name in sys.modules if name.split(".")[0] == "rich"] + ["rich", "rich.console"]:
+    """The same table with NumPy alone."""
+    for module in [name for name in sys.modules if name.split(".")[0] == "rich"] + ["rich"]:
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.setattr(cli, "_medians", None)  # is not reached
-    with pytest.raises(SystemExit, match="`pip install rich`, or ask for --json"):
-        cli.main(QUICK)
-    cli.main(["info"])
+    cli.main([*QUICK, "--threads", "1", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Batch norm: microseconds")
+    assert lines[1].split()[-6:] == ["fastbn,", "1", "thread", "fastbn,", "3", "threads"]
+    names = [line.split()[:2] for line in lines[2:6]]
+    assert names == [["2x3x4x5", name] for name in ("inference+relu", "training", "backward")] + [
+        ["1x6", "inference+relu"]
+    ]
+    assert lines[6].startswith("geometric mean")
+    assert lines[7].startswith(f"fastbn {fastbn.__version__}")
+
+
+@pytest.mark.parametrize("shape", ["100000x100000x100", "99999999999x99999999999x9"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_bench_of_too_large_a_shape(shape, options):
+    done = python("-m", "fastbn", "bench", "--shape", shape, *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"python -m fastbn bench: --shape {shape} takes ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_bench_out_of_memory(monkeypatch):
+    def fail(shape):
+        raise MemoryError("Unable to allocate")
+
+    monkeypatch.setattr(cli, "_Problem", fail)
+    with pytest.raises(SystemExit, match="python -m fastbn bench: Unable to allocate"):
+        cli.main([*QUICK, "--json"])
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["bench", "--seconds", "0"]])
+def test_a_closed_pipe(arguments):
+    if arguments[0] == "bench":
+        arguments = [*arguments, "--shape", "1x6"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastbn", *arguments],
+            stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (1, "")  # rich ends its line
+
+
+def test_an_interrupt(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_bench", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench"])
+    assert stop.value.code == 130
+
+
+def test_version(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
+
+
+def test_the_command_by_its_name(capsys, monkeypatch):
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert '[project.scripts]\nfastbn = "fastbn.__main__:main"\n' in project
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/fastbn", "bench", "--seconds", "-1"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "\nfastbn bench: error: argument --seconds" in capsys.readouterr().err
 
 
 def test_bench_with_disagreeing_results(monkeypatch, no_pause):

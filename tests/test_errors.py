@@ -207,7 +207,7 @@ def test_read_only_running_statistics(operation, name):  # case 13
 @takes("momentum")
 @pytest.mark.parametrize("momentum", [np.nan, np.inf, -np.inf, -0.1, 1.5, 99, math.nextafter(1, 2)])
 def test_senseless_momentum(operation, name, momentum):  # case 36
-    refuses(operation, ValueError, ["momentum", "from 0 to 1", str(momentum)], momentum=momentum)
+    refuses(operation, ValueError, ["momentum", r"\[0, 1\]", str(momentum)], momentum=momentum)
 
 
 @pytest.mark.parametrize("momentum", [0, 1, 0.0, 1.0])
@@ -229,7 +229,12 @@ def test_running_statistics_that_overlap(name, other):
         pytest.skip("itself")
     shape = arguments("training")[1][other].shape
     view = SHARED[C - 1 : C - 1 + math.prod(shape)].reshape(shape)
-    refuses("training", ValueError, [rf"\b{name}\b", "overlaps", other], **{name: SHARED[:C], other: view})
+    refuses(
+        "training",
+        ValueError,
+        [rf"\b{name}\b", "overlaps", rf"\b{other}\b"],
+        **{name: SHARED[:C], other: view},
+    )
     if other == "running_mean":
         refuses("update_running", ValueError, [name, "overlaps", other], **{name: SHARED[:C], other: view})
 
@@ -318,7 +323,7 @@ def test_count_that_was_changed():
 @pytest.mark.parametrize("count", [1, N * L - 1, N * L + 1, 3 * N * L, 2**64])
 def test_stats_of_another_count(count):  # case 29
     stats = BatchStats(np.zeros(C), np.ones(C), count)
-    expected = [r"\bstats\b", rf"\b{count} values", rf"\b{N * L}\b", "whole x", "training=False"]
+    expected = [r"\bstats\b", rf"\b{count} values", rf"\b{N * L}\b", "whole batch", "training=False"]
     refuses("backward", ValueError, expected, stats=stats)
     for operation in "frozen_backward", "given_stats":
         function, given = arguments(operation)
@@ -330,7 +335,7 @@ def test_half_of_a_batch_is_refused():  # case 29
     p = problem((8, C, L))
     stats = fastbn.batch_stats(p.x[:4]) + fastbn.batch_stats(p.x[4:])
     fastbn.batch_norm_backward(p.grad_output, p.x, stats)
-    with pytest.raises(ValueError, match=r"48 values a channel, but x has 24"):
+    with pytest.raises(ValueError, match=r"48 values per channel, but x has 24"):
         fastbn.batch_norm_backward(p.grad_output[:4], p.x[:4], stats)
 
 
@@ -528,7 +533,7 @@ def test_x_that_is_resized_during_the_call(operation, name, shape):
     """It is another x then, and either is refused or gives what it gives."""
     function, given = arguments(operation)
     if "x" not in given:
-        pytest.skip("no x")
+        pytest.skip("it takes no x")
     given |= {k: None for k in ("residual", "out") if k in given and k != name}
     x = given["x"].copy()
     value = {"axis": 1, "num_threads": 1}.get(name, given[name])

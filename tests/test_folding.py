@@ -8,7 +8,7 @@ import pytest
 import reference
 
 import fastbn
-from fastbn import BatchNorm, FrozenBatchNorm, fold_conv, fold_linear
+from fastbn import BatchNorm, FrozenBatchNorm, fold_conv, fold_conv_next, fold_linear, fold_linear_next
 
 C = 6
 
@@ -164,6 +164,82 @@ def test_groups_of_a_transposed_convolution_multiply_the_outputs():
     fold_conv(weight, None, BatchNorm(6).eval(), groups=2, transposed=True)
     with pytest.raises(ValueError, match="bn has 3 channels, the weight 6 output channels"):
         fold_conv(weight, None, BatchNorm(3).eval(), groups=2, transposed=True)
+
+
+# Into the layer behind: case 45
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_convolution_behind(seed):  # case 45
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed (pip install torch==2.13.0)")
+    rng = np.random.default_rng(seed)
+    rank, groups = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    inputs, outputs = (groups * int(rng.integers(1, 4)) for _ in range(2))
+    weight = normal(rng, outputs, inputs // groups, *rng.integers(1, 4, rank))
+    bias = normal(rng, outputs) if rng.random() < 0.5 else None
+    affine = rng.random() < 0.8
+    bn = batch_norm_for(rng, inputs, eps=rng.choice([1e-5, 0.1]), affine=affine, bias=rng.random() < 0.8)
+    x = normal(rng, 2, inputs, *rng.integers(3, 8, rank))
+    convolve = getattr(torch.nn.functional, f"conv{rank}d")
+
+    def output(x, weight, bias):  # in float64
+        weight, bias = (None if a is None else torch.from_numpy(a).double() for a in (weight, bias))
+        return convolve(torch.from_numpy(x).double(), weight, bias, groups=groups).numpy()
+
+    padding = [0, (0,) * rank, "valid"][rng.integers(3)]
+    folded = fold_conv_next(bn if seed % 2 else bn.freeze(), weight, bias, padding=padding, groups=groups)
+    assert [a.dtype for a in folded] == [np.float32] * 2
+    ones, zeros = np.ones(inputs), np.zeros(inputs)
+    normalized = reference.forward(
+        x.astype(np.float64),
+        bn.running_mean,
+        bn.running_var,
+        ones if bn.weight is None else bn.weight,
+        zeros if bn.bias is None else bn.bias,
+        bn.eps,
+    )
+    expected = output(normalized, weight, bias)
+    np.testing.assert_allclose(output(x, *folded), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_behind(with_bias):  # case 45
+    rng = np.random.default_rng(0)
+    weight, bias, x = normal(rng, 4, C) / 2, normal(rng, 4) if with_bias else None, normal(rng, 7, C)
+    bn = batch_norm_for(rng, C)
+    folded_weight, folded_bias = fold_linear_next(bn, weight, bias)
+    scale = bn.weight * reference.inverse_deviation(bn.running_var, bn.eps)
+    assert np.array_equal(folded_weight, (weight * scale).astype(np.float32))
+    exact = weight.astype(np.float64) @ (bn.bias - bn.running_mean * scale) + (bias if with_bias else 0)
+    np.testing.assert_allclose(folded_bias, exact, rtol=2.0**-23)
+    assert_close(x @ folded_weight.T + folded_bias, bn(x) @ weight.T + (bias if with_bias else 0))
+
+
+@pytest.mark.parametrize("padding", [1, (0, 1), "same"])
+def test_padding_by_zeros_is_refused(padding):  # case 45
+    with pytest.raises(ValueError, match=r"padding must be 0, got .*: zeros are padded behind"):
+        fold_conv_next(BatchNorm(C).eval(), np.ones((2, C, 3, 3), np.float32), None, padding=padding)
+
+
+def test_what_the_layer_behind_refuses():  # case 45
+    conv, linear = np.ones((2, C, 3), np.float32), np.ones((2, C), np.float32)
+    for bn in BatchNorm(C, activation="relu").eval(), BatchNorm(C, activation="relu").eval().freeze():
+        with pytest.raises(ValueError, match="cannot take in what stands behind an activation"):
+            fold_linear_next(bn, linear, None)
+        with pytest.raises(ValueError, match="activation='relu', which folding would lose"):
+            fold_conv_next(bn, conv, None)
+    with pytest.raises(ValueError, match="training mode"):
+        fold_linear_next(BatchNorm(C), linear, None)
+    with pytest.raises(ValueError, match="bn has 6 channels, the weight 12 input channels"):
+        fold_conv_next(BatchNorm(C).eval(), conv, None, groups=2)
+    with pytest.raises(ValueError, match="divide the first axis of conv_weight, got 3"):
+        fold_conv_next(BatchNorm(C).eval(), conv, None, groups=3)
+    with pytest.raises(ValueError, match="weight must have 2 axes"):
+        fold_linear_next(BatchNorm(C).eval(), conv, None)
+    with pytest.raises(ValueError, match="at least 3 axes"):
+        fold_conv_next(BatchNorm(C).eval(), linear, None)
+    with pytest.raises(ValueError, match=r"bias must have shape \(2,\)"):
+        fold_linear_next(BatchNorm(C).eval(), linear, np.zeros(3, np.float32))
 
 
 def test_the_page_runs():

@@ -217,15 +217,51 @@ def test_gunicorn_preload(service):
             master.communicate(timeout=60)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_without_the_cure_the_child_hangs():
+FORK_IN_C = """
+import ctypes
+libc = ctypes.PyDLL(None)  # which does not let go of the GIL: a server in C would take it in the child
+
+def fork_in_c_and_call(fork, expected, seconds=10):
+    child = fork()
+    if child == 0:
+        signal.alarm(seconds)
+        os._exit(0 if digest() == expected else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_fork_in_c():
+    """Case 31: a server that forks without telling Python, as uWSGI does."""
     program = """
-threads._fork_hook_registered = True  # so that the kernels do not register it
+expected = first_digest()
+print(fork_in_c_and_call(libc.fork, expected), digest() == expected)
+"""
+    assert run(FORK_IN_C + program) == ["0", "True"]
+
+
+def test_a_hook_before_the_fork_that_calls():
+    program = """
+os.register_at_fork(before=digest)
+expected = first_digest()
+print(fork_and_call(expected))
+os.register_at_fork(before=digest)
+print(fork_and_call(expected))
+"""
+    assert run(program) == ["0", "0"]
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.uname().machine != "x86_64",
+    reason="the number of a system call",
+)
+def test_without_the_cure_the_child_hangs():
+    """A fork that the C library does not know of calls no handlers."""
+    program = """
 expected = first_digest()
 gnu = "/libgomp" in open("/proc/self/maps").read()
-print(gnu, fork_and_call(expected, seconds=2) if gnu else None)
+print(gnu, fork_in_c_and_call(lambda: libc.syscall(57), expected, seconds=2) if gnu else None)
 """
-    gnu, status = run(program)
+    gnu, status = run(FORK_IN_C + program)
     if gnu == "False":
         pytest.skip("only GNU OpenMP needs the cure")
     assert int(status) == -signal.SIGALRM

@@ -239,7 +239,7 @@ VARIANCES = np.array([0, 1e-45, 1e-40, 1.2e-38, 1e-30, 1, 3, 3e38, np.inf, np.na
 @pytest.mark.parametrize("eps", [0, 1e-300, 1e-45, 1e-38, 1e-5, 1e300])
 @pytest.mark.parametrize("float64", [False, True], ids=["running_var", "BatchStats"])
 def test_any_variance(isa, eps, float64):
-    """Where float32 has not the range, and where there is no deviation."""
+    """Where float32 has not the range, and where there is no deviation. Below zero it is refused: case 35."""
     var = np.append(VARIANCES.astype(np.float64), [1e60, 1e-200, 1e-310]) if float64 else VARIANCES
     x, mean = np.array([[-2], [3]], np.float32) * np.ones(var.size, np.float32), np.zeros_like(var)
     weight = np.full(var.size, 1e-3, np.float32)

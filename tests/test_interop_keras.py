@@ -191,3 +191,64 @@ def test_refused_weights():
         from_keras(WEIGHTS | {"weight": np.ones(2)})
     with pytest.raises(ValueError, match=r"bias must have shape \(2,\), got \(3,\)"):
         from_keras(WEIGHTS | {"beta": np.ones(3)})
+    with pytest.raises(ValueError, match=r"running_var\[0\] is -1"):  # case 35
+        from_keras(WEIGHTS | {"moving_variance": np.array([-1.0, 1])})
+
+
+def test_models(keras):
+    inner = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="bn")], name="inner")
+    model = keras.Sequential([keras.Input((4,)), inner, keras.layers.BatchNormalization(name="last")])
+    with pytest.raises(TypeError, match=r"got Sequential and name ''; names .*: \['inner/bn', 'last'\]"):
+        from_keras(model)
+    with pytest.raises(TypeError, match=r"name 'first'; names .*: \['inner/bn', 'last'\]"):
+        from_keras(model, "first")
+    for name in "inner/bn", "last":
+        assert type(from_keras(model, name)) is fastbn.BatchNorm1d
+
+
+def test_a_call_of_its_own(keras):
+    class WithActivation(keras.layers.BatchNormalization):
+        def call(self, inputs, **options):
+            return keras.ops.relu(super().call(inputs, **options))
+
+    layer = WithActivation()
+    layer.build((None, 3))
+    with pytest.raises(TypeError, match="WithActivation has a call of its own"):
+        from_keras(layer)
+
+
+# Keras 2: case 46
+
+
+@pytest.fixture(scope="module")
+def keras_2():
+    if not importlib.util.find_spec("tensorflow") or not importlib.util.find_spec("tf_keras"):
+        pytest.skip("Keras 2 is not installed (pip install tf_keras)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tf_keras
+    return tf_keras
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 4, 3), (2, 3, 2, 4), (2, 3, 2, 2, 4)])
+@pytest.mark.parametrize("fused", [None, False])
+def test_keras_2(keras_2, shape, fused):  # case 46
+    rng = np.random.default_rng(0)
+    theirs = keras_2.layers.BatchNormalization(momentum=0.75, epsilon=0.01, fused=fused)
+    theirs.build(shape)
+    theirs.set_weights([rng.uniform(0.5, 2, shape[-1]) for _ in range(4)])
+    ours = from_keras(theirs)
+    assert ours.unbiased is (fused is None and len(shape) >= 4)
+    for training in False, True, True, False:
+        x = batch(rng, shape)
+        assert_close(ours.train(training)(x), theirs(x, training=training).numpy())
+        for array, name in (ours.running_mean, "moving_mean"), (ours.running_var, "moving_variance"):
+            assert_close(array, getattr(theirs, name).numpy())
+
+
+def test_keras_2_refused(keras_2):  # case 46
+    for options, message in ({"renorm": True}, "renorm=True"), ({"axis": [1, 2]}, r"axes, \[1, 2\]"):
+        layer = keras_2.layers.BatchNormalization(**options)
+        layer.build((2, 3, 4))
+        with pytest.raises(ValueError, match=message):
+            from_keras(layer)

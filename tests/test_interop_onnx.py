@@ -416,3 +416,85 @@ def test_unknown_rank():
     assert type(layer) is fastbn.BatchNorm
     with pytest.raises(ValueError, match="supported from opset 6 on, got opset 5"):
         from_onnx(one_node(None, random_values(np.random.default_rng(0), 4), 5))
+
+
+# Case 41: damaged models, and the other spelling of the domain
+
+
+@pytest.mark.parametrize("in_nodes", [False, True])
+def test_the_other_spelling_of_the_domain(in_nodes):  # case 41
+    values = random_values(np.random.default_rng(0), 4)
+    nodes = [
+        helper.make_node("Neg", ["minus"], ["scale"]),
+        helper.make_node("BatchNormalization", ["x", *PARAMETERS], ["y"], epsilon=0.5),
+    ]
+    model = make_model(nodes, (None, 4), ["y"], {"minus": -values.pop("scale")} | values, 15)
+    expected = from_onnx(model)
+    x = batch(np.random.default_rng(1), (3, 4))
+    y = evaluate(model, x=x)[0]
+    if in_nodes:
+        for node in model.graph.node:
+            node.domain = "ai.onnx"
+    else:
+        model.opset_import[0].domain = "ai.onnx"
+    layer = from_onnx(model)
+    assert repr(layer) == repr(expected)
+    assert np.array_equal(layer.weight, expected.weight)
+    assert_close(layer(x), y)
+
+
+def test_damaged_models():  # case 41
+    def changed(change):
+        nodes = [
+            helper.make_node("Neg", ["minus"], ["scale"]),
+            helper.make_node("BatchNormalization", ["x", *PARAMETERS], ["y"], name="bn"),
+        ]
+        values = random_values(np.random.default_rng(0), 4)
+        model = make_model(nodes, (None, 4), ["y"], {"minus": -values.pop("scale")} | values, 15)
+        change(model)
+        return model
+
+    def missing(model):
+        del model.graph.initializer[0]
+
+    def cycle(model):
+        model.graph.node[0].input[0] = "scale"
+
+    def no_opset(model):
+        del model.opset_import[0]
+
+    def four_inputs(model):
+        model.graph.node[1].input.pop()
+
+    def external(model):
+        tensor = model.graph.initializer[0]
+        onnx.external_data_helper.set_external_data(tensor, "weights.bin")
+        tensor.ClearField("raw_data")
+
+    for change, message in [
+        (missing, r"no values for \['minus'\]: neither an initializer nor a node's output"),
+        (cycle, "the graph has a cycle: scale <- scale"),
+        (no_opset, r"no opset of ONNX's own domain, in opset_import: there are \['local'\]"),
+        (four_inputs, "bn must have the inputs X, scale, B, mean and var, got"),
+        (external, r"values of 'minus' are in the file 'weights.bin', which was not loaded"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_onnx(changed(change))
+
+
+def test_external_data(tmp_path):  # case 41
+    values = random_values(np.random.default_rng(0), 400)
+    model = one_node((None, 400), values, 15)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert np.array_equal(from_onnx(path).weight, values["scale"])
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ValueError, match=r"'\w+' are in the file 'weights.bin' .* cannot be read"):
+        from_onnx(path)
+
+
+def test_negative_variance():  # case 35
+    values = random_values(np.random.default_rng(0), 4)
+    values["var"][2] = -1
+    with pytest.raises(ValueError, match=r"running_var\[2\] is -1"):
+        from_onnx(one_node((None, 4), values, 15))

@@ -1,7 +1,10 @@
 """from_torch against PyTorch itself: 100 random layers, then state dicts from files and what is refused."""
 
+import io
+import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -219,16 +222,200 @@ def test_no_framework_is_imported_before_it_is_used():
     program = """
 import sys
 import numpy as np
-from fastbn.interop import from_keras, from_torch
+import fastbn
+from_torch, from_keras = fastbn.interop.from_torch, fastbn.interop.from_keras  # from import fastbn alone
 from_torch({"running_mean": np.zeros(2), "running_var": np.ones(2)})
 from_keras([np.zeros(2), np.ones(2)])
-frameworks = {"torch", "keras", "tensorflow", "jax", "onnx", "safetensors"}
+frameworks = {"torch", "keras", "tensorflow", "jax", "flax", "onnx", "safetensors"}
 print(*frameworks.intersection(sys.modules))
 """
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert result.stdout.split() == []
+
+
+def test_names_of_the_package():
+    program = (
+        "import fastbn; print('fastbn.interop.torch' in vars(fastbn), fastbn.interop.from_torch.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["False", "from_torch"], done.stderr
+    with pytest.raises(AttributeError, match="module 'fastbn' has no attribute 'nothing'"):
+        fastbn.nothing  # noqa: B018
+
+
+# Case 39: detection networks
+
+
+def frozen(torch, eps, channels=3):
+    class FrozenBatchNorm2d(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, low in ("weight", -2), ("bias", -2), ("running_mean", -2), ("running_var", 0.3):
+                self.register_buffer(name, torch.empty(channels).uniform_(low, 3))
+            if eps is not None:
+                self.eps = eps
+
+        def forward(self, x):
+            scale = self.weight * (self.running_var + (self.eps if eps is not None else 0)).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            return x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+
+    return FrozenBatchNorm2d()
+
+
+@pytest.fixture(scope="module")
+def torchvision_frozen(torch):
+    """torchvision's class. Its operators are defined here where it was built for another PyTorch."""
+    pytest.importorskip("PIL", reason="torchvision and pillow are not installed")
+    libraries = [torch.library.Library("torchvision", "FRAGMENT")]
+    for _ in range(10):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                from torchvision.ops import FrozenBatchNorm2d
+        except ImportError:
+            pytest.skip("torchvision is not installed (pip install --no-deps torchvision)")
+        except RuntimeError as error:
+            libraries[0].define(re.search(r"torchvision::(\w+)", str(error))[1] + "(Tensor x) -> Tensor")
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
+        else:
+            return FrozenBatchNorm2d
+    return pytest.skip("torchvision cannot be imported")
+
+
+def test_frozen_batch_norm_of_torchvision(torch, torchvision_frozen):  # case 39
+    module = torchvision_frozen(3, eps=0.25)
+    for tensor in module.buffers():
+        tensor.uniform_(0.3, 3)
+    x = batch(np.random.default_rng(0), (2, 3, 4, 5))
+    expected = module(torch.from_numpy(x)).numpy()
+    for layer in from_torch(module), from_torch(module.state_dict(), eps=0.25):
+        assert layer.eps == 0.25
+        assert layer.training is False
+        assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("eps", [0.5, None])
+def test_frozen_batch_norm_of_others(torch, eps):  # case 39
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), frozen(torch, eps))
+    x = batch(np.random.default_rng(0), (2, 3, 4, 5))
+    expected = network[1](torch.from_numpy(x)).numpy()
+    given = {} if eps else {"eps": 0.0}
+    layer = from_torch(network, "1", **given)
+    assert type(layer) is fastbn.BatchNorm2d
+    assert layer.eps == (eps or 0)
+    assert layer.training is False  # although the module is in training mode
+    assert_close(layer(x), expected)
+    assert_close(from_torch(network.state_dict(), "1", eps=eps or 0.0)(x), expected)
+    with pytest.raises(TypeError, match=r"prefixes of batch norms: \['1'\]"):
+        from_torch(network)
+    if eps is None:
+        with pytest.raises(ValueError, match="FrozenBatchNorm2d at prefix '1' does not tell its eps"):
+            from_torch(network, "1")
+
+
+# Case 40: TorchScript
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+def test_torchscript(torch, traced, saved):  # case 40
+    inner = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4, eps=0.5, momentum=0.25))
+    network = torch.nn.Sequential(inner, torch.nn.ReLU())
+    network(torch.randn(2, 3, 4, 4))
+    network.eval()
+    script = torch.jit.trace(network, torch.zeros(1, 3, 4, 4)) if traced else torch.jit.script(network)
+    if saved:
+        file = io.BytesIO()
+        torch.jit.save(script, file)
+        file.seek(0)
+        script = torch.jit.load(file)
+    layer = from_torch(script, "0.1")
+    assert repr(layer) == repr(inner[1])
+    assert layer.training is False
+    assert_same_state(layer, inner[1])
+    with pytest.raises(TypeError, match=r"got Sequential; prefixes of batch norms: \['0.1'\]"):
+        from_torch(script)
+    with pytest.raises(AttributeError):
+        from_torch(script, "nowhere")
+
+
+# Case 33: the flag, set later
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_track_running_stats_set_later(torch, track):  # case 33
+    module = torch.nn.BatchNorm1d(3, track_running_stats=not track)
+    module(torch.randn(8, 3))
+    module.track_running_stats = track
+    layer = from_torch(module)
+    assert layer.track_running_stats is track
+    for training in True, False, True:
+        x = batch(np.random.default_rng(0), (8, 3))
+        assert_close(layer.train(training)(x), module.train(training)(torch.from_numpy(x)).detach().numpy())
+        assert_same_state(layer, module)
+
+
+# Cases 35, 38, 47: values
+
+
+STATISTICS = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+
+
+def test_negative_variance(torch):  # case 35
+    state = STATISTICS | {"running_var": np.array([1, -2.0, 3], np.float32)}
+    with pytest.raises(ValueError, match=r"below zero: running_var\[1\] is -2, and eps 1e-05"):
+        from_torch(state)
+    assert from_torch(state, eps=2.5).running_var[1] == -2
+    assert from_torch(STATISTICS | {"running_var": np.full(3, -9.99e-6)}).running_var[0] < 0
+    module = torch.nn.BatchNorm2d(3)
+    module.running_var[2] = -1
+    with pytest.raises(ValueError, match=r"running_var\[2\] is -1"):
+        from_torch(module)
+
+
+@pytest.mark.parametrize("count", [np.float32(7), 7, 7.0, np.array([7]), np.array(7, np.int32)])
+def test_counters(count):  # case 38
+    layer = from_torch(STATISTICS | {"num_batches_tracked": count})
+    assert layer.num_batches_tracked == 7
+    assert layer.num_batches_tracked.dtype == np.int64
+    assert layer.num_batches_tracked.shape == ()
+
+
+@pytest.mark.parametrize("count", [2.5, np.nan, -1, 2.0**63, np.uint64(2**63), np.array([1, 2]), "7", None])
+def test_refused_counters(count):  # case 38
+    with pytest.raises(ValueError, match="num_batches_tracked must be a whole number of batches"):
+        from_torch(STATISTICS | {"num_batches_tracked": count})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_arrays_are_taken_exactly(dtype):  # case 47
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
+    values = np.array([1 / 3, 2.5, 3e-5]).astype(dtype)
+    layer = from_torch(STATISTICS | {"running_var": values})
+    assert layer.running_var.tolist() == values.astype(np.float64).tolist()
+
+
+def test_values_beyond_float32():
+    huge, tiny = np.array([1, 1e300, 1]), np.full(3, 1e-300)
+    with np.errstate(all="raise"):
+        with pytest.raises(ValueError, match=r"weight must be within float32, got 1e\+300 at index \(1,\)"):
+            from_torch(STATISTICS | {"weight": huge})
+        assert not from_torch(STATISTICS | {"weight": tiny}).weight.any()
+    assert np.isinf(from_torch(STATISTICS | {"running_var": np.full(3, np.inf)}).running_var).all()
+
+
+def test_tensors_that_require_grad(torch):
+    tensor = torch.ones(3, requires_grad=True)
+    assert from_torch(STATISTICS | {"weight": tensor}).weight.tolist() == [1, 1, 1]
+    keras = {"gamma": tensor, "moving_mean": tensor, "moving_variance": tensor}
+    assert fastbn.interop.from_keras(keras).weight.tolist() == [1, 1, 1]
+    assert fastbn.interop.from_flax({"batch_stats": {"mean": tensor, "var": tensor}}).running_var[0] == 1
 
 
 def test_no_other_names():

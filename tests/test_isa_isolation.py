@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import pytest
 
 from fastbn import _kernels
 
-OBJECTS = Path(__file__).parents[1] / "build/objects/src_c"
+TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+OBJECTS = Path(__file__).parents[1] / "build/objects" / TAG / "src_c"
 MAY_HAVE = {"kernels_avx2.c": {"AVX"}, "kernels_avx512.c": {"AVX", "AVX-512"}}  # what is not here: SSE2 alone
 
 pytestmark = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from fastbn.functional import batch_norm, batch_norm_forward, batch_stats, update_running
-from fastbn.interop import _class_for_rank
+from fastbn.interop import _class_for_rank, _filled
 from fastbn.modules import BatchNorm
+
+_DOMAINS = ("", "ai.onnx")  # the two spellings of ONNX's own
 
 
 def from_onnx(model: Any, node: Any = None) -> BatchNorm:
@@ -41,12 +45,21 @@ def from_onnx(model: Any, node: Any = None) -> BatchNorm:
     ------
     ValueError
         If no node or more than one fits, its parameters depend on an input of the graph, or it normalizes
-        each activation by itself (``spatial=0``, opsets 6 and 7).
+        each activation by itself (``spatial=0``, opsets 6 and 7). If the model is damaged: values that are
+        nowhere, a file of external data that is missing, a cycle, no opset.
     """
+    folder = None
     if not isinstance(model, onnx.ModelProto):
-        model = onnx.load(model)
+        if isinstance(model, (str, os.PathLike)):
+            folder = os.path.dirname(os.path.abspath(model))
+        model = onnx.load(model, load_external_data=False)  # all weights, of which four are needed
     node = _find(model.graph, node)
-    schema = _schema(node, {opset.domain: opset.version for opset in model.opset_import})
+    if len(node.input) != 5 or not all(node.input):
+        raise ValueError(
+            f"{_name(node)} must have the inputs X, scale, B, mean and var, got {list(node.input)}"
+        )
+    opsets = _opsets(model)
+    schema = _schema(node, opsets)
     attributes = {name: a.default_value for name, a in schema.attributes.items()} | {
         a.name: a for a in node.attribute
     }
@@ -56,13 +69,12 @@ def from_onnx(model: Any, node: Any = None) -> BatchNorm:
             f"{_name(node)} normalizes each activation by itself (spatial=0), which is no layer of C channels"
         )
     names = list(node.input[1:])
-    arrays = _constants(model, names)
+    arrays = _constants(model, opsets, names, folder)
     layer = _class_for_rank(_rank(model, node.input[0]))(
         arrays[0].size, attributes["epsilon"], 1 - attributes["momentum"], unbiased=False
     )
     keys = "weight", "bias", "running_mean", "running_var"
-    layer.load_state_dict(dict(zip(keys, arrays, strict=True)))
-    return layer.train(_training(schema, node, attributes))
+    return _filled(layer, dict(zip(keys, arrays, strict=True))).train(_training(schema, node, attributes))
 
 
 class BatchNormalization(OpRun):
@@ -71,7 +83,7 @@ class BatchNormalization(OpRun):
     ``ReferenceEvaluator(model, new_ops=[BatchNormalization])`` runs every such node of the model by fastbn,
     those of subgraphs included: opsets 6 and later, inference and training, ``spatial=0`` too. The evaluator
     does not pass `new_ops` on to functions defined in the model; ``onnx.inliner.inline_local_functions``
-    takes these apart first.
+    takes these apart first. Of the two spellings of ONNX's own domain it knows "" only, not "ai.onnx".
 
     Tensors are float32; float16 and bfloat16 are computed in float32 and rounded once. A training node of
     opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the biased variance
@@ -115,12 +127,25 @@ class BatchNormalization(OpRun):
         )
 
 
+def _domain(domain: str) -> str:
+    return "" if domain in _DOMAINS else domain
+
+
+def _opsets(model: Any) -> dict[str, int]:
+    return {_domain(opset.domain): opset.version for opset in model.opset_import}
+
+
 def _schema(node: Any, opsets: dict[str, int]) -> Any:
     """The definition of BatchNormalization that holds for `node`."""
-    schema = onnx.defs.get_schema("BatchNormalization", opsets[node.domain], node.domain)
+    opset = next((opsets[domain] for domain in _DOMAINS if domain in opsets), None)
+    if opset is None:
+        raise ValueError(
+            f"the model says no opset of ONNX's own domain, in opset_import: there are {sorted(opsets)}"
+        )
+    schema = onnx.defs.get_schema("BatchNormalization", opset, "")
     if schema.since_version < 6:
         raise ValueError(
-            f"BatchNormalization is supported from opset 6 on, got opset {opsets[node.domain]}; "
+            f"BatchNormalization is supported from opset 6 on, got opset {opset}; "
             f"onnx.version_converter may help"
         )
     return schema
@@ -141,7 +166,7 @@ def _float32(name: str, array: Any) -> Any:
 
 
 def _find(graph: Any, wanted: Any) -> Any:
-    nodes = [n for n in graph.node if n.op_type == "BatchNormalization" and n.domain == ""]
+    nodes = [n for n in graph.node if n.op_type == "BatchNormalization" and n.domain in _DOMAINS]
     found = nodes if wanted is None else [n for n in nodes if wanted in (n, n.name, n.output[0])]
     if len(found) != 1:
         asked = "node=None" if wanted is None else f"node {getattr(wanted, 'name', wanted)!r}"
@@ -168,19 +193,59 @@ def _rank(model: Any, name: str) -> int | None:
     return stated(model.graph) or stated(onnx.shape_inference.infer_shapes(model).graph)
 
 
-def _constants(model: Any, names: list[str]) -> list[Any]:
+def _constants(model: Any, opsets: dict[str, int], names: list[str], folder: str | None) -> list[Any]:
     """Values of tensors that are initializers or computed from nothing else."""
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    needed, nodes = set(names), []
-    for node in reversed(model.graph.node):  # each stands behind those it depends on
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            nodes.append(node)
-    inputs = needed.intersection(value.name for value in model.graph.input).difference(initializers)
+    producers = {output: node for node in model.graph.node for output in node.output if output}
+    depends: dict[str, list[str]] = {}
+    needed = list(names)
+    while needed:
+        name = needed.pop()
+        if name not in depends:
+            node = None if name in initializers else producers.get(name)
+            depends[name] = [source for source in node.input if source] if node is not None else []
+            needed.extend(depends[name])
+    try:
+        order = list(TopologicalSorter(depends).static_order())
+    except CycleError as error:
+        raise ValueError(f"the graph has a cycle: {' <- '.join(map(str, error.args[1]))}") from None
+    unknown = [name for name in order if name not in initializers and name not in producers]
+    inputs = sorted({value.name for value in model.graph.input}.intersection(unknown))
     if inputs:
-        raise ValueError(f"{names} depend on inputs of the graph, {sorted(inputs)}: no values in the model")
-    graph = onnx.helper.make_graph(
-        nodes[::-1], "constants", [], [], [initializers[name] for name in needed if name in initializers]
-    )
-    opsets = {opset.domain: opset.version for opset in model.opset_import}
+        raise ValueError(f"{names} depend on inputs of the graph, {inputs}: no values in the model")
+    if unknown:
+        raise ValueError(f"the model has no values for {unknown}: neither an initializer nor a node's output")
+    nodes = []
+    for name in order:
+        if name not in initializers and producers[name] not in nodes:
+            node = onnx.NodeProto()
+            node.CopyFrom(producers[name])
+            node.domain = _domain(node.domain)  # the evaluator knows one spelling
+            nodes.append(node)
+    tensors = [_loaded(initializers[name], folder) for name in order if name in initializers]
+    graph = onnx.helper.make_graph(nodes, "constants", [], [], tensors)
     return list(ReferenceEvaluator(graph, opsets=opsets).run(names, {}))
+
+
+def _loaded(tensor: Any, folder: str | None) -> Any:
+    """The tensor, with its values where they are in another file."""
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return tensor
+    loaded = onnx.TensorProto()
+    loaded.CopyFrom(tensor)
+    location = {entry.key: entry.value for entry in tensor.external_data}.get("location")
+    if folder is None:
+        raise ValueError(
+            f"the values of {tensor.name!r} are in the file {location!r}, which was not loaded with the "
+            f"model; give the model's path, or load it by onnx.load"
+        )
+    try:
+        onnx.external_data_helper.load_external_data_for_tensor(loaded, folder)
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ValueError(
+            f"the values of {tensor.name!r} are in the file {location!r} beside the model, which cannot be "
+            f"read: {error}"
+        ) from error
+    loaded.data_location = onnx.TensorProto.DEFAULT
+    del loaded.external_data[:]
+    return loaded

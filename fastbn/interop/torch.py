@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from fastbn.interop import _array, _filled
 from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# torch.nn has these, and torchvision, detectron2 and others the last, by this very name.
+_KINDS: dict[str, type[BatchNorm]] = {
+    "BatchNorm1d": BatchNorm1d,
+    "BatchNorm2d": BatchNorm2d,
+    "BatchNorm3d": BatchNorm3d,
+    "SyncBatchNorm": BatchNorm,
+    "FrozenBatchNorm2d": BatchNorm2d,
+}
 
-def from_torch(module_or_state_dict: Any, prefix: str = "") -> BatchNorm:
+
+def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None = None) -> BatchNorm:
     """A layer that computes what a batch norm of PyTorch does.
 
     Parameters
     ----------
     module_or_state_dict : torch.nn.Module or mapping of str to array_like
         A batch norm, a network that has one, or a state dict: PyTorch's own, an open .npz file, what
-        safetensors loads. PyTorch is imported for a module only.
+        safetensors loads. TorchScript modules, scripted or traced, and the FrozenBatchNorm2d of detection
+        networks are taken too. PyTorch is imported for a module only.
     prefix : str
         Where in the network or state dict the batch norm is, such as ``"layer1.0.bn1"``.
+    eps : float, optional
+        In place of what the module says, or of the default where it says nothing.
 
     Returns
     -------
@@ -30,22 +41,24 @@ def from_torch(module_or_state_dict: Any, prefix: str = "") -> BatchNorm:
         BatchNorm1d, 2d or 3d where the module is one. Values are copied, from any device, and rounded to
         float32. A module passes on its mode, `eps` and `momentum`. A state dict knows none of these: the
         layer is in evaluation mode with PyTorch's defaults, ``eps=1e-5`` and ``momentum=0.1``; set them if
-        the model had others.
+        the model had others. A FrozenBatchNorm2d normalizes by its buffers in either mode: its layer is in
+        evaluation mode. `track_running_stats` is passed on as it stands, whatever buffers there are.
 
     Raises
     ------
     TypeError
         If there is no batch norm at `prefix`, or one whose `forward` is not PyTorch's own.
     ValueError
-        If a state dict has no running statistics at `prefix`, or entries that are not a batch norm's.
+        If a state dict has no running statistics at `prefix`, or entries that are not a batch norm's; if a
+        value is beyond float32, a variance plus `eps` below zero, the counter no whole number, or `eps`
+        missing for a module that keeps none.
     AttributeError
         If a network has no module at `prefix`.
     """
     prefix = prefix.rstrip(".")
     if isinstance(module_or_state_dict, Mapping):
         state = _state_at(module_or_state_dict, prefix)
-        layer = _layer(BatchNorm, state["running_mean"].size, state)
-        return layer.eval()
+        return _layer(BatchNorm, state, 1e-5 if eps is None else eps).eval()
 
     import torch
 
@@ -54,27 +67,79 @@ def from_torch(module_or_state_dict: Any, prefix: str = "") -> BatchNorm:
             f"module_or_state_dict must be a torch.nn.Module or a mapping, "
             f"got {type(module_or_state_dict).__name__}"
         )
-    module = module_or_state_dict.get_submodule(prefix)
-    torch_batch_norm = torch.nn.modules.batchnorm._BatchNorm
-    if not isinstance(module, torch_batch_norm):
-        found = [
-            name for name, child in module.named_modules(prefix=prefix) if isinstance(child, torch_batch_norm)
-        ]
+    module = module_or_state_dict
+    for name in prefix.split(".") if prefix else ():  # get_submodule, which TorchScript has not
+        module = getattr(module, name)
+    if not isinstance(module, torch.nn.Module) or not _is_batch_norm(module):
+        found = (
+            [name for name, child in module.named_modules(prefix=prefix) if _is_batch_norm(child)]
+            if isinstance(module, torch.nn.Module)
+            else []
+        )
         raise TypeError(
-            f"the module at prefix {prefix!r} must be a batch norm of PyTorch, got {type(module).__name__}; "
+            f"the module at prefix {prefix!r} must be a batch norm of PyTorch, got {_class_name(module)}; "
             f"{_candidates(found)}"
         )
+    name = _class_name(module)
+    torch_batch_norm = torch.nn.modules.batchnorm._BatchNorm
     # A subclass may do more than normalize, such as apply an activation, which would be lost without a word.
-    if type(module).forward not in (torch_batch_norm.forward, torch.nn.SyncBatchNorm.forward):
+    if isinstance(module, torch_batch_norm):
+        own = type(module).forward not in (torch_batch_norm.forward, torch.nn.SyncBatchNorm.forward)
+    else:
+        own = name not in _KINDS
+    if own:
         raise TypeError(
-            f"{type(module).__name__} has a forward of its own, which is not converted; "
+            f"{name} has a forward of its own, which is not converted; "
             f"from_torch(module.state_dict()) takes its weights alone"
         )
     kinds = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
-    kind = next((kind for kind in kinds if isinstance(module, getattr(torch.nn, kind.__name__))), BatchNorm)
-    state = {name: _array(value) for name, value in module.state_dict().items()}
-    layer = _layer(kind, module.num_features, state, eps=module.eps, momentum=module.momentum)
-    return layer.train(module.training)
+    kind = next((k for k in kinds if isinstance(module, getattr(torch.nn, k.__name__))), None)
+    options = _options(module)
+    if eps is not None:
+        options["eps"] = eps
+    if options.get("eps") is None:
+        raise ValueError(f"{name} at prefix {prefix!r} does not tell its eps; give it, as eps=1e-5 (or 0)")
+    state = {key: _array(value) for key, value in module.state_dict().items()}
+    num_features = getattr(module, "num_features", None)
+    layer = _layer(kind or _KINDS.get(name, BatchNorm), state, options["eps"], num_features)
+    layer.momentum = options["momentum"]
+    layer.track_running_stats = options["track_running_stats"]
+    return layer.train(options["training"])
+
+
+def _class_name(module: Any) -> str:
+    """Its class, and of a TorchScript module that which it was made from."""
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
+def _is_batch_norm(module: Any) -> bool:
+    import torch
+
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or _class_name(module) in _KINDS
+
+
+def _options(module: Any) -> dict[str, Any]:
+    import torch
+
+    if _class_name(module) == "FrozenBatchNorm2d":
+        return {
+            "eps": getattr(module, "eps", None),
+            "momentum": 0.1,
+            "track_running_stats": True,
+            "training": False,
+        }
+    if isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "eps"):
+        # Traced: the numbers are in its program only.
+        graph = module.inlined_graph  # kept, or its nodes are invalid
+        node = graph.findNode("aten::batch_norm")
+        if node is None:
+            raise TypeError(
+                f"the traced {_class_name(module)} does not call PyTorch's batch norm; "
+                f"from_torch(module.state_dict()) takes its weights alone"
+            )
+        training, momentum, eps = (value.toIValue() for value in list(node.inputs())[5:8])
+        return {"eps": eps, "momentum": momentum, "track_running_stats": True, "training": training}
+    return {name: getattr(module, name) for name in ("eps", "momentum", "track_running_stats", "training")}
 
 
 def _state_at(state_dict: Mapping[str, Any], prefix: str) -> dict[str, NDArray[Any]]:
@@ -96,22 +161,19 @@ def _candidates(prefixes: list[str]) -> str:
     return f"prefixes of batch norms: {prefixes}" if prefixes else "there is no batch norm in it"
 
 
-def _array(value: Any) -> NDArray[Any]:
-    if hasattr(value, "detach"):  # a tensor, perhaps on another device or of a dtype that NumPy has not
-        value = value.detach().cpu()
-        value = (value.float() if value.is_floating_point() else value).numpy()
-    return np.asarray(value)
-
-
 def _layer(
-    kind: type[BatchNorm], num_features: int, state: dict[str, NDArray[Any]], **options: Any
+    kind: type[BatchNorm], state: Mapping[str, NDArray[Any]], eps: float, num_features: int | None = None
 ) -> BatchNorm:
+    sizes = [state[name].size for name in ("running_mean", "weight") if name in state]
+    if num_features is None and not sizes:
+        raise ValueError(
+            "a traced batch norm without parameters and running statistics has nothing to convert"
+        )
     layer = kind(
-        num_features,
+        num_features or sizes[0],
+        eps,
         affine="weight" in state,
         bias="bias" in state,
         track_running_stats="running_mean" in state,
-        **options,
     )
-    layer.load_state_dict(state)
-    return layer
+    return _filled(layer, state)

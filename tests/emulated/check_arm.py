@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROOT = Path(__file__).parents[2]
-ARM, NATIVE = ROOT / "build/aarch64", ROOT / "build/objects"
+TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+ARM, NATIVE = ROOT / "build/aarch64", ROOT / "build/objects" / TAG
 DRIVER = Path(__file__).with_name("driver.c")
 
 GAP = 0x5A5A5A5A  # what driver.c fills memory with
