@@ -44,7 +44,7 @@ cdef struct Plan:
     int team, member    # that there are, and which of them goes by this plan
     Work work           # what each of them does
     long long waited    # nanoseconds at barriers
-    long long worked    # and those of the caller that it did not wait
+    long long *worked   # and those of the caller that it did not wait: apart, for others read this plan meanwhile
 
 
 cdef void as_member(void *arg, int member, int team) noexcept nogil:
@@ -60,7 +60,7 @@ cdef void as_member(void *arg, int member, int team) noexcept nogil:
     else:
         start = bn_now()
         own.work(&own)
-        plan.worked = bn_now() - start - own.waited
+        own.worked[0] = bn_now() - start - own.waited
 
 
 cdef void run(Plan *plan, Work work) noexcept:
@@ -68,7 +68,7 @@ cdef void run(Plan *plan, Work work) noexcept:
     letting go of the GIL, and has no smaller team, because GNU OpenMP would end the threads that are left out."""
     global AT_WORK, MOST_AT_WORK
     cdef Py_ssize_t elements = plan.p.N * plan.p.C * plan.p.S
-    cdef long long start = 0, wall = 0
+    cdef long long start = 0, wall = 0, worked = 0
     cdef bint fresh = True
     plan.member = 0
     plan.team = 1
@@ -77,6 +77,7 @@ cdef void run(Plan *plan, Work work) noexcept:
         free(plan.scratch)
         return
     plan.work = work
+    plan.worked = &worked
     fastbn_lock()
     AT_WORK += plan.threads
     MOST_AT_WORK = max(MOST_AT_WORK, AT_WORK)
@@ -92,7 +93,7 @@ cdef void run(Plan *plan, Work work) noexcept:
     fastbn_lock()
     AT_WORK -= plan.threads
     if plan.threads > 1 and plan.threads == DEFAULT_THREADS and not fresh:
-        bn_backoff_judge(elements, plan.threads, plan.worked, wall, start + wall)
+        bn_backoff_judge(elements, plan.threads, worked, wall, start + wall)
     fastbn_unlock()
 
 

@@ -85,7 +85,7 @@ def test_no_races(folder):
 @pytest.mark.parametrize(
     ("whole", "broken"),
     [
-        ("    if plan.team > 1:\n        fastbn_barrier()\n", "    pass\n"),
+        ("        bn_barrier()\n", "        pass\n"),
         ("    move_away(plan, gaps(plan))  #", "    #"),
     ],
     ids=["no barriers", "owners' coefficients where others' are"],
