@@ -22,7 +22,8 @@ cdef double number(value, str name) except? -1.0:
         raise ValueError(f"{name} must be within the range of a float, got an int beyond it") from None
 
 
-cdef Py_ssize_t whole(value, str name, str limits) except? -1:
+cpdef Py_ssize_t whole(value, str name, str limits) except? -1:
+    """An int that C has room for, as whatever has these limits must be."""
     if type(value) is int:
         pass
     elif isinstance(value, bool) or not hasattr(value, "__index__"):
@@ -38,7 +39,7 @@ cdef Py_ssize_t whole(value, str name, str limits) except? -1:
         raise ValueError(f"{name} must {limits}, got {value}") from None
 
 
-cdef double check_eps(eps) except? -1.0:
+cpdef double check_eps(eps) except? -1.0:
     cdef double value = number(eps, "eps")
     if not (isfinite(value) and value >= 0.0):
         raise ValueError(f"eps must be finite and >= 0, got {value}")
@@ -562,8 +563,8 @@ cdef cnp.ndarray writable(const bn_problem *p, out, cnp.ndarray x, int axis):
     return empty_for(p, x, axis)
 
 
-# Python code may run wherever one is called, memory is freed, or the GIL is let go of, and then an array may get another
-# shape or memory. So the kernels' pointers are taken last of all, and every array is looked at again with that.
+# Python code may run wherever one is called, memory is freed, or the GIL is let go of, and then an array may get
+# another shape or memory. So the kernels' pointers are taken last, and every array is looked at again with that.
 
 cdef int changed(str name) except -1:
     raise RuntimeError(f"{name} was given another shape, other strides or other memory during the call")

@@ -115,12 +115,19 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     return block
 
 
-def channels(x, axis, tuple ranks):
-    """The number of channels of x, checked."""
+cdef int check_channels(cnp.ndarray x, int axis, Py_ssize_t expected) except -1:
+    if cnp.PyArray_DIM(x, axis) != expected:
+        raise ValueError(f"x must have {expected} channels on axis {axis}, got shape {(<object> x).shape}"
+                         f"{last_axis_hint(x, axis, expected)}")
+    return 0
+
+
+def check_input(x, axis, tuple ranks, Py_ssize_t num_features):
+    """That a layer of so many channels can take x."""
     x = array32(x, "x")
     check_rank(x, ranks)
     cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
-    return cnp.PyArray_DIM(x, check_axis(x, number))
+    check_channels(x, check_axis(x, number), num_features)
 
 
 # ---- the operations -----------------------------------------------------------------------------------------------
@@ -371,9 +378,7 @@ cdef class Frozen:
         out = optional(out, "out")
         cdef Plan plan
         cdef int ax = begin(&plan, x, self.axis, self.activation, self.negative_slope, num_threads)
-        if plan.p.C != self.num_features:
-            hint = last_axis_hint(x, ax, self.num_features)
-            raise ValueError(f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}{hint}")
+        check_channels(x, ax, self.num_features)
         plan.k = self.k
         return infer(&plan, x, ax, residual, out, given)
 
@@ -492,8 +497,8 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
     cdef cnp.ndarray to_mean = array32(running_mean, "running_mean"), to_var = array32(running_var, "running_var")
     cdef double share = check_momentum(momentum)
-    cdef Py_ssize_t values = whole(count if type(count) is not int else min(count, PY_SSIZE_T_MAX),
-                                    "stats.count", "be an int")
+    most = min(count, PY_SSIZE_T_MAX) if type(count) is int else count
+    cdef Py_ssize_t values = whole(most, "stats.count", "be an int")
     cdef Py_ssize_t C = mean.size if isinstance(mean, np.ndarray) else 0
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -105,11 +103,10 @@ class BatchNorm:
         activation: str | None = None,
         negative_slope: float = 0.01,
     ) -> None:
-        num_features = operator.index(num_features)
+        num_features = _kernels.whole(num_features, "num_features", "be less than 2**63")
         if num_features < 1:
             raise ValueError(f"num_features must be at least 1, got {num_features}")
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"eps must be finite and >= 0, got {eps}")
+        _kernels.check_eps(eps)
         if momentum is not None:
             _kernels.check_momentum(momentum)
         _kernels.check_activation(activation, negative_slope)
@@ -118,7 +115,7 @@ class BatchNorm:
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
-        self.axis = operator.index(axis)
+        self.axis = _kernels.whole(axis, "axis", "number a dimension")
         self.unbiased = unbiased
         self.activation = activation
         self.negative_slope = negative_slope
@@ -206,11 +203,7 @@ class BatchNorm:
         self, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
     ) -> Array:
         x = _kernels.array32(x, "x")
-        channels = _kernels.channels(x, self.axis, self._ranks)
-        if channels != self.num_features:
-            raise ValueError(
-                f"x must have {self.num_features} channels on axis {self.axis}, got shape {x.shape}"
-            )
+        _kernels.check_input(x, self.axis, self._ranks, self.num_features)
         update = self.track_running_stats and self.running_mean is not None
         running_mean, running_var = (self.running_mean, self.running_var) if update else (None, None)
         momentum = self.momentum

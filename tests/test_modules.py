@@ -102,11 +102,16 @@ def test_which_arrays_there_are(options, names):
     ("arguments", "error", "match"),
     [
         ({"num_features": 0}, ValueError, "num_features must be at least 1, got 0"),
-        ({"num_features": 2.0}, TypeError, "integer"),
+        ({"num_features": 2.0}, TypeError, "num_features must be an int, got 2.0"),  # case 43
+        ({"num_features": "2"}, TypeError, "num_features must be an int, got '2'"),
+        ({"num_features": 2**70}, ValueError, "num_features must be"),
+        ({"eps": "1e-5"}, TypeError, "eps must be a number"),
+        ({"momentum": "0.1"}, TypeError, "momentum must be a number"),
+        ({"negative_slope": "0.1"}, TypeError, "negative_slope must be a number"),
         ({"eps": -1e-5}, ValueError, "eps must be finite and >= 0, got -1e-05"),
         ({"eps": float("nan")}, ValueError, "eps"),
         ({"momentum": float("inf")}, ValueError, "momentum must be finite"),
-        ({"axis": 1.0}, TypeError, "integer"),
+        ({"axis": 1.0}, TypeError, "axis must be an int"),
         ({"activation": "tanh"}, ValueError, "activation must be .*'tanh'"),
         ({"negative_slope": float("nan")}, ValueError, "negative_slope"),
     ],
