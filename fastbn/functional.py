@@ -56,13 +56,14 @@ def batch_norm(
         Not changed, unless it is also `out`. Walked without a copy where its memory is NCHW or channels-last,
         with any stride over batch and channels; copied once otherwise.
     running_mean, running_var : ndarray of float32, shape (C,), or None
-        Running statistics. In training they are updated in place, or both None; otherwise they are needed.
+        Running statistics. In training they are updated in place, or both None, and overlap nothing else;
+        otherwise they are needed, and each variance plus `eps` is >= 0.
     weight, bias : ndarray of float32, shape (C,), or None
         1 and 0 where None.
     training : bool
         Normalize with the statistics of `x`, and update the running ones.
     momentum : float
-        Weight of the new value in the running ones.
+        Weight of the new value in the running ones, from 0 to 1.
     eps : float
         Added to the variance; finite, >= 0. Where the sum is 0 the output is `bias`.
     axis : int
@@ -93,6 +94,8 @@ def batch_norm(
     ValueError
         If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
         channel has one value only or a running array is read-only. Nothing has been written then.
+    RuntimeError
+        If an array is given another shape or other memory during the call, before anything is computed.
 
     Notes
     -----
@@ -258,7 +261,7 @@ def update_running(
     running_mean, running_var : ndarray of float32, shape (C,)
     stats : BatchStats
     momentum : float
-        Weight of the batch.
+        Weight of the batch, from 0 to 1.
     unbiased : bool
         See :func:`batch_norm`.
 
