@@ -29,19 +29,19 @@ include "_partition.pxi"
 
 # ---- coefficients ---------------------------------------------------------------------------------------------
 
-cdef Py_ssize_t coef_width(Py_ssize_t C, Py_ssize_t n_gaps) noexcept:
-    """Floats of one array of coefficients: as many repetitions as rows may want and 16 more, in whole lines, and the
-    gaps between those of several threads."""
-    return (C * K.fold(C, PY_SSIZE_T_MAX) + 16 + 15) // 16 * 16 + n_gaps * GAP
+cdef Py_ssize_t coef_width(Py_ssize_t columns, Py_ssize_t n_gaps) noexcept:
+    """Floats of one array of coefficients: of so many columns and 16 more, in whole lines, and the gaps between those
+    of several threads."""
+    return (columns + 16 + 15) // 16 * 16 + n_gaps * GAP
 
 
 cdef enum:
-    ROOM = 3 * (256 + 16) + 15 + PAGE  # floats, 7 KB: coefficients that need no allocation
+    ROOM = 3 * (384 + 16) + 15 + 384  # floats, 6 KB: coefficients that need no allocation
 
 
 cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
-    """Of all arrays, with what it takes to begin where lay_out_coef wants."""
-    return width * (8 if backward else 3) + 15 + PAGE
+    """Of all arrays, with what it takes to begin where lay_out_coef wants: within a page or the columns."""
+    return width * (8 if backward else 3) + 15 + min(PAGE, width)
 
 
 cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward, Py_ssize_t columns,
@@ -84,7 +84,7 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     p.layout = BN_ROWS  # or planes, which want less
     p.C = C
     p.fold = K.fold(C, rows)
-    cdef Py_ssize_t width = coef_width(C, 0)
+    cdef Py_ssize_t width = coef_width(C * p.fold, 0)
     if not float64:
         mean = contiguous(mean)
         var = contiguous(var)
@@ -139,7 +139,7 @@ cdef int allocate_scratch(Plan *plan) except -1:
     cdef bint backward = plan.p.grad_input.data != NULL
     cdef const float *out = plan.p.grad_input.data if backward else plan.p.y.data
     cdef Py_ssize_t C = plan.p.C + gaps(plan) * GAP, n = plan.T * plan.width + gaps(plan) * GAP
-    cdef Py_ssize_t width = coef_width(plan.p.C, gaps(plan))
+    cdef Py_ssize_t width = coef_width(plan.p.C * K.fold(plan.p.C, PY_SSIZE_T_MAX), gaps(plan))
     cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
     if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
         width += PAGE  # for columns that go on in the next row

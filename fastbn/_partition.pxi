@@ -526,7 +526,7 @@ cdef int past_cache(const bn_problem *p, int threads) noexcept:
         else:
             most_read = most // 2 if threads == 1 else most
             most = most_read if threads == 1 else most // 8 * 6
-    return (bytes_of_tensor * (read + written) > most) + (bytes_of_tensor * read > most_read)
+    return (bytes_of_tensor > most // (read + written)) + (bytes_of_tensor > most_read // read)
 
 
 def tune(Py_ssize_t stream_bytes=-1, Py_ssize_t serial=-1, Py_ssize_t group_bytes=-1):

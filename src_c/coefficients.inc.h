@@ -108,34 +108,39 @@ INLINE void inverse_deviation(const double *v, ptrdiff_t n, double *r) {
                 r[i] = v[i] == 0.0 ? 0.0 : 1.0 / sqrt(v[i]);
 }
 
-/* The nearest float32, but of what is finite none that is not: times x - mean, which may be 0, that would be NaN. */
-INLINE float within_range(double a) {
-    if (a > FLT_MAX && a <= DBL_MAX)
-        return FLT_MAX;
-    if (a < -FLT_MAX && a >= -DBL_MAX)
-        return -FLT_MAX;
-    return (float)a;
+/* The largest float32 in place of an infinity: times x - mean, which may be 0, that would be NaN. Only of what is
+ * finite in float64, and apart from the conversions, which are then made of several at a time. */
+INLINE void keep_finite(ptrdiff_t n, const double *a, float *b) {
+    int beyond = 0;
+    for (ptrdiff_t c = 0; c < n; c++)
+        beyond |= !(fabsf(b[c]) <= FLT_MAX);
+    for (ptrdiff_t c = 0; beyond && c < n; c++)
+        if (fabsf(b[c]) > FLT_MAX && fabs(a[c]) <= DBL_MAX)
+            b[c] = copysignf(FLT_MAX, b[c]);
 }
 
 /* Of n <= BLOCK channels from cb on, from their means hi + lo, or hi alone, and v = var + eps. */
 INLINE void coef_block(ptrdiff_t cb, ptrdiff_t n, const float *hi, const double *lo, const double *v,
                        const float *weight, const float *bias, const bn_coef *k) {
     float *restrict mean = k->mean + cb, *restrict scale = k->scale + cb, *restrict shift = k->shift + cb;
-    double invstd[BLOCK];
+    double invstd[BLOCK], a[BLOCK];
     inverse_deviation(v, n, invstd);
     for (ptrdiff_t c = 0; c < n; c++) {
-        const double a = weight ? weight[cb + c] * invstd[c] : invstd[c];
-        scale[c] = within_range(a);
+        a[c] = weight ? weight[cb + c] * invstd[c] : invstd[c];
+        scale[c] = (float)a[c];
         const double b = bias ? bias[cb + c] : 0.0;
-        shift[c] = (float)(lo ? b - lo[c] * a : b);
+        shift[c] = (float)(lo ? b - lo[c] * a[c] : b);
     }
+    keep_finite(n, a, scale);
     for (ptrdiff_t c = 0; c < n; c++)
         mean[c] = hi[c];
-    if (k->invstd)
+    if (k->invstd) {
         for (ptrdiff_t c = 0; c < n; c++) {
-            k->invstd[cb + c] = within_range(invstd[c]);
+            k->invstd[cb + c] = (float)invstd[c];
             k->offset[cb + c] = (float)(lo ? -lo[c] * invstd[c] : 0.0);
         }
+        keep_finite(n, invstd, k->invstd + cb);
+    }
 }
 
 static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_coef *k) {
@@ -195,7 +200,7 @@ INLINE void backward_coef_block(ptrdiff_t cb, ptrdiff_t n, double share, const d
                                 const bn_coef *k) {
     const float *scale = k->scale + cb, *invstd = k->invstd + cb, *offset = k->offset + cb;
     float *restrict mean = k->g_mean + cb, *restrict proj = k->g_proj + cb, *restrict shift = k->g_shift + cb;
-    double g_mean[BLOCK], gx_mean[BLOCK], low[BLOCK];
+    double g_mean[BLOCK], gx_mean[BLOCK], slope[BLOCK], low[BLOCK];
     for (ptrdiff_t c = 0; c < n; c++) {
         g_mean[c] = g[cb + c] * share;
         gx_mean[c] = gx[cb + c] * share;
@@ -203,7 +208,10 @@ INLINE void backward_coef_block(ptrdiff_t cb, ptrdiff_t n, double share, const d
     for (ptrdiff_t c = 0; c < n; c++)
         mean[c] = (float)g_mean[c];
     for (ptrdiff_t c = 0; c < n; c++)
-        proj[c] = within_range(-gx_mean[c] * invstd[c]);
+        slope[c] = -gx_mean[c] * invstd[c];
+    for (ptrdiff_t c = 0; c < n; c++)
+        proj[c] = (float)slope[c];
+    keep_finite(n, slope, proj);
     for (ptrdiff_t c = 0; c < n; c++)
         low[c] = (g_mean[c] - mean[c]) + gx_mean[c] * offset[c];
     for (ptrdiff_t c = 0; c < n; c++)

@@ -24,7 +24,7 @@
 enum { BN_PLANES, BN_ROWS };
 #define BN_SHORT_PLANE 256                   /* values */
 #define BN_PANEL       2048                  /* columns at a time in sums over rows */
-#define BN_ROOM        (1024 + 3 * BN_PANEL) /* floats: their shifts and sums, and where they may begin */
+#define BN_ROOM        (1024 + 5 * BN_PANEL) /* floats: their shifts and sums, and where they may begin */
 enum { BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU };
 
 typedef struct {

@@ -33,12 +33,11 @@
 #define ROW_TILE      256        /* rows */
 #define INTERLEAVE    64         /* values of each of two passes that are gone through in one loop */
 #define CHAIN         64         /* values of rows and short planes that one float32 sum takes */
-#define STATS_CHAIN   16         /* the same of rows in statistics: with 64, four channels in a million miss 2e-6 */
 #define FOLDED        128        /* columns of folded rows at least */
 #define PANEL         BN_PANEL   /* columns at a time in sums over rows */
 #define BLOCK         64         /* channels at a time in what is done once a channel */
 #define WIDE          1024       /* columns whose coefficients and sums crowd L1 */
-#define STATS_ROWS    8          /* rows at a time */
+#define STATS_ROWS    8          /* rows at a time: a group, whose sums are kept apart */
 #define SUMS_ROWS     4
 #define WORK_ROWS     4
 #define STRIP         128  /* columns whose statistics AVX-512's registers hold */

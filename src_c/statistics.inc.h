@@ -3,18 +3,22 @@
 #define TINY 1e-30 /* below this the squares have lost bits to underflow */
 
 /* In place of squared deviations, where the sums of shifted values tell too little: */
-#define UNSOUND -1.0 /* float32 has not the range, or the shift was over two deviations off the mean (the variance */
-                     /* loses accuracy with the square of that) */
-#define FLAT -2.0    /* either all values are alike, or their squares have underflowed */
+#define UNSOUND -1.0 /* float32 has not the range, or the shift was too far off the mean */
+#define FLAT    -2.0 /* either all values are alike, or their squares have underflowed */
+
+/* The variance loses accuracy with the square of the deviations that the shift was off the mean. Columns, which are
+ * gathered to be summed again, may be two off; planes, whose shift may be the median of three values, 1.4. */
+#define ROWS_OFF   1.25
+#define PLANES_OFF 1.5
 
 /* Means and squared deviations of n values a column from their shifted sums, which may be in the same place. Returns
  * whether any sums tell too little. */
-static int settle(double n, ptrdiff_t cols, const float *shift, const double *sum, const double *sq, double *mean,
-                  double *m2) {
+static int settle(double n, double off, ptrdiff_t cols, const float *shift, const double *sum, const double *sq,
+                  double *mean, double *m2) {
     int any = 0;
     for (ptrdiff_t c = 0; c < cols; c++) {
         const double s = sum[c], q = sq[c], a = s / n, m = q - s * a;
-        const int unsound = !(1.25 * (s * a) <= q) | !(q <= FLT_MAX), flat = q < TINY;
+        const int unsound = !(off * (s * a) <= q) | !(q <= FLT_MAX), flat = q < TINY;
         mean[c] = shift[c] + a;
         m2[c] = unsound ? UNSOUND : flat ? FLAT : m > 0.0 ? m : 0.0;
         any |= unsound | flat;
@@ -176,7 +180,7 @@ static void settle_again(const bn_problem *p, const tile *a, const float *x, dou
     add_lanes(1, s, sum32);
     add_lanes(1, q, sq32);
     const double sum = sum32[0], sq = sq32[0];
-    if (settle((double)(a->runs * a->len), 1, &shift, &sum, &sq, mean, m2))
+    if (settle((double)(a->runs * a->len), PLANES_OFF, 1, &shift, &sum, &sq, mean, m2))
         exact_stats(x, p->x.outer, a->runs, a->len, mean, m2);
 }
 
@@ -192,7 +196,7 @@ INLINE void settle_planes(const bn_problem *p, const tile *a, const float *const
         sum[j] = sum32[j];
         sq[j] = sq32[j];
     }
-    if (settle(n, cols, shift, sum, sq, mean, m2))
+    if (settle(n, PLANES_OFF, cols, shift, sum, sq, mean, m2))
         for (ptrdiff_t j = 0; j < cols; j++) {
             if (m2[j] == UNSOUND)
                 settle_again(p, a, x[j], &mean[j], &m2[j]);
@@ -292,15 +296,32 @@ INLINE int beyond_cache(const bn_problem *p) { return p->packed && p->stream == 
  * beyond the cache one row after the other, as the elementwise work, unless the sums themselves crowd L1. */
 INLINE int several_rows(const bn_problem *p) { return p->packed && (p->stream < 2 || p->C * p->fold >= WIDE); }
 
-/* Adds rows to the columns' sums, in order; the sums' arrays hold whole vectors. What comes so far `ahead` is
- * prefetched in memory's order, unless that is 0. */
-INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t ahead, ptrdiff_t cols, const float *shift,
-                     float *s, float *q) {
+/* The sums of columns, PANEL values in each: of up to STATS_ROWS rows, and of all the groups of so many before. One
+ * long chain of float32 would lose three times as much. */
+typedef struct {
+    float *shift, *group, *group_sq, *s, *q;
+} row_sums;
+
+INLINE void load_group(const row_sums *a, ptrdiff_t c, int first, vf *sum, vf *sq) {
+    *sum = first ? vset1(0.0f) : vload(a->group + c);
+    *sq = first ? vset1(0.0f) : vload(a->group_sq + c);
+}
+
+INLINE void store_group(const row_sums *a, ptrdiff_t c, int last, vf sum, vf sq) {
+    vstore((last ? a->s : a->group) + c, last ? vadd(vload(a->s + c), sum) : sum);
+    vstore((last ? a->q : a->group_sq) + c, last ? vadd(vload(a->q + c), sq) : sq);
+}
+
+/* Adds rows to the columns' sums, in order; they may be the first or the last of a group. The sums' arrays hold whole
+ * vectors. What comes so far `ahead` is prefetched in memory's order, unless that is 0. */
+INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, int first, int last, ptrdiff_t ahead, ptrdiff_t cols,
+                     const row_sums *a) {
     const vt t = vtail(cols % VL);
     ptrdiff_t c = 0;
+    vf sum, sq;
     for (; c + VL <= cols; c += VL) {
-        const vf k = vload(shift + c);
-        vf sum = vload(s + c), sq = vload(q + c);
+        const vf k = vload(a->shift + c);
+        load_group(a, c, first, &sum, &sq);
         if (ahead && (rows > 1 || c % LINE == 0))
             for (int j = 0; j < rows * VL; j += LINE)
                 vprefetch(x + ahead + rows * c + j, rows > 1 ? nearest(cols) : TO_L2);
@@ -309,30 +330,27 @@ INLINE void add_rows(const float *x, ptrdiff_t stride, int rows, ptrdiff_t ahead
             sum = vadd(sum, d);
             sq = vfma(d, d, sq);
         }
-        vstore(s + c, sum);
-        vstore(q + c, sq);
+        store_group(a, c, last, sum, sq);
     }
     if (c < cols) {
-        const vf k = vload(shift + c);
-        vf sum = vload(s + c), sq = vload(q + c);
+        const vf k = vload(a->shift + c);
+        load_group(a, c, first, &sum, &sq);
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(vload_tail(x + r * stride + c, t), k);
             sum = vadd(sum, d);
             sq = vfma(d, d, sq);
         }
-        vstore(s + c, sum);
-        vstore(q + c, sq);
+        store_group(a, c, last, sum, sq);
     }
 }
 
-/* As add_rows, for rows of a strip's width, whose sums stay in registers: in memory's order, as the hardware prefetches
- * best. */
-INLINE void add_strip(const float *x, const float *shift, float *s, float *q) {
+/* As add_rows, for a group of a strip's width, whose sums stay in registers: in memory's order, as the hardware
+ * prefetches best. */
+INLINE void add_strip(const float *x, const row_sums *a) {
     vf k[STRIP / VL], sum[STRIP / VL], sq[STRIP / VL];
     for (int j = 0; j < STRIP / VL; j++) {
-        k[j] = vload(shift + j * VL);
-        sum[j] = vload(s + j * VL);
-        sq[j] = vload(q + j * VL);
+        k[j] = vload(a->shift + j * VL);
+        load_group(a, j * VL, 1, &sum[j], &sq[j]);
     }
     for (int r = 0; r < STATS_ROWS; r++)
         for (int j = 0; j < STRIP / VL; j++) {
@@ -340,10 +358,8 @@ INLINE void add_strip(const float *x, const float *shift, float *s, float *q) {
             sum[j] = vadd(sum[j], d);
             sq[j] = vfma(d, d, sq[j]);
         }
-    for (int j = 0; j < STRIP / VL; j++) {
-        vstore(s + j * VL, sum[j]);
-        vstore(q + j * VL, sq[j]);
-    }
+    for (int j = 0; j < STRIP / VL; j++)
+        store_group(a, j * VL, 1, sum[j], sq[j]);
 }
 
 /* Starts partial sums of whole vectors. */
@@ -413,9 +429,9 @@ static void settle_flat(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptr
     }
 }
 
-/* Columns [c, c + cols) of a tile of rows. All the arrays hold whole vectors; s and q are 0 before and after. */
-INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, float *shift,
-                       float *s, float *q, double *mean, double *m2) {
+/* Columns [c, c + cols) of a tile of rows. The arrays of sums hold whole vectors; s and q are 0 before and after. */
+INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols,
+                       const row_sums *a, double *mean, double *m2) {
     const ptrdiff_t K = p->C * p->fold;
     const int in_strip = VL == LINE && p->packed && K == STRIP && cols == STRIP, far = far_rows(p, cols);
     const ptrdiff_t ahead = !beyond_cache(p) ? 0 : cols == K ? STATS_AHEAD : K;
@@ -430,31 +446,40 @@ INLINE void tile_stats(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
             v[j] = vload_tail(x[j] + i, vtail(cols - i));
         for (int j = 0; j < 3; j++)
             v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
-        vstore(shift + i, vmedian3(v[0], v[1], v[2]));
+        vstore(a->shift + i, vmedian3(v[0], v[1], v[2]));
     }
     double *const sum = mean, *const sq = m2; /* until they are settled */
     memset(sum, 0, (size_t)cols * sizeof *sum);
     memset(sq, 0, (size_t)cols * sizeof *sq);
     for (ptrdiff_t r = 0, n; r < rows; r += n) {
-        n = min_z(STATS_CHAIN, rows - r);
+        n = min_z(CHAIN, rows - r);
         ptrdiff_t i = 0;
         for (; in_strip && i + STATS_ROWS <= n; i += STATS_ROWS)
-            add_strip(row_at(p, row0 + r + i), shift, s, q);
-        for (; several && far && half && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
-            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS / 2, STATS_ROWS / 2 * K, cols, shift, s, q);
-        for (; several && !far && half && i + STATS_ROWS / 2 <= n; i += STATS_ROWS / 2)
-            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS / 2, 0, cols, shift, s, q);
+            add_strip(row_at(p, row0 + r + i), a);
+        for (; several && far && half && i + STATS_ROWS <= n; i += STATS_ROWS) {
+            const float *const next = row_at(p, row0 + r + i) + c;
+            add_rows(next, K, STATS_ROWS / 2, 1, 0, STATS_ROWS / 2 * K, cols, a);
+            add_rows(next + STATS_ROWS / 2 * K, K, STATS_ROWS / 2, 0, 1, STATS_ROWS / 2 * K, cols, a);
+        }
+        for (; several && !far && half && i + STATS_ROWS <= n; i += STATS_ROWS) {
+            const float *const next = row_at(p, row0 + r + i) + c;
+            add_rows(next, K, STATS_ROWS / 2, 1, 0, 0, cols, a);
+            add_rows(next + STATS_ROWS / 2 * K, K, STATS_ROWS / 2, 0, 1, 0, cols, a);
+        }
         for (; several && far && i + STATS_ROWS <= n; i += STATS_ROWS)
-            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, STATS_ROWS * K, cols, shift, s, q);
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, 1, STATS_ROWS * K, cols, a);
         for (; several && i + STATS_ROWS <= n; i += STATS_ROWS)
-            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 0, cols, shift, s, q);
-        for (; ahead && i < n; i++)
-            add_rows(row_at(p, row0 + r + i) + c, K, 1, ahead, cols, shift, s, q);
-        for (; i < n; i++)
-            add_rows(row_at(p, row0 + r + i) + c, K, 1, 0, cols, shift, s, q);
-        carry(cols, s, q, sum, sq);
+            add_rows(row_at(p, row0 + r + i) + c, K, STATS_ROWS, 1, 1, 0, cols, a);
+        for (; i < n; i++) {
+            const int first = i % STATS_ROWS == 0, last = i % STATS_ROWS == STATS_ROWS - 1 || i == n - 1;
+            if (ahead)
+                add_rows(row_at(p, row0 + r + i) + c, K, 1, first, last, ahead, cols, a);
+            else
+                add_rows(row_at(p, row0 + r + i) + c, K, 1, first, last, 0, cols, a);
+        }
+        carry(cols, a->s, a->q, sum, sq);
     }
-    if (!settle((double)rows, cols, shift, sum, sq, mean, m2))
+    if (!settle((double)rows, ROWS_OFF, cols, a->shift, sum, sq, mean, m2))
         return;
     for (ptrdiff_t i = 0; i < cols; i++)
         if (m2[i] == UNSOUND)
@@ -499,9 +524,9 @@ INLINE float *clear_of(const bn_problem *p, float *room, const float *const rows
 static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
                        double *m2, ptrdiff_t ld) {
     const float *const first = row_at(p, 0) + c0, *const rows_of[] = {first, first};
-    float *const shift = clear_of(p, p->room, rows_of, NULL, 0, 0);
-    float *const s = shift + PANEL, *const q = s + PANEL;
-    clear(min_z(PANEL, c1 - c0), s, q);
+    float *const room = clear_of(p, p->room, rows_of, NULL, 0, 0);
+    const row_sums a = {room, room + PANEL, room + 2 * PANEL, room + 3 * PANEL, room + 4 * PANEL};
+    clear(min_z(PANEL, c1 - c0), a.s, a.q);
     for (ptrdiff_t t = t0; t < t1; t++) {
         ptrdiff_t row0;
         const ptrdiff_t rows = row_tile(p, t, &row0);
@@ -518,7 +543,7 @@ static void stats_rows(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_
             const ptrdiff_t at = (t - t0) * ld + (c - c0), cols = min_z(PANEL, c1 - c);
             if (beyond_cache(p) && t + 1 < t1)
                 prefetch_samples(p, t + 1, c, cols);
-            tile_stats(p, row0, rows, c, cols, shift, s, q, mean + at, m2 + at);
+            tile_stats(p, row0, rows, c, cols, &a, mean + at, m2 + at);
         }
     }
 }
