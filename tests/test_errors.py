@@ -298,7 +298,7 @@ def resized(name):
     stats = Meddled(np.ones(C), np.ones(C), N * L)
     setattr(stats, name, array)
     del array
-    getattr(stats, name).resize(1)
+    getattr(stats, name).resize(1, refcheck=False)
     return stats
 
 
