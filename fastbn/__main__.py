@@ -125,7 +125,8 @@ def _bench(args: argparse.Namespace, config: dict[str, Any]) -> None:
     threads = list(dict.fromkeys(args.threads or (1, config["threads"]["count"])))
     rows = _rows(args.shape, threads, args.seconds)
     if args.json:
-        print(json.dumps({"config": config, "results": list(rows)}, indent=2))
+        results = list(rows)
+        print(json.dumps({"config": config, "results": results, "note": _note(results)}, indent=2))
         return
     title = "Batch norm: microseconds, and how many times faster than NumPy"
     caption = f"fastbn {config['version']}, {config['isa']}; NumPy {config['numpy']}"
@@ -148,8 +149,29 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return ["x".join(map(str, row["shape"])), row["operation"], f"{row['numpy_us']:,.1f}"]
 
 
-def _means(speedups: list[list[float]]) -> list[str]:
-    return [f"{geometric_mean(found):5.1f}" for found in zip(*speedups, strict=True)]
+def _speedup(ratio: float) -> str:
+    return f"{ratio:5.1f}" if ratio >= 0.95 else f"{ratio:5.2g}"  # never 0.0
+
+
+def _means(rows: list[dict[str, Any]]) -> list[str]:
+    entries = zip(*(row["fastbn"] for row in rows), strict=True)
+    return [_speedup(geometric_mean(entry["speedup"] for entry in column)) for column in entries]
+
+
+def _note(rows: list[dict[str, Any]]) -> str | None:
+    """What to make of rows in which several threads took much longer than one, if there are any."""
+    slow = 0
+    for row in rows:
+        alone = [entry["us"] for entry in row["fastbn"] if entry["threads"] == 1]
+        shared = [entry["us"] for entry in row["fastbn"] if entry["threads"] > 1]
+        slow += bool(alone and shared) and max(shared) > 1.5 * alone[0]
+    if not slow:
+        return None
+    return (
+        f"In {slow} of {len(rows)} rows several threads took more than 1.5 times as long as one: threads "
+        "waited for each other, because other work has the CPUs or because the CPUs are fewer than they. "
+        'See "A busy machine" in docs/deployment.md.'
+    )
 
 
 def _print_plain(rows: Iterable[dict[str, Any]], title: str, caption: str, headings: list[str]) -> None:
@@ -161,12 +183,14 @@ def _print_plain(rows: Iterable[dict[str, Any]], title: str, caption: str, headi
 
     print(title)
     line(headings)
-    speedups = []
+    printed = []
     for row in rows:
-        line([*_cells(row), *(f"{entry['us']:,.1f} {entry['speedup']:5.1f}" for entry in row["fastbn"])])
-        speedups.append([entry["speedup"] for entry in row["fastbn"]])
-    line(["geometric mean", "", "", *_means(speedups)])
+        line([*_cells(row), *(f"{entry['us']:,.1f} {_speedup(entry['speedup'])}" for entry in row["fastbn"])])
+        printed.append(row)
+    line(["geometric mean", "", "", *_means(printed)])
     print(caption)
+    if note := _note(printed):
+        print(note)
 
 
 def _print_rich(
@@ -182,14 +206,16 @@ def _print_rich(
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
-    speedups = []
+    timed = []
     for row in track(rows, "Timing", total, console=Console(stderr=True), transient=True):
-        times = [f"{entry['us']:,.1f} [bold]{entry['speedup']:5.1f}[/]" for entry in row["fastbn"]]
+        times = [f"{entry['us']:,.1f} [bold]{_speedup(entry['speedup'])}[/]" for entry in row["fastbn"]]
         table.add_row(*_cells(row), *times)
-        speedups.append([entry["speedup"] for entry in row["fastbn"]])
+        timed.append(row)
     table.add_section()
-    table.add_row("geometric mean", "", "", *(f"[bold]{mean}[/]" for mean in _means(speedups)))
+    table.add_row("geometric mean", "", "", *(f"[bold]{mean}[/]" for mean in _means(timed)))
     console.print(table)
+    if note := _note(timed):
+        print(note)
 
 
 def _operations(shape: Shape) -> list[str]:
@@ -210,7 +236,11 @@ def _rows(shapes: Iterable[Shape], threads: list[int], seconds: float) -> Iterat
                 "operation": operation,
                 "numpy_us": round(1e6 * numpy_time, 3),
                 "fastbn": [
-                    {"threads": n, "us": round(1e6 * our_time, 3), "speedup": round(numpy_time / our_time, 3)}
+                    {
+                        "threads": n,
+                        "us": round(1e6 * our_time, 3),
+                        "speedup": float(f"{numpy_time / our_time:.4g}"),
+                    }
                     for n, our_time in zip(threads, our_times, strict=True)
                 ],
             }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from test_isa_isolation import extensions, strangers
 
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
@@ -176,6 +177,22 @@ def test_builds_for_several_pythons_and_at_once_do_not_share_objects(recorder):
     recorder.build()
 
 
+def test_builds_at_once_wait_for_each_other(recorder):
+    """Each file is compiled by one of them; the other finds it done, not half written."""
+    recorder.build()
+    recorder.touch("setup.py")
+    cc, log = recorder.folder / "cc", recorder.folder / "calls.txt"
+    cc.write_text(cc.read_text().replace("#!/bin/sh", "#!/bin/sh\nsleep 0.3"))
+    log.write_text("")
+    environment = os.environ | {"CC": str(cc), "LDSHARED": f"{cc} -shared", "CFLAGS": ""}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext"]
+    builds = [subprocess.Popen(command, cwd=recorder.checkout, env=environment) for _ in range(2)]
+    assert [build.wait(120) for build in builds] == [0, 0]
+    calls = log.read_text().splitlines()
+    compiled = [source for source in SOURCES for call in calls if f"-c {source}" in call]
+    assert sorted(compiled) == sorted(SOURCES)
+
+
 # ---- what comes out of the build
 
 # Prints where fastbn is, whether it has OpenMP, and a digest of what every operation answers.
@@ -195,16 +212,18 @@ for shape, axis in [((4, 6, 9, 9), 1), ((33, 17), 1), ((2, 130, 5), -1), ((1, 2,
     grads = fastbn.batch_norm_backward(grad_output, x, stats, weight, bias, **fused)
     for array in (y, stats.mean, stats.var, *grads):
         digest.update(np.ascontiguousarray(array))
+assert np.float64(5e-324) * 1.0 != 0, "the arithmetic of the process has changed"
 print(fastbn.__file__, bool(_kernels.openmp), digest.hexdigest(), sep="|")
 """
 
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """The sdist, and the wheel that was built from it."""
+    """The sdist, and the wheel that was built from it, with flags that would make a wrong library."""
     folder = tmp_path_factory.mktemp("packages")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder]
-    run(*build, cwd=checkout(folder / "checkout"))
+    flags = {"CFLAGS": "-ffast-math -march=native", "LDFLAGS": "-Ofast"}
+    run(*build, cwd=checkout(folder / "checkout"), **flags)
     [sdist], [wheel] = folder.glob("*.tar.gz"), folder.glob("*.whl")
     return sdist, wheel
 
@@ -248,6 +267,9 @@ def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_p
     assert Path(place).is_relative_to(site_packages)
     if sys.platform == "linux" and "clang" not in os.environ.get("CC", ""):
         assert openmp == "True", "gcc has OpenMP"
+    if X86_64 and sys.platform == "linux" and shutil.which("objdump") and shutil.which("readelf"):
+        [extension] = (site_packages / "fastbn").glob("_kernels*.so")
+        assert not strangers(extensions(extension))
 
     tree = checkout(tmp_path / "serial")
     if (ROOT / OBJECTS).is_dir():  # the C kernels are the same objects with and without OpenMP

@@ -190,6 +190,66 @@ def test_bench_without_rich(monkeypatch, capsys, no_pause):
     assert lines[7].startswith(f"fastbn {fastbn.__version__}")
 
 
+@pytest.fixture
+def fake_times(monkeypatch):
+    """Let the bench measure 1 ms of NumPy, and of fastbn what is given, by turns, in ms."""
+
+    def give(*turns):
+        turns = iter(turns)
+        monkeypatch.setattr(cli, "_medians", lambda calls, seconds: [1e-3, *(1e-3 * t for t in next(turns))])
+
+    return give
+
+
+BENCHES = ["rich", "plain", "json"]
+
+
+def bench(how, monkeypatch, capsys, *options):
+    """What is printed by each way of printing, on one line."""
+    if how == "rich":
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    cli.main([*QUICK, *options, *(["--json"] if how == "json" else [])])
+    printed = capsys.readouterr().out
+    return json.loads(printed) if how == "json" else " ".join(printed.split())
+
+
+@pytest.mark.parametrize("how", BENCHES)
+def test_bench_says_when_threads_wait_for_each_other(how, monkeypatch, capsys, fake_times):
+    fake_times((0.1, 0.2, 0.05), (0.1, 0.05, 40.0), (0.1, 0.1, 0.14), (0.1, 0.15, 0.1))
+    printed = bench(how, monkeypatch, capsys, "--threads", "1", "2", "4")
+    note = printed["note"] if how == "json" else printed[printed.index("In 2 of 4 rows") :]
+    assert note.startswith("In 2 of 4 rows several threads took more than 1.5 times as long as one: ")
+    assert "threads waited for each other, because other work has the CPUs" in note
+    assert note.endswith('See "A busy machine" in docs/deployment.md.')
+    page = Path(__file__).parents[1] / "docs" / "deployment.md"
+    assert "\n## A busy machine\n" in page.read_text()
+
+
+@pytest.mark.parametrize("how", BENCHES)
+@pytest.mark.parametrize("counts", ["1 2", "2 4", "1"])
+def test_bench_says_nothing_where_they_do_not(how, counts, monkeypatch, capsys, fake_times):
+    times = {"1 2": (0.1, 0.149), "2 4": (0.1, 0.9), "1": (0.1,)}[counts]
+    fake_times(*[times] * 4)
+    printed = bench(how, monkeypatch, capsys, "--threads", *counts.split())
+    assert printed["note"] is None if how == "json" else "busy" not in printed
+
+
+@pytest.mark.parametrize("how", BENCHES)
+def test_small_speedups_are_not_printed_as_0(how, monkeypatch, capsys, fake_times):
+    fake_times((0.4, 1.0), (0.5, 2.3), (0.6, 23.0), (0.7, 4e4))
+    printed = bench(how, monkeypatch, capsys, "--threads", "1", "2")
+    if how == "json":
+        found = [row["fastbn"][1]["speedup"] for row in printed["results"]]
+        assert found == pytest.approx([1, 1 / 2.3, 1 / 23, 1 / 4e4], rel=1e-3)
+    else:
+        for text in "400.0 2.5", "1,000.0 1.0", "2,300.0 0.43", "23,000.0 0.043", "40,000,000.0 2.5e-05":
+            assert text in printed
+        assert " 0.0 " not in printed
+        assert "0.026" in printed  # their geometric mean
+
+
 @pytest.mark.parametrize("shape", ["100000x100000x100", "99999999999x99999999999x9"])
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_bench_of_too_large_a_shape(shape, options):

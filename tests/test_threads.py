@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+import fastbn
 from fastbn import _kernels, threads
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -127,6 +130,38 @@ def test_a_serial_build_has_one_thread(machine, monkeypatch):
     assert threads.explain_num_threads() == (1, "built without OpenMP")
     threads.set_num_threads(4)
     assert threads.explain_num_threads() == (1, "built without OpenMP")
+    threads.set_num_threads(1)
+    assert threads.explain_num_threads() == (1, "set_num_threads")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "chosen", "num_threads", "warned"),
+    [
+        (8, None, None, 1),
+        (1, None, None, 0),
+        (1, None, 2, 1),
+        (8, None, 1, 0),
+        (8, 1, None, 0),
+        (1, 4, None, 1),
+    ],
+)
+def test_a_serial_build_warns_once_where_threads_would_have_been_used(
+    machine, monkeypatch, cpus, chosen, num_threads, warned
+):
+    machine(cpus=cpus)
+    for module in (_kernels, threads._kernels):
+        monkeypatch.setattr(module, "openmp", None)
+    monkeypatch.setattr(threads, "_warned_of_serial", False)
+    threads.set_num_threads(chosen)
+    small, large = (np.ones((rows, 1 << 10), np.float32) for rows in (2, 256))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fastbn.batch_norm_forward(small, num_threads=num_threads)
+        assert not caught
+        for _ in range(2):
+            fastbn.batch_norm_forward(large, num_threads=num_threads)
+    assert [each.category for each in caught] == [RuntimeWarning] * warned
+    assert all("without OpenMP" in str(each.message) for each in caught)
 
 
 # set_num_threads

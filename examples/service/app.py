@@ -5,21 +5,24 @@ service lives, GET /metrics tells Prometheus about latencies. The environment va
 the NumPy baseline in the place of fastbn. From this folder, with workers and without:
 
     gunicorn
-    uvicorn app:app
+    uvicorn app:app --http protocol:Protocol
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
 import anyio
+import metric_files
 import network
 import numpy as np
-from fastapi import FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
+from protocol import READ_SECONDS
 from pydantic import BaseModel, Field
 from threadpoolctl import threadpool_limits
 
@@ -52,23 +55,41 @@ class Answer(BaseModel):
 
 
 class BodyLimit:
-    """ASGI middleware: 413 as soon as a body has grown too large, whatever length it announced."""
+    """ASGI middleware: an end to bodies, whatever length they announced.
+
+    413 as soon as one has grown too large, 408 if it takes too long. And after an answer that did not wait
+    for the body, such as 404, the connection is closed: what is left of the body is not read.
+    """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        received = 0
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        received, deadline = 0, anyio.current_time() + READ_SECONDS
 
         async def limited_receive():
-            nonlocal received
-            message = await receive()
+            nonlocal received, unread
+            with anyio.CancelScope(deadline=deadline if unread else math.inf) as waiting:
+                message = await receive()
+            if waiting.cancelled_caught:
+                raise HTTPException(408, f"the body did not come within {READ_SECONDS:g} seconds")
+            unread = message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > MAX_BODY:
                 raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
             return message
 
-        await self.app(scope, limited_receive, send)
+        async def closing_send(message):
+            if unread and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, limited_receive, closing_send)
 
 
 # One thread per request and one request at a time: the workers are what keeps the CPUs busy.
@@ -77,9 +98,10 @@ threadpool_limits(limits=1, user_api="blas")
 one_at_a_time = anyio.CapacityLimiter(1)
 
 read_digits = network.load(os.environ.get("BATCH_NORM", "fastbn"))
-app = FastAPI(title="Digits by fastbn")
+app = FastAPI(title="Digits by fastbn", redirect_slashes=False)  # or to whatever Host the client names
 app.add_middleware(BodyLimit)
-Instrumentator(excluded_handlers=["/metrics"]).instrument(app, latency_lowr_buckets=BUCKETS).expose(app)
+instrumentator = Instrumentator(excluded_handlers=["/metrics"]).instrument(app, latency_lowr_buckets=BUCKETS)
+instrumentator.expose(app, dependencies=[Depends(metric_files.hold, scope="function")])
 
 
 @app.exception_handler(RequestValidationError)

@@ -27,6 +27,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 HERE = Path(__file__).resolve().parent
+UVICORN = ["app:app", "--http", "protocol:Protocol"]
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def serve(server="gunicorn", batch_norm="fastbn", log=subprocess.DEVNULL):
         port = probe.getsockname()[1]
     command = {
         "gunicorn": ["-m", "gunicorn", "--bind", f"127.0.0.1:{port}"],
-        "uvicorn": ["-m", "uvicorn", "app:app", "--port", str(port), "--no-access-log"],
+        "uvicorn": ["-m", "uvicorn", *UVICORN, "--port", str(port), "--no-access-log"],
     }[server]
     environment = os.environ | {"BATCH_NORM": batch_norm}
     process = subprocess.Popen([sys.executable, *command], cwd=HERE, env=environment, stdout=log, stderr=log)

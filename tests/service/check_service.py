@@ -3,15 +3,23 @@
 `make test-service` runs this, and installs what it needs.
 """
 
+import fcntl
+import http.client
+import os
 import shutil
+import socket
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import httpx
 import numpy as np
 import psutil
 import pytest
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.parser import text_string_to_metric_families
 from scipy.signal import correlate
 from selenium import webdriver
@@ -22,6 +30,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 SERVICE = Path(__file__).resolve().parents[2] / "examples" / "service"
 sys.path.append(str(SERVICE))
 import load
+import metric_files
 import network
 import train
 
@@ -184,6 +193,202 @@ def test_body_too_large(address, body):
     assert httpx.get(f"{address}/healthz").is_success
 
 
+def test_no_redirect_to_the_host_that_a_client_named(address):
+    for path in ("/healthz/", "/predict/", "/metrics/"):
+        response = httpx.get(address + path, headers={"Host": "elsewhere.example"})
+        assert response.status_code == 404
+        assert "elsewhere" not in response.text + str(response.headers)
+
+
+def connect(address):
+    host, _, port = address.removeprefix("http://").partition(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+def read_to_the_end(client):
+    received = b""
+    while data := client.recv(1 << 16):
+        received += data
+    return received
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("POST /nothing", b"404"),
+        ("POST /healthz", b"405"),
+        ("POST /predict", b"413"),
+        ("GET /", b"200"),
+        ("GET /metrics", b"200"),
+    ],
+)
+@pytest.mark.parametrize("length", ["Content-Length: 209715200", "Transfer-Encoding: chunked"])
+def test_the_rest_of_a_body_that_nobody_reads_is_not_taken(address, request_line, status, length):
+    piece = b" " * (1 << 20)
+    if "chunked" in length:
+        piece = b"100000\r\n" + piece + b"\r\n"
+    sent = 0
+    with connect(address) as client:
+        client.sendall(f"{request_line} HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n".encode())
+        try:
+            while sent < 200:  # MiB
+                client.sendall(piece)
+                sent += 1
+        except ConnectionError:
+            pass
+        assert sent < 64  # what the kernels of both sides keep
+        head = read_to_the_end(client).partition(b"\r\n\r\n")[0]
+    assert head.startswith(b"HTTP/1.1 " + status)
+    assert b"connection: close" in head.splitlines()
+    assert httpx.get(f"{address}/healthz").is_success
+
+
+def test_a_connection_is_kept_after_a_body_that_was_read(address):
+    with httpx.Client() as client:
+        for body, status in [({"images": [BLANK]}, 200), ({}, 422), ({"images": [BLANK]}, 200)]:
+            response = client.post(f"{address}/predict", json=body)
+            assert response.status_code == status
+            assert "connection" not in response.headers
+
+
+def test_a_request_in_pieces(address):
+    content = b'{"images": [%s]}' % str(BLANK).encode()
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    whole = b"\r\n" + head + b"Content-Length: %d\r\n\r\n" % len(content) + content
+    with connect(address) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for i in range(0, len(whole), 40):
+            client.sendall(whole[i : i + 40])
+            time.sleep(0.02)
+        assert read_to_the_end(client).startswith(b"HTTP/1.1 200")
+
+
+def test_a_head_without_an_end(address):
+    """It would take all memory within the time that a head has."""
+    with connect(address) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 60_000 + b"\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+    with connect(address) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+        with pytest.raises(ConnectionError):
+            client.sendall((b"X: " + b"x" * (1 << 20) + b"\r\n") * 200)
+        assert read_to_the_end(client).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.fixture(scope="module", params=["gunicorn", "uvicorn"])
+def hasty_address(request):
+    """Of a service that waits for one second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("READ_SECONDS", "1")
+        with load.serve(request.param) as (_, address):
+            yield address
+
+
+POST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+SLOW = {  # (what is sent at once, what is sent again and again, beginnings of the answers)
+    "nothing": (b"", b"", []),
+    "no head": (b"\r\n", b"\r\n", [b"408 Request Timeout"]),
+    "half a line": (b"POST /pre", b"", [b"408 Request Timeout"]),
+    "half a head": (POST, b"X: x\r\n", [b"408 Request Timeout"]),
+    "half a value": (POST + b"X: ", b"x", [b"408 Request Timeout"]),
+    "half a body": (POST + b"Content-Length: 1000\r\n\r\n{", b" ", [b"408 Request Timeout"]),
+    "no body": (POST + b"Content-Length: 1000\r\n\r\n", b"", [b"408 Request Timeout"]),
+    "half a chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\n8\r\n{", b"", [b"408 Request Timeout"]),
+    "chunks": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", b"1\r\n \r\n", [b"408 Request Timeout"]
+    ),
+    "half a second head": (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + POST, b"X: x\r\n", [b"200 OK", b"408 Request Timeout"]
+    ),
+    "half a second body": (
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" + POST + b"Content-Length: 1000\r\n\r\n", b" ",
+        [b"200 OK", b"408 Request Timeout"],
+    ),
+}  # fmt: skip
+
+
+def dawdle(address, start, more):
+    """(seconds until the connection was closed, what was received) by a client that is never idle long."""
+    began, received = time.monotonic(), b""
+    with connect(address) as client:
+        client.sendall(start)
+        client.settimeout(0.1)
+        while time.monotonic() < began + 30:
+            try:
+                data = client.recv(1 << 16)
+                if not data:
+                    break
+                received += data
+            except TimeoutError:
+                client.sendall(more)
+            except ConnectionError:
+                break
+        else:
+            raise AssertionError(f"the connection is still open; received: {received}")
+    return time.monotonic() - began, received
+
+
+def test_clients_that_send_half_a_request_are_sent_away(hasty_address):
+    with ThreadPoolExecutor(2 * len(SLOW)) as pool:
+        clients = [
+            (name, answers, pool.submit(dawdle, hasty_address, start, more))
+            for name, (start, more, answers) in SLOW.items()
+            for _ in range(2)
+        ]
+        while not all(client.done() for _, _, client in clients):  # the others go on
+            assert httpx.get(f"{hasty_address}/healthz").is_success
+            assert httpx.post(f"{hasty_address}/predict", json={"images": [BLANK]}).is_success
+    for name, answers, client in clients:
+        seconds, received = client.result()
+        assert seconds >= 0.9, name
+        found = received.split(b"HTTP/1.1 ")[1:]
+        assert len(found) == len(answers), (name, received)
+        for each, expected in zip(found, answers, strict=True):
+            assert each.startswith(expected), (name, received)
+        if "body" in name or "chunk" in name:
+            assert b'{"detail":"the body did not come within 1 seconds"}' in received
+        if answers:
+            assert b"connection: close" in found[-1]
+
+
+def test_time_begins_anew_with_each_request(hasty_address):
+    connection = http.client.HTTPConnection(hasty_address.removeprefix("http://"))
+    connection.connect()
+    used = connection.sock
+    for _ in range(4):
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+        time.sleep(0.4)
+    assert connection.sock is used
+    connection.close()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_senseless_time(seconds):
+    command = [sys.executable, "-c", "import protocol"]
+    environment = os.environ | {"READ_SECONDS": seconds}
+    done = subprocess.run(command, cwd=SERVICE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert seconds in done.stderr.splitlines()[-1]
+    assert "READ_SECONDS" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        ("0", "WEB_CONCURRENCY, the number of workers, must be at least 1, got 0; unset, it is 2"),
+        ("-1", "Error: Value must be positive: -1"),  # by gunicorn itself
+    ],
+)
+def test_no_workers(count, message, tmp_path):
+    environment = os.environ | {"WEB_CONCURRENCY": count, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0"]
+    done = subprocess.run(command, cwd=SERVICE, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == message
+    assert not list(tmp_path.iterdir())
+
+
 def test_most_images_fit_in_a_body(address):
     pixel = 1.2345678901234567
     response = httpx.post(f"{address}/predict", json={"images": [[[pixel] * 8] * 8] * 64})
@@ -266,6 +471,89 @@ def test_gunicorn_preloads_and_leaves_nothing_behind(tmp_path, monkeypatch):
     assert process.returncode == 0
     assert not any(worker.is_running() for worker in workers)
     assert not list(tmp_path.iterdir())
+
+
+def test_totals_outlive_workers_and_their_files_do_not(tmp_path, monkeypatch):
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    for name in ("counter_1.db", "gauge_liveall_1.db", "notes.txt"):
+        (folder / name).write_text("of an earlier run, and no metrics")
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    seen = []  # totals of both
+    keys = ("http_request_duration_seconds_count", "/predict", "POST"), ("batch_norm_seconds_count",)
+
+    def watch_until(address, happened):
+        deadline = time.monotonic() + 20
+        while not happened():
+            assert time.monotonic() < deadline, seen[-1]
+            found = samples(address)
+            seen.append([found.get(key, 0) for key in keys])
+
+    with load.serve() as (process, address):
+        for deaths in range(1, 5):
+            for _ in range(5):
+                assert httpx.post(f"{address}/predict", json={"images": [BLANK]}).is_success
+            watch_until(address, lambda: seen and seen[-1] == [5 * deaths] * 2)  # noqa: B023
+            dying = two_workers(process)[0]
+            dying.kill()
+            psutil.wait_procs([dying], timeout=10)
+            watch_until(address, lambda: not list(folder.glob(f"*_{dying.pid}.db")))  # noqa: B023
+            two_workers(process)
+            watch_until(address, lambda: seen[-1] == [5 * deaths] * 2)  # noqa: B023
+        living = {process.pid, *(worker.pid for worker in two_workers(process))}
+        owners = {file.stem.rpartition("_")[2] for file in folder.glob("*.db")}
+        assert owners <= {str(pid) for pid in living} | {"dead"}
+    for totals in zip(*seen, strict=True):
+        assert list(totals) == sorted(totals)
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.fixture
+def metrics(tmp_path, monkeypatch):
+    """Files of two processes, 7 and 8."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    for process in 7, 8:
+        for kind in "counter", "histogram", "gauge_all", "gauge_liveall":
+            with closing(MmapedDict(tmp_path / f"{kind}_{process}.db")) as file:
+                file.write_value("both", process, 1)
+                file.write_value(f"of {process}", 1, 1)
+    (tmp_path / "summary_7.db").touch()  # killed before it was filled
+    return tmp_path
+
+
+def test_what_the_dead_have_counted(metrics):
+    metric_files.inherit(7)
+    left = {f"{kind}_8.db" for kind in ("counter", "histogram", "gauge_all", "gauge_liveall")}
+    dead = {"counter_dead.db", "histogram_dead.db"}
+    assert {file.name for file in metrics.glob("*.db")} == left | dead
+    metric_files.inherit(8)
+    assert {file.name for file in metrics.glob("*.db")} == dead
+    for name in dead:
+        values = {key: value for key, value, _, _ in MmapedDict.read_all_values_from_file(metrics / name)}
+        assert values == {"both": 15, "of 7": 1, "of 8": 1}
+    metric_files.remove()
+    assert not list(metrics.iterdir())
+
+
+def test_a_reader_that_hangs_does_not_hang_the_master(metrics):
+    before = {file.name: file.read_bytes() for file in metrics.glob("*.db")}
+    reading = metric_files.hold()
+    next(reading)
+    metric_files.inherit(7)
+    assert {file.name: file.read_bytes() for file in metrics.glob("*.db")} == before
+    reading.close()
+    metric_files.inherit(7)
+    assert not list(metrics.glob("*_7.db"))
+
+
+def test_a_reader_waits_while_files_change(metrics):
+    with open(metrics / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        reader = pool.submit(next, metric_files.hold())
+        time.sleep(0.2)
+        assert not reader.done()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        reader.result(10)
 
 
 # ---- the page
