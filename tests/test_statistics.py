@@ -183,3 +183,14 @@ def test_what_cannot_be_merged():
     for other in BatchStats([1, 2], [1, 2], 1), BatchStats([1, 2], [1, 2], 0):
         with pytest.raises(ValueError, match="same number of channels, got 1 and 2"):
             stats.merge(other)
+
+
+def test_init_again_changes_nothing(rng):
+    x = problem((4, 3, 5)).x
+    for stats in BatchStats([1, 2], [3, 4], 5), fastbn.batch_stats(x):
+        mean, var, count = stats.mean.copy(), stats.var.copy(), stats.count
+        with pytest.raises(AttributeError, match="immutable: __init__ cannot be called again"):
+            stats.__init__([9, 9], [9, 9], 9)
+        assert np.array_equal(stats.mean, mean)
+        assert np.array_equal(stats.var, var)
+        assert stats.count == count
