@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import reference
 
 import fastbn
 from fastbn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -294,6 +295,148 @@ def test_channels_are_checked_even_where_the_layer_has_no_arrays(rng):
     layer = BatchNorm(C, affine=False, track_running_stats=False)
     with pytest.raises(ValueError, match=r"x must have 5 channels on axis 1, got shape \(4, 6, 3\)"):
         layer(batch(rng, (4, 6, 3)))
+
+
+# Averages do not stall (case 32)
+
+
+def unscaled(rng, channels=C, n=256):
+    """Mean 1e6 and deviation 1, as of a feature that nobody scaled."""
+    return (1e6 + np.linspace(0, 1, channels) + rng.standard_normal((n, channels))).astype(np.float32)
+
+
+@both_axes
+def test_averages_of_unscaled_features_converge(rng, axis):
+    """Steps of 0.01 deviations, thousands of them: float32 averages stop where a step is below 0.03."""
+    layer = BatchNorm(C, momentum=0.01, axis=axis)
+    expected = np.zeros(C), np.ones(C)
+    for _ in range(3000):
+        x = unscaled(rng, n=64)
+        layer(x)
+        expected = reference.update_running(*expected, *reference.batch_stats(x), momentum=0.01)
+    assert layer.running_mean.dtype == np.float32
+    assert np.array_equal(layer.running_mean, expected[0].astype(np.float32))
+    np.testing.assert_allclose(layer.running_var, expected[1], rtol=1e-6)
+    x = unscaled(rng)
+    normalized = reference.forward(x, *expected, axis=axis)
+    assert abs(layer.eval()(x) - normalized).max() < 1e-5
+    assert abs(normalized).max() > 2
+    untracked = reference.forward(x, layer.running_mean, layer.running_var, axis=axis)
+    assert abs(untracked - normalized).max() > 1e-3  # rounding alone
+
+    frozen = layer.freeze()
+    y = layer(x)
+    grads = layer.backward(x)
+    for twin in copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer)):
+        assert np.array_equal(twin(x), y)
+        assert np.array_equal(twin.backward(x).grad_weight, grads.grad_weight)
+    for twin in frozen, pickle.loads(pickle.dumps(frozen)):
+        assert np.array_equal(twin(x), y)
+    wanted = reference.backward(x, x, *expected, training=False, axis=axis)
+    np.testing.assert_allclose(grads.grad_weight, wanted[1], rtol=1e-5)
+    weight, bias = fastbn.fold_linear_next(layer, np.eye(C, dtype=np.float32), None)
+    scale, shift = 1 / np.sqrt(expected[1] + 1e-5), -expected[0] / np.sqrt(expected[1] + 1e-5)
+    np.testing.assert_allclose(bias, shift, rtol=1e-7)
+    np.testing.assert_allclose(weight.diagonal(), scale, rtol=1e-6)
+
+
+def test_evaluation_agrees_with_training(rng):
+    layer = BatchNorm(C, momentum=0.01, unbiased=False)
+    x = unscaled(rng)
+    for _ in range(4000):
+        trained = layer(x)
+    assert abs(layer.eval()(x) - trained).max() < 1e-5
+    assert abs(trained).max() > 2
+
+
+def test_what_is_written_into_the_averages_counts(rng):
+    layer = BatchNorm(C)
+    for _ in range(20):
+        layer(unscaled(rng))
+    x = unscaled(rng)
+    before = layer.eval()(x)
+    layer.running_mean[1] += 1
+    expected = reference.forward(x, layer.running_mean, layer.running_var)
+    y = layer(x)
+    assert abs(y - before)[:, [0, 2, 3, 4]].max() == 0
+    np.testing.assert_allclose(y[:, 1], expected[:, 1], atol=2e-6)
+    layer.running_mean = np.full(C, 1e6, np.float32)
+    np.testing.assert_allclose(
+        layer(x), reference.forward(x, layer.running_mean, layer.running_var), atol=2e-6
+    )
+    loaded = BatchNorm(C).eval()
+    loaded.load_state_dict(layer.state_dict())
+    assert np.array_equal(loaded(x), layer(x))
+    state = layer.train().state_dict()
+    layer(x)
+    layer.load_state_dict(state)  # what was behind the averages goes, or the same state would not do the same
+    for _ in range(3):
+        layer(x)
+        loaded.train()(x)
+    assert np.array_equal(layer.eval()(x), loaded.eval()(x))
+    assert_state_equal(layer.state_dict(), loaded.state_dict())
+
+
+def test_where_rounding_does_not_matter_evaluation_is_that_of_the_float32_averages(rng):
+    layer = BatchNorm(C)
+    for _ in range(20):
+        layer(batch(rng))
+    x = batch(rng)
+    y = layer.eval()(x)
+    assert np.array_equal(y, fastbn.batch_norm(x, layer.running_mean, layer.running_var))
+    assert layer.freeze().running_mean.dtype == np.float32
+
+
+# Batches that are not finite (case 44)
+
+
+@both_axes
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_skip_nonfinite(rng, value, axis):
+    layer, plain = (BatchNorm(C, axis=axis, skip_nonfinite=skip) for skip in (True, False))
+    clean, x = batch(rng, axis=axis), batch(rng, axis=axis)
+    for each in layer, plain:
+        each(clean)
+    before = layer.state_dict()
+    np.moveaxis(x, axis, 1)[1, 2, 0, 0] = value
+    with pytest.warns(RuntimeWarning, match=r"not finite in 1 of 5 channels, channel 2 .* stay") as warned:
+        y = layer(x)
+    assert warned[0].filename == __file__
+    assert np.array_equal(y, plain(x), equal_nan=True)
+    others = [0, 1, 3, 4]
+    for name in "running_mean", "running_var":
+        average = getattr(layer, name)
+        assert average[2] == before[name][2]
+        assert np.array_equal(average[others], getattr(plain, name)[others])
+        assert (average[others] != before[name][others]).all()
+    assert not np.isfinite(plain.running_var[2])
+    assert layer.num_batches_tracked == 2
+    layer(x)  # without another word
+    layer(clean)
+    assert np.isfinite(layer.eval()(clean)).all()
+
+
+def test_skip_nonfinite_without_need(rng):
+    layer, plain, x = BatchNorm(C, skip_nonfinite=True), BatchNorm(C), batch(rng)
+    assert np.array_equal(layer(x), plain(x))
+    assert_state_equal(layer.state_dict(), plain.state_dict())
+    assert repr(layer).endswith(", skip_nonfinite=True)")
+    assert copy.deepcopy(layer).skip_nonfinite
+    x[0, 0] = np.nan
+    layer.eval()(x)  # takes no averages
+    bare = BatchNorm(C, track_running_stats=False, skip_nonfinite=True)
+    bare(x)
+
+
+def test_skip_nonfinite_needs_a_momentum():
+    with pytest.raises(ValueError, match="skip_nonfinite=True needs a momentum"):
+        BatchNorm(C, momentum=None, skip_nonfinite=True)
+    layer = BatchNorm(C, skip_nonfinite=True)
+    with pytest.raises(ValueError, match="skip_nonfinite=True needs a momentum"):
+        layer.momentum = None
+    layer = BatchNorm(C, momentum=None)
+    with pytest.raises(ValueError, match="skip_nonfinite=True needs a momentum"):
+        layer.skip_nonfinite = True
 
 
 # Evaluation
