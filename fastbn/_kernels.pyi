@@ -7,6 +7,7 @@ from numpy import float32
 from numpy.typing import NDArray
 
 Running: TypeAlias = NDArray[float32] | NDArray[np.float64]
+Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 openmp: int | None
 
@@ -69,7 +70,7 @@ def forward(
     momentum: float,
     unbiased: bool,
     want_stats: bool,  # else mean and var are None, which batch_norm drops
-    exact: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
+    exact: Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
@@ -88,11 +89,11 @@ def normalize(
     out: NDArray[float32] | None,
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
-    exact_mean: NDArray[np.float64] | None = None,
+    exact: Float64Pair | None = None,
 ) -> NDArray[float32]: ...
-def unrounded_mean(
-    mean: NDArray[float32], var: NDArray[float32], exact: NDArray[np.float64], eps: float
-) -> NDArray[np.float64] | None: ...
+def unrounded(
+    mean: NDArray[float32], var: NDArray[float32], exact: Float64Pair, eps: float
+) -> Float64Pair | None: ...
 def backward(
     grad_output: NDArray[float32],
     x: NDArray[float32],

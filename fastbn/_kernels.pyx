@@ -197,8 +197,8 @@ def stats(x, axis, num_threads):
     return result
 
 
-cpdef cnp.ndarray unrounded_mean(mean, var, exact, double eps):
-    """A layer's float32 running mean in float64, with what rounding took of it; None where nothing that matters.
+cpdef tuple unrounded(mean, var, tuple exact, double eps):
+    """A layer's float32 running mean and variance in float64, with what rounding took; None where nothing that matters.
 
     What moves no result by 1e-6 is left out: float32 itself rounds so, and a layer then evaluates to the bits of its
     float32 values. `exact` counts for as long as it rounds to these.
@@ -206,7 +206,8 @@ cpdef cnp.ndarray unrounded_mean(mean, var, exact, double eps):
     cdef Py_ssize_t c, C
     cdef const float *m
     cdef const float *v
-    cdef const double *e
+    cdef const double *exact_mean
+    cdef const double *exact_var
     cdef double rest
     cdef bint matters = False
     mean, var = array32(mean, "running_mean"), array32(var, "running_var")
@@ -214,11 +215,16 @@ cpdef cnp.ndarray unrounded_mean(mean, var, exact, double eps):
     check_vector(mean, "running_mean", C)
     check_vector(var, "running_var", C)
     mean, var = contiguous(mean), contiguous(var)
-    m, v, e = take32(mean, C, "running_mean"), take32(var, C, "running_var"), take64(exact, C, "the unrounded mean")
+    m, v = take32(mean, C, "running_mean"), take32(var, C, "running_var")
+    exact_mean, exact_var = take64(exact[0], C, "the unrounded mean"), take64(exact[1], C, "the unrounded variance")
     for c in range(C):
-        rest = e[c] - m[c]
-        matters |= <float> e[c] == m[c] and rest * rest > 1e-12 * (v[c] + eps)
-    return np.where(exact.astype(np.float32) == mean, exact, mean) if matters else None
+        rest = exact_mean[c] - m[c]
+        matters |= <float> exact_mean[c] == m[c] and rest * rest > 1e-12 * (v[c] + eps)
+        rest = exact_var[c] - v[c]
+        matters |= <float> exact_var[c] == v[c] and fabs(rest) > 1e-6 * (v[c] + eps)  # below float32's normal numbers
+    if not matters:
+        return None
+    return tuple([np.where(e.astype(np.float32) == a, e, a) for e, a in zip(exact, (mean, var))])
 
 
 def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, running_mean,
@@ -316,8 +322,8 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
 
 
 def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
-              num_threads, tuple ranks, exact_mean=None):
-    """y from running statistics, of a layer with what the mean was rounded from, or from those of a BatchStats."""
+              num_threads, tuple ranks, tuple exact=None):
+    """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
     x = array32(x, "x")
     if not of_stats:
         mean = running(mean, "running_mean")
@@ -346,10 +352,10 @@ def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, ac
         check_clear(out, "out", bias, "bias")
         check_clear(out, "out", mean, "stats.mean" if of_stats else "running_mean")
         check_clear(out, "out", var, "stats.var" if of_stats else "running_var")
-    if exact_mean is not None:
-        exact_mean = unrounded_mean(mean, var, exact_mean, epsilon)
-        if exact_mean is not None:
-            mean, var = exact_mean, var.astype(np.float64)
+    if exact is not None:
+        exact = unrounded(mean, var, exact, epsilon)
+        if exact is not None:
+            mean, var = exact
     cdef float room[ROOM]
     cdef Py_ssize_t rows = plan.p.N * plan.p.S
     cdef float *block = inference_coef(&plan.k, room, C, rows, mean, var, of_stats, weight, bias, epsilon)

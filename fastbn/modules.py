@@ -93,8 +93,9 @@ class BatchNorm:
     Behind the float32 averages a layer keeps what they were rounded from, in float64: otherwise an average
     would stop where a step is less than half of float32's spacing, as it soon is for a mean of 1e6 with
     deviation 1. Where that matters to a result, by more than 1e-6, evaluation and :meth:`freeze` take it,
-    too. It counts as long as it rounds to what the float32 arrays hold, so that one may write into these;
-    copies and pickles keep it, a state_dict does not.
+    too; so they do for features of less than 1e-19, whose variance float32 has no number for, with
+    ``eps=0``. It counts as long as it rounds to what the float32 arrays hold, so that one may write into
+    these; copies and pickles keep it, a state_dict does not.
 
     With ``track_running_stats`` set to False later, training leaves the averages alone, and evaluation still
     goes by them, as in PyTorch.
@@ -225,11 +226,10 @@ class BatchNorm:
         """
         if self.training or self.running_mean is None or self.running_var is None:
             return self._normalize_by_batch(x, residual, out, num_threads)
-        exact = self._exact
         y = _kernels.normalize(
             x, self.running_mean, self.running_var, False, self.weight, self.bias, self.eps, self.axis,
             residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
-            None if exact is None else exact[0],
+            self._exact,
         )  # fmt: skip
         self._saved[0] = (x, residual, out, None)
         return y
@@ -281,13 +281,11 @@ class BatchNorm:
         return self.running_mean is not None
 
     def _averages(self) -> tuple[_kernels.Running, _kernels.Running]:
-        """The running averages: float32, or both float64 where rounding took of the mean what matters."""
-        mean, var = self.running_mean, self.running_var
-        if self._exact is not None:
-            exact = _kernels.unrounded_mean(mean, var, self._exact[0], self.eps)
-            if exact is not None:
-                return exact, var.astype(np.float64)
-        return mean, var
+        """The running averages: float32, or float64 where rounding has taken what matters."""
+        mean, var, exact = self.running_mean, self.running_var, self._exact
+        if exact is not None:
+            exact = _kernels.unrounded(mean, var, exact, self.eps)
+        return (mean, var) if exact is None else exact
 
     def _tell_nonfinite(self, var: Float64) -> None:
         (skipped,) = np.nonzero(~(var <= np.finfo(np.float32).max))

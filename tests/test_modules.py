@@ -349,6 +349,20 @@ def test_evaluation_agrees_with_training(rng):
     assert abs(trained).max() > 2
 
 
+@pytest.mark.parametrize("scale", [1e-19, 1e-21, 1e-23])
+@pytest.mark.parametrize("momentum", [1.0, None])
+def test_evaluation_of_tiny_features(rng, scale, momentum):  # case 49
+    """Their variance is below float32's numbers, or has few digits there."""
+    layer = BatchNorm(C, 0, momentum, unbiased=False)
+    x = (batch(rng, (64, C)) * scale).astype(np.float32)
+    trained = layer(x)
+    assert 2 < abs(trained).max() < 10
+    np.testing.assert_allclose(layer.eval()(x), trained, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(layer.freeze()(x), layer(x))
+    layer.running_var[:] = 1
+    assert abs(layer(x)).max() < 1e-17
+
+
 def test_what_is_written_into_the_averages_counts(rng):
     layer = BatchNorm(C)
     for _ in range(20):
