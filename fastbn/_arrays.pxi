@@ -95,14 +95,28 @@ cdef object foreign(a, str name):
 cpdef cnp.ndarray array32(a, str name):
     """`a` as an array of float32 that shares its memory; raises where it is none."""
     b = a if cnp.PyArray_Check(a) else foreign(a, name)
-    if cnp.PyArray_TYPE(b) != cnp.NPY_FLOAT32 or not cnp.PyArray_ISNOTSWAPPED(b):
+    check_dtype(b, a, name, False)
+    return b
+
+
+cpdef cnp.ndarray running(a, str name):
+    """`a` as an array of running averages, which may be of float64, too."""
+    b = a if cnp.PyArray_Check(a) else foreign(a, name)
+    check_dtype(b, a, name, True)
+    return b
+
+
+cdef int check_dtype(b, a, str name, bint or_float64) except -1:
+    """Of the array b, which `a` was given as."""
+    cdef int dtype = cnp.PyArray_TYPE(b)
+    if (dtype != cnp.NPY_FLOAT32 and not (or_float64 and dtype == cnp.NPY_FLOAT64)) or not cnp.PyArray_ISNOTSWAPPED(b):
         raise TypeError(
             f"{name} must have dtype float32 in native byte order, got {type(a).__name__} of {b.dtype!s} "
             f"({b.dtype.str}); convert it with numpy.asarray({name}, dtype=numpy.float32)"
         )
     if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
-    return b
+    return 0
 
 
 cdef object optional(a, str name):
@@ -156,6 +170,34 @@ cdef int check_vector(a, str name, Py_ssize_t C, x=None, int axis=0) except -1:
     return 0
 
 
+cdef int check_alike(cnp.ndarray running_mean, cnp.ndarray running_var) except -1:
+    if cnp.PyArray_TYPE(running_mean) != cnp.PyArray_TYPE(running_var):
+        raise TypeError(
+            "running_mean and running_var must be both of dtype float32 or both of float64, got "
+            f"{(<object> running_mean).dtype!s} and {(<object> running_var).dtype!s}; pass both in one dtype"
+        )
+    return 0
+
+
+cdef int check_counter(a) except -1:
+    """The num_batches_tracked of a layer, which must have room for one more."""
+    if (not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_INT64 or cnp.PyArray_SIZE(a) != 1
+            or not cnp.PyArray_ISNOTSWAPPED(a)):
+        raise TypeError(f"num_batches_tracked must be an int64 array of one value, got {a!r}")
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError("num_batches_tracked is updated in place in training but is read-only; set a writable copy")
+    cdef long long count = read_counter(a)
+    if not 0 <= count < 0x7FFFFFFFFFFFFFFF:
+        raise ValueError(f"num_batches_tracked must be from 0 to 2**63 - 2 to count one more batch, got {count}")
+    return 0
+
+
+cdef long long read_counter(cnp.ndarray a) noexcept:
+    cdef long long count
+    memcpy(&count, cnp.PyArray_DATA(a), sizeof(count))  # at any address
+    return count
+
+
 cdef int check_running(cnp.ndarray a, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(a):
         raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
@@ -185,7 +227,7 @@ cdef int check_moment(a, str name, Py_ssize_t C) except -1:
     return 0
 
 
-cdef int check_variance(cnp.ndarray var, bint float64, double eps) except -1:
+cdef int check_variance(cnp.ndarray var, bint float64, double eps, str name) except -1:
     """That a checked vector, without gaps, gives no root of a negative number; a NaN may be."""
     cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
     cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
@@ -199,7 +241,6 @@ cdef int check_variance(cnp.ndarray var, bint float64, double eps) except -1:
             negative |= v32[c] + eps < 0.0
     if negative:
         c = int(np.argmax(np.asarray(var, np.float64) + eps < 0.0))
-        name = "stats.var" if float64 else "running_var"
         raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]!s} + {eps}")
     return 0
 
@@ -467,10 +508,10 @@ def output_memory():
     return held, limit
 
 
-cdef bint give_back() noexcept:
-    """Give back what is kept; whether that was anything, and an allocation that failed may be tried once more."""
+cpdef size_t give_back() noexcept:
+    """Give back what is kept; returns how many bytes: where any, an allocation that failed may be tried once more."""
     fastbn_lock()
-    cdef bint held = bn_output_held() > 0
+    cdef size_t held = bn_output_held()
     bn_output_give_back()
     fastbn_unlock()
     return held
@@ -524,9 +565,10 @@ cdef double *data64(cnp.ndarray a) noexcept:
 
 cdef cnp.ndarray contiguous(cnp.ndarray a):
     """A checked vector, or a copy of it without gaps."""
-    if cnp.PyArray_ISALIGNED(a) and (cnp.PyArray_STRIDE(a, 0) == 4 or cnp.PyArray_DIM(a, 0) <= 1):
+    cdef bint gapless = cnp.PyArray_DIM(a, 0) <= 1 or cnp.PyArray_STRIDE(a, 0) == cnp.PyArray_ITEMSIZE(a)
+    if gapless and cnp.PyArray_ISALIGNED(a):
         return a
-    copy = per_channel(cnp.PyArray_DIM(a, 0), cnp.NPY_FLOAT32, False)
+    copy = per_channel(cnp.PyArray_DIM(a, 0), cnp.PyArray_TYPE(a), False)
     copy[...] = a
     return copy
 
@@ -587,6 +629,18 @@ cdef char *take_vector(cnp.ndarray a, Py_ssize_t C, int dtype, Py_ssize_t stride
             or C > 1 and stride != 0 and cnp.PyArray_STRIDE(a, 0) != stride):
         changed(name)
     return <char *> cnp.PyArray_DATA(a)
+
+
+cdef int take_running(bn_running *r, cnp.ndarray a, Py_ssize_t C, bint float64, str name) except -1:
+    """Averages that are moved: the caller's own, of float32 or float64."""
+    memset(r, 0, sizeof(bn_running))
+    if float64:
+        r.exact = take_vector(a, C, cnp.NPY_FLOAT64, 0, name)
+        r.exact_stride = cnp.PyArray_STRIDE(a, 0)
+    else:
+        r.value = take_vector(a, C, cnp.NPY_FLOAT32, 0, name)
+        r.stride = cnp.PyArray_STRIDE(a, 0)
+    return 0
 
 
 cdef const float *take32(a, Py_ssize_t C, str name) except? NULL:

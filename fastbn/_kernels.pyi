@@ -1,10 +1,13 @@
 """Types of the compiled kernels; for use inside fastbn only."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy import float32
 from numpy.typing import NDArray
+
+Running: TypeAlias = NDArray[float32] | NDArray[np.float64]
+Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 openmp: int | None
 
@@ -13,6 +16,7 @@ def get_isa() -> str: ...
 def set_isa(name: str) -> str: ...
 def release_pool() -> None: ...
 def array32(a: Any, name: str) -> NDArray[float32]: ...
+def running(a: Any, name: str) -> Running: ...
 def vector(a: Any, name: str, C: int, writable: bool) -> NDArray[float32]: ...
 def caches() -> tuple[int, int, int]: ...
 def openmp_threads() -> int: ...
@@ -44,6 +48,7 @@ class Frozen:
         num_threads: int | None = None,
     ) -> NDArray[float32]: ...
 
+def give_back() -> int: ...
 def set_output_limit(max_bytes: int) -> None: ...
 def output_memory() -> tuple[int, int]: ...
 def stats(
@@ -60,17 +65,20 @@ def forward(
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
-    running_mean: NDArray[float32] | None,
-    running_var: NDArray[float32] | None,
+    running_mean: Running | None,
+    running_var: Running | None,
     momentum: float,
     unbiased: bool,
     want_stats: bool,  # else mean and var are None, which batch_norm drops
+    exact: Float64Pair | None = None,
+    counter: NDArray[np.int64] | None = None,
+    skip_nonfinite: bool = False,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: NDArray[float32],
-    mean: NDArray[float32] | NDArray[np.float64],
-    var: NDArray[float32] | NDArray[np.float64],
-    float64: bool,
+    mean: Running,
+    var: Running,
+    of_stats: bool,
     weight: NDArray[float32] | None,
     bias: NDArray[float32] | None,
     eps: float,
@@ -81,7 +89,11 @@ def normalize(
     out: NDArray[float32] | None,
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
+    exact: Float64Pair | None = None,
 ) -> NDArray[float32]: ...
+def unrounded(
+    mean: NDArray[float32], var: NDArray[float32], exact: Float64Pair, eps: float
+) -> Float64Pair | None: ...
 def backward(
     grad_output: NDArray[float32],
     x: NDArray[float32],
@@ -100,8 +112,8 @@ def backward(
     num_threads: int | None,
 ) -> tuple[NDArray[float32], NDArray[float32], NDArray[float32], NDArray[float32] | None]: ...
 def update_running(
-    running_mean: NDArray[float32],
-    running_var: NDArray[float32],
+    running_mean: Running,
+    running_var: Running,
     mean: NDArray[np.float64],
     var: NDArray[np.float64],
     count: int,

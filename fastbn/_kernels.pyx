@@ -70,9 +70,9 @@ cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward
 
 
 cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t rows, cnp.ndarray mean, cnp.ndarray var,
-                           bint float64, weight, bias, double eps) except NULL:
-    """Coefficients from checked vectors: float32 running statistics, or the float64 ones of a BatchStats. For so many
-    rows.
+                           bint of_stats, weight, bias, double eps) except NULL:
+    """Coefficients from checked vectors: running statistics of float32 or float64, or those of a BatchStats. For so
+    many rows.
 
     They are in `room`, of ROOM floats, if that is not NULL and is enough; otherwise in memory to be freed.
     """
@@ -85,9 +85,10 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     p.C = C
     p.fold = K.fold(C, rows)
     cdef Py_ssize_t width = coef_width(C * p.fold, 0)
-    if not float64:
-        mean = contiguous(mean)
-        var = contiguous(var)
+    cdef bint float64 = cnp.PyArray_TYPE(mean) == cnp.NPY_FLOAT64
+    cdef str of_mean = "stats.mean" if of_stats else "running_mean", of_var = "stats.var" if of_stats else "running_var"
+    mean = contiguous(mean)
+    var = contiguous(var)
     if weight is not None:
         weight = contiguous(weight)
     if bias is not None:
@@ -96,12 +97,12 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     weights = take32(weight, C, "weight")
     biases = take32(bias, C, "bias")
     if float64:
-        take64(mean, C, "stats.mean")
-        take64(var, C, "stats.var")
+        take64(mean, C, of_mean)
+        take64(var, C, of_var)
     else:
-        take32(mean, C, "running_mean")
-        take32(var, C, "running_var")
-    check_variance(var, float64, eps)
+        take32(mean, C, of_mean)
+        take32(var, C, of_var)
+    check_variance(var, float64, eps, of_var)
     if room == NULL or coef_floats(width, False) > ROOM:
         block = <float *> claim(<size_t> coef_floats(width, False) * sizeof(float))
         if block == NULL:
@@ -196,18 +197,51 @@ def stats(x, axis, num_threads):
     return result
 
 
+cpdef tuple unrounded(mean, var, tuple exact, double eps):
+    """A layer's float32 running mean and variance in float64, with what rounding took; None where nothing that matters.
+
+    What moves no result by 1e-6 is left out: float32 itself rounds so, and a layer then evaluates to the bits of its
+    float32 values. `exact` counts for as long as it rounds to these.
+    """
+    cdef Py_ssize_t c, C
+    cdef const float *m
+    cdef const float *v
+    cdef const double *exact_mean
+    cdef const double *exact_var
+    cdef double rest
+    cdef bint matters = False
+    mean, var = array32(mean, "running_mean"), array32(var, "running_var")
+    C = cnp.PyArray_SIZE(mean)
+    check_vector(mean, "running_mean", C)
+    check_vector(var, "running_var", C)
+    mean, var = contiguous(mean), contiguous(var)
+    m, v = take32(mean, C, "running_mean"), take32(var, C, "running_var")
+    exact_mean, exact_var = take64(exact[0], C, "the unrounded mean"), take64(exact[1], C, "the unrounded variance")
+    for c in range(C):
+        rest = exact_mean[c] - m[c]
+        matters |= <float> exact_mean[c] == m[c] and rest * rest > 1e-12 * (v[c] + eps)
+        rest = exact_var[c] - v[c]
+        matters |= <float> exact_var[c] == v[c] and fabs(rest) > 1e-6 * (v[c] + eps)  # below float32's normal numbers
+    if not matters:
+        return None
+    return tuple([np.where(e.astype(np.float32) == a, e, a) for e, a in zip(exact, (mean, var))])
+
+
 def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, running_mean,
-            running_var, momentum, bint unbiased, bint want_stats):
+            running_var, momentum, bint unbiased, bint want_stats, exact=None, counter=None, bint skip_nonfinite=False):
     """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
-    times None, are updated."""
+    times None, are updated; with those of a layer also what they were rounded from, and its counter."""
     x = array32(x, "x")
     weight = optional(weight, "weight")
     bias = optional(bias, "bias")
     residual = optional(residual, "residual")
     cdef bint update = running_mean is not None
+    cdef bint float64 = False
     if update:
-        running_mean = array32(running_mean, "running_mean")
-        running_var = array32(running_var, "running_var")
+        running_mean = running(running_mean, "running_mean")
+        running_var = running(running_var, "running_var")
+        check_alike(running_mean, running_var)
+        float64 = cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT64
     given = out
     out = optional(out, "out")
     cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if update else 0.0
@@ -227,14 +261,14 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
         check_vector(running_mean, "running_mean", C, x, ax)
         check_vector(running_var, "running_var", C, x, ax)
         check_clear(running_mean, "running_mean", running_var, "running_var")
-        for running, name in (running_mean, "running_mean"), (running_var, "running_var"):
-            check_running(running, name)
+        for average, name in (running_mean, "running_mean"), (running_var, "running_var"):
+            check_running(average, name)
             if out is not None:
-                check_clear(out, "out", running, name)
-            check_clear(running, name, x, "x")
-            check_clear(running, name, weight, "weight")
-            check_clear(running, name, bias, "bias")
-            check_clear(running, name, residual, "residual")
+                check_clear(out, "out", average, name)
+            check_clear(average, name, x, "x")
+            check_clear(average, name, weight, "weight")
+            check_clear(average, name, bias, "bias")
+            check_clear(average, name, residual, "residual")
     cdef cnp.ndarray mean = statistic(C, m == 0) if want_stats else None
     cdef cnp.ndarray var = statistic(C, m == 0) if want_stats else None
     if C * m == 0:
@@ -260,9 +294,16 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     plan.weight = take32(weight, C, "weight")
     plan.bias = take32(bias, C, "bias")
     if update:
-        plan.running_mean = take_vector(running_mean, C, cnp.NPY_FLOAT32, 0, "running_mean")
-        plan.running_var = take_vector(running_var, C, cnp.NPY_FLOAT32, 0, "running_var")
-        plan.running_stride = [cnp.PyArray_STRIDE(running_mean, 0), cnp.PyArray_STRIDE(running_var, 0)]
+        take_running(&plan.running_mean, running_mean, C, float64, "running_mean")
+        take_running(&plan.running_var, running_var, C, float64, "running_var")
+        if exact is not None and not float64:
+            plan.running_mean.exact = <char *> take64((<tuple> exact)[0], C, "the unrounded mean")
+            plan.running_var.exact = <char *> take64((<tuple> exact)[1], C, "the unrounded variance")
+            plan.running_mean.exact_stride = plan.running_var.exact_stride = sizeof(double)
+        if counter is not None:
+            check_counter(counter)
+        plan.update = True
+        plan.skip_nonfinite = skip_nonfinite
         plan.momentum = share
         plan.unbiasing = unbiasing(m, unbiased)
     flatten(&plan.p)
@@ -272,19 +313,22 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     allocate_scratch(&plan)
     plan.mean = data64(mean) if want_stats else plan.g  # which the forward pass has no other use for
     plan.var = data64(var) if want_stats else plan.gx
+    if counter is not None:  # here, where neither an error nor a signal comes between it and the averages
+        count_batch(counter)
     run(&plan, two_passes)
     if out is not None and y is not out:
         out[...] = y
     return result
 
 
-def normalize(x, mean, var, bint float64, weight, bias, eps, axis, residual, activation, negative_slope, out,
-              num_threads, tuple ranks):
-    """y from running statistics, or with float64 those of a BatchStats."""
+def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
+              num_threads, tuple ranks, tuple exact=None):
+    """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
     x = array32(x, "x")
-    if not float64:
-        mean = array32(mean, "running_mean")
-        var = array32(var, "running_var")
+    if not of_stats:
+        mean = running(mean, "running_mean")
+        var = running(var, "running_var")
+        check_alike(mean, var)
     weight = optional(weight, "weight")
     bias = optional(bias, "bias")
     residual = optional(residual, "residual")
@@ -295,7 +339,7 @@ def normalize(x, mean, var, bint float64, weight, bias, eps, axis, residual, act
     cdef Plan plan
     cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
     cdef Py_ssize_t C = plan.p.C
-    if float64:
+    if of_stats:
         check_moment(mean, "mean", C)
         check_moment(var, "var", C)
     else:
@@ -306,10 +350,15 @@ def normalize(x, mean, var, bint float64, weight, bias, eps, axis, residual, act
     if out is not None:
         check_clear(out, "out", weight, "weight")
         check_clear(out, "out", bias, "bias")
-        check_clear(out, "out", mean, "stats.mean" if float64 else "running_mean")
-        check_clear(out, "out", var, "stats.var" if float64 else "running_var")
+        check_clear(out, "out", mean, "stats.mean" if of_stats else "running_mean")
+        check_clear(out, "out", var, "stats.var" if of_stats else "running_var")
+    if exact is not None:
+        exact = unrounded(mean, var, exact, epsilon)
+        if exact is not None:
+            mean, var = exact
     cdef float room[ROOM]
-    cdef float *block = inference_coef(&plan.k, room, C, plan.p.N * plan.p.S, mean, var, float64, weight, bias, epsilon)
+    cdef Py_ssize_t rows = plan.p.N * plan.p.S
+    cdef float *block = inference_coef(&plan.k, room, C, rows, mean, var, of_stats, weight, bias, epsilon)
     try:
         return infer(&plan, x, ax, residual, out, given)
     finally:
@@ -329,8 +378,9 @@ cdef class Frozen:
 
     def __cinit__(self, running_mean, running_var, weight=None, bias=None, eps=1e-5, *, axis=1, activation=None,
                   negative_slope=0.01, copy=True):
-        running_mean = array32(running_mean, "running_mean")
-        running_var = array32(running_var, "running_var")
+        running_mean = running(running_mean, "running_mean")
+        running_var = running(running_var, "running_var")
+        check_alike(running_mean, running_var)
         weight = optional(weight, "weight")
         bias = optional(bias, "bias")
         self.axis = whole(axis, "axis", "number a dimension")
@@ -430,7 +480,7 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     check_shape(grad_output, x, "grad_output", "x")
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)
-    check_variance(var, True, epsilon)
+    check_variance(var, True, epsilon, "stats.var")
     check_vector(weight, "weight", C, x, ax)
     check_vector(bias, "bias", C, x, ax)
     if residual is not None:
@@ -493,9 +543,17 @@ cdef double unbiasing(double count, bint unbiased) noexcept:
     return count / (count - 1) if unbiased and count > 1 else 1.0
 
 
+cdef void count_batch(cnp.ndarray counter) noexcept:
+    cdef long long count = read_counter(counter) + 1
+    memcpy(cnp.PyArray_DATA(counter), &count, sizeof(count))
+
+
 def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
-    cdef cnp.ndarray to_mean = array32(running_mean, "running_mean"), to_var = array32(running_var, "running_var")
+    cdef cnp.ndarray to_mean = running(running_mean, "running_mean"), to_var = running(running_var, "running_var")
+    check_alike(to_mean, to_var)
+    cdef bint float64 = cnp.PyArray_TYPE(to_mean) == cnp.NPY_FLOAT64
+    cdef bn_running means, variances
     cdef double share = check_momentum(momentum)
     most = min(count, PY_SSIZE_T_MAX) if type(count) is int else count
     cdef Py_ssize_t values = whole(most, "stats.count", "be an int")
@@ -513,9 +571,9 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     check_clear(to_var, "running_var", var, "stats.var")
     if values == 0:
         return
-    cdef char *means = take_vector(to_mean, C, cnp.NPY_FLOAT32, 0, "running_mean")
-    cdef char *variances = take_vector(to_var, C, cnp.NPY_FLOAT32, 0, "running_var")
+    take_running(&means, to_mean, C, float64, "running_mean")
+    take_running(&variances, to_var, C, float64, "running_var")
     cdef const double *batch_mean = take64(mean, C, "stats.mean")
     cdef const double *batch_var = take64(var, C, "stats.var")
-    K.move_running(means, cnp.PyArray_STRIDE(to_mean, 0), batch_mean, 0, C, share, 1.0)
-    K.move_running(variances, cnp.PyArray_STRIDE(to_var, 0), batch_var, 0, C, share, unbiasing(values, unbiased))
+    K.move_running(&means, batch_mean, NULL, 0, C, share, 1.0)
+    K.move_running(&variances, batch_var, NULL, 0, C, share, unbiasing(values, unbiased))

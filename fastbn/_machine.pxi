@@ -26,6 +26,11 @@ cdef extern from "kernels.h":
         float *g_proj
         float *g_shift
 
+    ctypedef struct bn_running:
+        char *value
+        char *exact
+        Py_ssize_t stride, exact_stride
+
     ctypedef struct bn_kernels:
         const char *name
         Py_ssize_t (*tiles)(const bn_problem *) noexcept nogil
@@ -46,7 +51,8 @@ cdef extern from "kernels.h":
                           Py_ssize_t, double *, double *, float *, float *) noexcept nogil
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *, const float *,
                      const float *, double, const bn_coef *) noexcept nogil
-        void (*move_running)(char *, Py_ssize_t, const double *, Py_ssize_t, Py_ssize_t, double, double) noexcept nogil
+        void (*move_running)(const bn_running *, const double *, const double *, Py_ssize_t, Py_ssize_t, double,
+                             double) noexcept nogil
         void (*running_coef)(const bn_problem *, const float *, const float *, const float *, const float *, double,
                              const bn_coef *) noexcept nogil
         void (*backward_coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const double *, const double *,

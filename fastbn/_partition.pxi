@@ -22,9 +22,8 @@ cdef struct Plan:
     double eps
     double *mean
     double *var
-    char *running_mean  # float32, so many bytes apart; NULL: none
-    char *running_var
-    Py_ssize_t running_stride[2]
+    bint update, skip_nonfinite  # the running averages, by the rest of these
+    bn_running running_mean, running_var
     double momentum, unbiasing
     double *g
     double *gx
@@ -187,10 +186,10 @@ cdef inline void finish_stats(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, co
     plan.K.pool_stats(&plan.p, c0, c1, a, b, ld, plan.mean, plan.var)
     if plan.p.y.data != NULL:
         coefficients(plan, c0, c1)
-    if plan.running_mean != NULL:
-        plan.K.move_running(plan.running_mean, plan.running_stride[0], plan.mean, c0, c1, plan.momentum, 1.0)
-        plan.K.move_running(plan.running_var, plan.running_stride[1], plan.var, c0, c1, plan.momentum,
-                            plan.unbiasing)
+    cdef const double *finite = plan.var if plan.skip_nonfinite else NULL
+    if plan.update:
+        plan.K.move_running(&plan.running_mean, plan.mean, finite, c0, c1, plan.momentum, 1.0)
+        plan.K.move_running(&plan.running_var, plan.var, finite, c0, c1, plan.momentum, plan.unbiasing)
 
 
 cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, double *a, double *b,

@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     Array = NDArray[np.float32]
 
 
+class _CallSignature:
+    """What inspect.signature does not find in a compiled call; that of the class is its own."""
+
+    def __get__(self, frozen: FrozenBatchNorm | None, owner: type) -> Any:
+        if frozen is None:
+            return None
+        import inspect
+
+        return inspect.signature(lambda x, residual=None, out=None, *, num_threads=None: x)
+
+
 class FrozenBatchNorm(_kernels.Frozen):
     """Batch normalization whose statistics and parameters no longer change.
 
@@ -22,7 +33,7 @@ class FrozenBatchNorm(_kernels.Frozen):
 
     Parameters
     ----------
-    running_mean, running_var : ndarray of float32, shape (C,)
+    running_mean, running_var : ndarray of float32, or both of float64, shape (C,)
     weight, bias : ndarray of float32, shape (C,), or None
     eps, axis, activation, negative_slope
         See :func:`fastbn.batch_norm`.
@@ -33,7 +44,8 @@ class FrozenBatchNorm(_kernels.Frozen):
 
     Attributes
     ----------
-    running_mean, running_var, weight, bias : read-only ndarray of float32, shape (C,), or None
+    running_mean, running_var : read-only ndarray of float32 or float64, shape (C,)
+    weight, bias : read-only ndarray of float32, shape (C,), or None
     num_features : int
         The number of channels.
     eps, axis, activation, negative_slope
@@ -45,16 +57,17 @@ class FrozenBatchNorm(_kernels.Frozen):
     """
 
     __slots__ = ("bias", "running_mean", "running_var", "weight")
+    __signature__ = _CallSignature()
 
-    running_mean: Array
-    running_var: Array
+    running_mean: _kernels.Running
+    running_var: _kernels.Running
     weight: Array | None
     bias: Array | None
 
     def __init__(
         self,
-        running_mean: Array,
-        running_var: Array,
+        running_mean: _kernels.Running,
+        running_var: _kernels.Running,
         weight: Array | None = None,
         bias: Array | None = None,
         eps: float = 1e-5,
@@ -64,10 +77,13 @@ class FrozenBatchNorm(_kernels.Frozen):
         negative_slope: float = 0.01,
         copy: bool = True,
     ) -> None:
-        arrays = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-        for name, array in arrays.items():
-            if array is not None:
-                array = _kernels.vector(array, name, self.num_features, False)
+        if hasattr(self, "weight"):
+            raise AttributeError("FrozenBatchNorm is immutable: __init__ cannot be called again")
+        given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        for name, value in given.items():
+            array: Any = None
+            if value is not None:
+                array = _kernels.running(value, name)
                 array = np.array(array) if copy else array.view()
                 array.setflags(write=False)
             object.__setattr__(self, name, array)

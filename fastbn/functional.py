@@ -29,8 +29,8 @@ _new_tuple = tuple.__new__  # at half the cost of BatchNormGrads(*grads)
 
 def batch_norm(
     x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
+    running_mean: _kernels.Running | None,
+    running_var: _kernels.Running | None,
     weight: Array | None = None,
     bias: Array | None = None,
     training: bool = False,
@@ -55,9 +55,10 @@ def batch_norm(
     x : ndarray of float32, rank >= 2
         Not changed, unless it is also `out`. Walked without a copy where its memory is NCHW or channels-last,
         with any stride over batch and channels; copied once otherwise.
-    running_mean, running_var : ndarray of float32, shape (C,), or None
+    running_mean, running_var : ndarray of float32, or both of float64, shape (C,), or None
         Running statistics. In training they are updated in place, or both None, and overlap nothing else;
-        otherwise they are needed, and each variance plus `eps` is >= 0.
+        otherwise they are needed, and each variance plus `eps` is >= 0. See :func:`update_running` for when
+        to prefer float64.
     weight, bias : ndarray of float32, shape (C,), or None
         1 and 0 where None.
     training : bool
@@ -90,7 +91,7 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an array is not float32 in native byte order.
+        If an array is not float32 in native byte order, or of the running ones only one is float64.
     ValueError
         If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
         channel has one value only or a running array is read-only. Nothing has been written then.
@@ -243,8 +244,8 @@ def batch_norm_backward(
 
 
 def update_running(
-    running_mean: Array,
-    running_var: Array,
+    running_mean: _kernels.Running,
+    running_var: _kernels.Running,
     stats: BatchStats,
     momentum: float = 0.1,
     *,
@@ -254,11 +255,16 @@ def update_running(
 
     ``running = (1 - momentum) * running + momentum * batch``, in float64, rounded once. An empty batch
     (count 0) changes nothing. With a single value per channel the unbiased variance is not defined and the
-    biased one, 0, is taken. A variance beyond the range of float32 is stored as inf.
+    biased one, 0, is taken. A variance beyond the range of float32 is stored there as inf.
+
+    A float32 average stops where a step rounds to nothing: where `momentum` times the distance to the batch
+    is less than half of float32's spacing, 0.03 for values around 1e6. Where features are not scaled, so that
+    means are many thousand deviations, or `momentum` is small, pass float64 arrays. Layers keep float64
+    behind their float32 arrays.
 
     Parameters
     ----------
-    running_mean, running_var : ndarray of float32, shape (C,)
+    running_mean, running_var : ndarray of float32, or both of float64, shape (C,)
     stats : BatchStats
     momentum : float
         Weight of the batch, from 0 to 1.
@@ -268,7 +274,7 @@ def update_running(
     Raises
     ------
     TypeError, ValueError
-        If an array is not a writable float32 vector of as many channels as `stats` has.
+        If an array is not a writable vector of float32 or float64, of as many channels as `stats` has.
     """
     _check_stats(stats)
     _kernels.update_running(running_mean, running_var, stats.mean, stats.var, stats.count, momentum, unbiased)
@@ -279,7 +285,9 @@ def _check_stats(stats: BatchStats) -> None:
         raise TypeError(f"stats must be a BatchStats, got {type(stats).__name__}")
 
 
-def _check_both_absent(running_mean: Array | None, running_var: Array | None, training: bool) -> None:
+def _check_both_absent(
+    running_mean: _kernels.Running | None, running_var: _kernels.Running | None, training: bool
+) -> None:
     if running_mean is not None or running_var is not None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(

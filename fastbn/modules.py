@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -9,17 +10,24 @@ import numpy as np
 from fastbn import _kernels
 from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import batch_norm_backward
-from fastbn.statistics import BatchStats
+from fastbn.statistics import BatchStats, _read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
     from fastbn.functional import Array, BatchNormGrads
 
+    Float64 = NDArray[np.float64]
+
 # In the order of PyTorch's state_dict.
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+# Options that a repr tells only where they are not these.
+_SELDOM = {
+    "axis": 1, "unbiased": True, "activation": None, "negative_slope": 0.01, "skip_nonfinite": False,
+}  # fmt: skip
 
 
 class IncompatibleKeys(NamedTuple):
@@ -59,35 +67,59 @@ class BatchNorm:
         Applied last.
     negative_slope : float
         Slope of "leaky_relu" below zero.
+    skip_nonfinite : bool
+        Whether the running averages of a channel stay as they are where a batch gives it a mean or variance
+        that float32 has no number for: NaN, infinite, or beyond its range. The layer says so once, by a
+        RuntimeWarning. Not with momentum=None. With False, as in PyTorch, they enter the averages.
 
     Attributes
     ----------
     weight, bias : float32 ndarray of shape (C,), or None
         Parameters, at first 1 and 0. An optimizer may write into them or put other arrays in their place.
     running_mean, running_var : float32 ndarray of shape (C,), or None
-        Running averages, at first 0 and 1.
+        Running averages, at first 0 and 1. Without both, evaluation normalizes by the statistics of the batch
+        too. They may be written into or replaced.
     num_batches_tracked : int64 ndarray of shape (), or None
-        How many batches have entered the running averages.
+        How many batches have entered the running averages. May be set to an int.
     training : bool
         The mode, at first True; see :meth:`train` and :meth:`eval`.
 
     Notes
     -----
     A layer keeps the arrays of its latest call by reference, for :meth:`backward`: they stay in memory until
-    the next call and must not be changed before ``backward``. Copies and pickles of a layer leave them out. A
-    service that only evaluates is better off with :meth:`freeze`, which keeps nothing.
+    ``backward`` or the next call, and must not be changed before. Copies and pickles of a layer leave them
+    out. A service that only evaluates is better off with :meth:`freeze`, which keeps nothing.
+
+    Behind the float32 averages a layer keeps what they were rounded from, in float64: otherwise an average
+    would stop where a step is less than half of float32's spacing, as it soon is for a mean of 1e6 with
+    deviation 1. Where that matters to a result, by more than 1e-6, evaluation and :meth:`freeze` take it,
+    too; so they do for features of less than 1e-19, whose variance float32 has no number for, with
+    ``eps=0``. It counts as long as it rounds to what the float32 arrays hold, so that one may write into
+    these; copies and pickles keep it, a state_dict does not.
+
+    With ``track_running_stats`` set to False later, training leaves the averages alone, and evaluation still
+    goes by them, as in PyTorch.
 
     Several threads may evaluate one layer at once. Training it is for one thread at a time.
 
     Raises
     ------
     ValueError
-        If `num_features`, `eps`, `momentum`, `activation` or `negative_slope` is out of range.
+        If `num_features`, `eps`, `momentum`, `activation` or `negative_slope` is out of range; also where an
+        attribute is set to such a value later, or to an array of another shape.
     TypeError
-        If `num_features` or `axis` is not an integer.
+        If `num_features` or `axis` is not an integer, or an attribute is set to what is no float32 array.
     """
 
     _ranks: tuple[int, ...] | None = None  # None: whatever functional.py takes
+
+    num_features: int
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    _exact: tuple[Float64, Float64] | None  # what the running averages were rounded from
 
     def __init__(
         self,
@@ -102,39 +134,40 @@ class BatchNorm:
         unbiased: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        skip_nonfinite: bool = False,
     ) -> None:
-        num_features = _kernels.whole(num_features, "num_features", "be less than 2**63")
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
-        _kernels.check_eps(eps)
-        if momentum is not None:
-            _kernels.check_momentum(momentum)
-        _kernels.check_activation(activation, negative_slope)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
-        self.axis = _kernels.whole(axis, "axis", "number a dimension")
+        self.axis = axis
         self.unbiased = unbiased
         self.activation = activation
         self.negative_slope = negative_slope
+        self.skip_nonfinite = skip_nonfinite
+        self._said_nonfinite = False
         self.training = True
-        self._saved: tuple[Array, Array | None, Array | None, BatchStats | None] | None = None
+        # The latest call, in a list, because writing into that does not go through __setattr__.
+        self._saved: list[tuple[Array, Array | None, Array | None, BatchStats | None] | None] = [None]
 
-        def vector(wanted: bool) -> Any:
-            return np.empty(num_features, np.float32) if wanted else None
+        def vector(wanted: bool) -> Array | None:
+            return np.empty(self.num_features, np.float32) if wanted else None
 
         self.weight = vector(affine)
         self.bias = vector(affine and bias)
         self.running_mean = vector(track_running_stats)
         self.running_var = vector(track_running_stats)
-        self.num_batches_tracked: Any = np.array(0, np.int64) if track_running_stats else None
+        self.num_batches_tracked = 0 if track_running_stats else None
         self.reset_parameters()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check = _CHECKS.get(name)
+        super().__setattr__(name, value if check is None else check(self, value))
 
     def reset_running_stats(self) -> None:
         """Forget all batches: running_mean 0, running_var 1, num_batches_tracked 0, in place."""
-        self._saved = None
+        self._saved[0] = self._exact = None
         for name, value in ("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0):
             array = getattr(self, name)
             if array is not None:
@@ -185,18 +218,20 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If a shape does not fit, `out` overlaps an input otherwise than by being `x`, or a batch to take
-            statistics of has one value per channel. Nothing is written then.
+            If a shape does not fit, `out` overlaps an input otherwise than by being `x`, a batch to take
+            statistics of has one value per channel, only one of the running averages is None, or the counter
+            cannot count on. Nothing is written then.
         TypeError
             If an array is not float32.
         """
-        if self.training or self.running_mean is None:
+        if self.training or self.running_mean is None or self.running_var is None:
             return self._normalize_by_batch(x, residual, out, num_threads)
         y = _kernels.normalize(
             x, self.running_mean, self.running_var, False, self.weight, self.bias, self.eps, self.axis,
             residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
+            self._exact,
         )  # fmt: skip
-        self._saved = (x, residual, out, None)
+        self._saved[0] = (x, residual, out, None)
         return y
 
     def _normalize_by_batch(
@@ -204,25 +239,75 @@ class BatchNorm:
     ) -> Array:
         x = _kernels.array32(x, "x")
         _kernels.check_input(x, self.axis, self._ranks, self.num_features)
-        update = self.track_running_stats and self.running_mean is not None
-        running_mean, running_var = (self.running_mean, self.running_var) if update else (None, None)
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / (int(self.num_batches_tracked) + 1) if update else 0.0
+        running_mean, running_var = self.running_mean, self.running_var
+        if self.training and not self.track_running_stats:
+            running_mean = running_var = None
+        elif running_mean is None or running_var is None:
+            self._has_averages()  # which refuses one alone
+        exact = counter = None
+        momentum = 0.0
+        if running_mean is not None:
+            exact, counter = self._exact, self.num_batches_tracked
+            if exact is None:  # zeros do as well as any others that do not round to the averages
+                exact = self._exact = (np.zeros(self.num_features), np.zeros(self.num_features))
+            if self.momentum is not None:
+                momentum = self.momentum
+            else:
+                if counter is None:
+                    raise ValueError(
+                        "momentum=None averages over all batches and needs to count them, but "
+                        "num_batches_tracked is None; set it to 0, or momentum to a number"
+                    )
+                momentum = 1 / max(counter.item() + 1, 1)
         y, mean, var, count = _kernels.forward(
             x, self.weight, self.bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
             out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
+            exact, counter, self.skip_nonfinite,
         )  # fmt: skip
-        if update and count:
-            self.num_batches_tracked[...] = int(self.num_batches_tracked) + 1  # += 1 takes ten times as long
-        self._saved = (x, residual, out, BatchStats._wrap(mean, var, count))
+        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count))
+        if self.skip_nonfinite and running_var is not None and not self._said_nonfinite:
+            self._tell_nonfinite(var)
         return y
+
+    def _has_averages(self) -> bool:
+        """Whether there are running averages; of one alone nobody can say what is meant."""
+        if (self.running_mean is None) != (self.running_var is None):
+            names = ["running_mean", "running_var"]
+            missing, other = names if self.running_mean is None else names[::-1]
+            raise ValueError(
+                f"{missing} is None, but {other} is not; set both, or both to None to normalize by the "
+                f"statistics of each batch"
+            )
+        return self.running_mean is not None
+
+    def _averages(self) -> tuple[_kernels.Running, _kernels.Running]:
+        """The running averages: float32, or float64 where rounding has taken what matters."""
+        mean, var, exact = self.running_mean, self.running_var, self._exact
+        if exact is not None:
+            exact = _kernels.unrounded(mean, var, exact, self.eps)
+        return (mean, var) if exact is None else exact
+
+    def _tell_nonfinite(self, var: Float64) -> None:
+        (skipped,) = np.nonzero(~(var <= np.finfo(np.float32).max))
+        if skipped.size:
+            self._said_nonfinite = True
+            warnings.warn(
+                f"a batch has statistics that are not finite in {skipped.size} of {var.size} channels, "
+                f"channel {skipped[0]} the first; their running averages stay as they are "
+                f"(skip_nonfinite=True), now and whenever that happens again",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     def backward(self, grad_output: Array, *, num_threads: int | None = None) -> BatchNormGrads:
         """Gradients of the latest call, from the gradient of its result.
 
         A call that normalized by the batch is differentiated through the batch's mean and variance; one that
         normalized by the running averages takes these for constants, with the values they have now.
+
+        Only once for each call. A layer that is called several times before, or a call whose gradients are
+        wanted more than once, needs the functions, which keep nothing: :func:`fastbn.batch_norm_forward` and
+        :func:`fastbn.batch_norm_backward`. Or one layer for each call.
 
         Parameters
         ----------
@@ -238,15 +323,19 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            If there was no call since the state was last reset or loaded, or the call's `out` was its `x`.
+            If there was no call since the state was last reset or loaded, or since the latest ``backward``;
+            or if the call's `out` was its `x`.
         ValueError, TypeError
             If `grad_output` is not float32 or does not have the shape of `x`.
         """
-        if self._saved is None:
+        if self._saved[0] is None:
             raise RuntimeError(
-                "backward() needs a call of the layer first, since its state was last set or copied"
+                "backward() needs a call of the layer first: it gives the gradients of the latest call, "
+                "once, and there was no call since then, or since the layer was copied or its state set. For "
+                "a layer that is used several times in a forward pass, or gradients of one call for several "
+                "losses, use batch_norm_forward() and batch_norm_backward(), or one layer for each call"
             )
-        x, residual, out, stats = self._saved
+        x, residual, out, stats = self._saved[0]
         x = _kernels.array32(x, "x")
         if out is not None and np.shares_memory(x, _kernels.array32(out, "out")):
             raise RuntimeError(
@@ -255,8 +344,9 @@ class BatchNorm:
             )
         training = stats is not None
         if stats is None:
-            stats = BatchStats(self.running_mean, self.running_var, x.size // self.num_features)
-        return batch_norm_backward(
+            mean, var = (_read_only(np.array(average, np.float64)) for average in self._averages())
+            stats = BatchStats._wrap(mean, var, x.size // self.num_features)  # with variances below 0, too
+        grads = batch_norm_backward(
             grad_output,
             x,
             stats,
@@ -270,6 +360,8 @@ class BatchNorm:
             negative_slope=self.negative_slope,
             num_threads=num_threads,
         )
+        self._saved[0] = None  # or gradients of another call might be taken for those of this one
+        return grads
 
     def freeze(self) -> FrozenBatchNorm:
         """An immutable, thread-safe layer that evaluates as this one does now, and does not change with it.
@@ -277,13 +369,12 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If the layer keeps no running averages.
+            If the layer keeps no running averages, or only one of the two.
         """
-        if self.running_mean is None:
+        if not self._has_averages():
             raise ValueError("freeze() needs running statistics, and track_running_stats=False keeps none")
         return FrozenBatchNorm(
-            self.running_mean,
-            self.running_var,
+            *self._averages(),
             self.weight,
             self.bias,
             self.eps,
@@ -303,8 +394,9 @@ class BatchNorm:
         ----------
         state_dict : mapping of str to array_like
             What :meth:`state_dict` gives, here or in PyTorch: arrays, CPU tensors, an open .npz file, what
-            ``safetensors.numpy.load_file`` gives. Values are cast to the layer's dtypes.
-            ``num_batches_tracked`` may be missing, as in old checkpoints.
+            ``safetensors.numpy.load_file`` gives. Values are cast to the layer's dtypes, those of float16 and
+            bfloat16 exactly. ``num_batches_tracked`` may be missing, as in old checkpoints, and may be any
+            whole number, or array of one, as averaging of checkpoints leaves it.
         strict : bool
             Whether a missing or unexpected key is an error.
 
@@ -315,7 +407,9 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If keys are missing or unexpected, or a shape is not the layer's. Nothing is written then.
+            If keys are missing or unexpected, a shape is not the layer's, a value is beyond float32, a
+            variance plus `eps` is below zero, the counter is no whole number, or an array of the layer is
+            read-only. Nothing is written then.
         TypeError
             If a value cannot be cast to the layer's dtype, such as a complex one. Nothing is written then.
         """
@@ -325,17 +419,13 @@ class BatchNorm:
         if strict and (missing or unexpected):
             raise ValueError(
                 f"state_dict does not fit {type(self).__name__}: missing keys {missing}, unexpected keys "
-                f"{unexpected}; strict=False loads what fits"
+                f"{unexpected}; {_cure(unexpected)}strict=False loads what fits"
             )
-        values = {name: np.asarray(state_dict[name]) for name in state if name in state_dict}
-        for name, value in values.items():
-            if value.shape != state[name].shape:
-                raise ValueError(f"{name} must have shape {state[name].shape}, got {value.shape}")
-            if not np.can_cast(value.dtype, state[name].dtype, "same_kind"):
-                raise TypeError(f"{name} must be castable to {state[name].dtype}, got {value.dtype}")
-        self._saved = None
-        for name, value in values.items():
-            np.copyto(state[name], value)
+        loaded = [name for name in state if name in state_dict]
+        # New arrays, even where the values are those of the layer itself under other names.
+        values = [_loadable(name, state_dict[name], state[name], self.eps) for name in loaded]
+        self._saved[0] = self._exact = None
+        any(map(np.copyto, (state[name] for name in loaded), values))  # one call: no signal comes in between
         return IncompatibleKeys(missing, unexpected)
 
     def _state(self) -> dict[str, NDArray[Any]]:
@@ -343,14 +433,18 @@ class BatchNorm:
         return {name: array for name, array in arrays.items() if array is not None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_saved": None}
+        return self.__dict__ | {"_saved": [None]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        added = {"skip_nonfinite": False, "_said_nonfinite": False, "_exact": None}  # since version 0.1.0
+        self.__dict__.update(added | state | {"_saved": [None]})
 
     def __repr__(self) -> str:
         described = [
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}",
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}",
         ]
-        for name, default in ("axis", 1), ("unbiased", True), ("activation", None), ("negative_slope", 0.01):
+        for name, default in _SELDOM.items():
             if getattr(self, name) != default:
                 described.append(f"{name}={getattr(self, name)!r}")
         return f"{type(self).__name__}({', '.join(described)})"
@@ -372,3 +466,148 @@ class BatchNorm3d(BatchNorm):
     """BatchNorm of (N, C, D, H, W); with axis=-1 of (N, D, H, W, C)."""
 
     _ranks = (5,)
+
+
+# What an attribute of a layer is checked by where it is set; returns what is kept.
+
+
+def _set_num_features(layer: BatchNorm, value: int) -> int:
+    value = _kernels.whole(value, "num_features", "be less than 2**63")
+    if value < 1:
+        raise ValueError(f"num_features must be at least 1, got {value}")
+    layer._exact = None  # of as many channels
+    return value
+
+
+def _set_eps(layer: BatchNorm, value: float) -> float:
+    _kernels.check_eps(value)
+    return value
+
+
+def _set_momentum(layer: BatchNorm, value: float | None) -> float | None:
+    if value is not None:
+        _kernels.check_momentum(value)
+    elif getattr(layer, "skip_nonfinite", False):
+        raise ValueError(_NO_MEAN_OF_SOME)
+    return value
+
+
+def _set_skip_nonfinite(layer: BatchNorm, value: bool) -> bool:
+    if value and layer.momentum is None:
+        raise ValueError(_NO_MEAN_OF_SOME)
+    return bool(value)
+
+
+_NO_MEAN_OF_SOME = (
+    "skip_nonfinite=True needs a momentum: momentum=None weighs all batches alike, which it cannot where a "
+    "channel has not taken all of them"
+)
+
+
+def _set_axis(layer: BatchNorm, value: int) -> int:
+    return _kernels.whole(value, "axis", "number a dimension")
+
+
+def _set_activation(layer: BatchNorm, value: str | None) -> str | None:
+    _kernels.check_activation(value, 0.0)
+    return value
+
+
+def _set_negative_slope(layer: BatchNorm, value: float) -> float:
+    _kernels.check_activation(None, value)
+    return value
+
+
+def _vector(name: str) -> Callable[[BatchNorm, Any], Array | None]:
+    def check(layer: BatchNorm, value: Any) -> Array | None:
+        return None if value is None else _kernels.vector(value, name, layer.num_features, False)
+
+    return check
+
+
+def _set_counter(layer: BatchNorm, value: Any) -> NDArray[np.int64] | None:
+    if value is None or (isinstance(value, np.ndarray) and value.dtype == np.int64 and value.size == 1):
+        return value
+    return _count(np.asarray(value))
+
+
+_CHECKS: dict[str, Callable[[BatchNorm, Any], Any]] = {
+    "num_features": _set_num_features,
+    "eps": _set_eps,
+    "momentum": _set_momentum,
+    "skip_nonfinite": _set_skip_nonfinite,
+    "axis": _set_axis,
+    "activation": _set_activation,
+    "negative_slope": _set_negative_slope,
+    "num_batches_tracked": _set_counter,
+    **{name: _vector(name) for name in _STATE[:4]},
+}
+
+
+# What a state_dict has.
+
+
+def _cure(unexpected: Iterable[str]) -> str:
+    """Where the keys are those of a network: how to make a layer of one of its batch norms."""
+    ending = ".running_mean"
+    prefixes = [key.removesuffix(ending) for key in unexpected if key.endswith(ending)]
+    if not prefixes:
+        return ""
+    others = f" (or of {', '.join(map(repr, prefixes[1:]))})" if prefixes[1:] else ""
+    return f"fastbn.interop.from_torch(state, {prefixes[0]!r}) makes a layer of that batch norm{others}; "
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """The values of an array, or of a tensor on any device, of any dtype, with or without gradient."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype.itemsize < 4 and value.is_floating_point() else value).numpy()
+    return np.asarray(value)
+
+
+def _loadable(name: str, value: Any, array: NDArray[Any], eps: float) -> NDArray[Any]:
+    """A new array of what is to be written into `array`, checked."""
+    if not array.flags.writeable:
+        raise ValueError(f"{name} of the layer is read-only; give the layer a writable copy first")
+    value = _array(value)
+    if name == "num_batches_tracked":
+        return _count(value)
+    if value.shape != array.shape:
+        raise ValueError(f"{name} must have shape {array.shape}, got {value.shape}")
+    rounded = _float32(name, value)
+    if name == "running_var":
+        _check_variances(rounded, eps)
+    return rounded
+
+
+def _float32(name: str, value: NDArray[Any]) -> Array:
+    """A copy of `value`, all of which must be within float32."""
+    if not np.can_cast(value.dtype, np.float32, "same_kind") and value.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be castable to float32, got {value.dtype}")
+    with np.errstate(all="ignore"):
+        rounded = value.astype(np.float32)
+        lost = np.argwhere(np.isinf(rounded) & np.isfinite(value))
+    if lost.size:
+        index = tuple(lost[0].tolist())
+        raise ValueError(f"{name} must be within float32, got {value[index]} at index {index}")
+    return rounded
+
+
+def _count(value: NDArray[Any]) -> NDArray[np.int64]:
+    """A counter, which averaging of checkpoints makes a float, and other frameworks an array of one value."""
+    if value.dtype.name == "bfloat16":
+        value = value.astype(np.float32)
+    number = value.item() if value.size == 1 and value.dtype.kind in "iuf" else None
+    if number is None or not 0 <= number < 2**63 or number != int(number):
+        raise ValueError(f"num_batches_tracked must be a whole number of batches, got {value}")
+    return np.array(int(number), np.int64)
+
+
+def _check_variances(running_var: Array, eps: float) -> None:
+    below = np.flatnonzero(running_var.astype(np.float64) + eps < 0)
+    if below.size:
+        channel = below[0]
+        raise ValueError(
+            f"running_var + eps must not be below zero: running_var[{channel}] is {running_var[channel]:g}, "
+            f"and eps {eps:g}; give the eps the model was trained with, or mend the checkpoint"
+        )

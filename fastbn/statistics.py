@@ -54,6 +54,8 @@ class BatchStats:
             raise TypeError(f"count must be an integer, got {type(count).__name__}") from None
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}")
+        if hasattr(self, "count"):
+            raise AttributeError("BatchStats is immutable: __init__ cannot be called again")
         _set_mean(self, means)
         _set_var(self, variances)
         _set_count(self, count)

@@ -6,13 +6,18 @@ Also here: what the kernels ask about a process before they start its threads.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
 import re
 import warnings
+from typing import TYPE_CHECKING
 
 from fastbn import _kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_THREADS = 1024
 
@@ -236,7 +241,22 @@ _MOUNT = r"(?m)^\S+ \S+ \S+ (?P<root>\S+) (?P<point>\S+) .*?- (?P<type>cgroup2?)
 
 
 def _cgroup_quota(proc: str = "/proc/self") -> float | None:
-    """Least CPU quota, in CPUs, of the process's cgroup and of all visible ones around it, or None.
+    """Least CPU quota, in CPUs, of the process's cgroup and of all visible ones around it, or None."""
+    quotas = (_quota(*found) for found in _cgroup_directories("cpu", proc))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def cgroup_memory(proc: str = "/proc/self") -> int | None:
+    """Least limit of memory, in bytes, of the process's cgroup and of all visible ones around it, or None."""
+    limits = []
+    for directory, is_v2 in _cgroup_directories("memory", proc):
+        with contextlib.suppress(OSError, ValueError):  # no such controller here, or "max"
+            limits.append(int(_read(directory, "memory.max" if is_v2 else "memory.limit_in_bytes")))
+    return min(limits, default=None)
+
+
+def _cgroup_directories(controller: str, proc: str) -> Iterator[tuple[str, bool]]:
+    """Of the process's cgroup and of all visible ones around it; and whether they are of version 2.
 
     `proc` holds the files ``cgroup``, the process's path in each hierarchy, and ``mountinfo``, what part of
     which hierarchy is mounted where (man 7 cgroups, man 5 proc).
@@ -244,17 +264,16 @@ def _cgroup_quota(proc: str = "/proc/self") -> float | None:
     try:
         groups, mounts = _read(proc, "cgroup"), _read(proc, "mountinfo")
     except OSError:
-        return None
+        return
     paths = {}
     for group in re.finditer(_GROUP, groups):
         if not group["controllers"]:
             paths["cgroup2"] = group["path"]
-        elif "cpu" in group["controllers"].split(","):
+        elif controller in group["controllers"].split(","):
             paths["cgroup"] = group["path"]
-    quotas = []
     for mount in re.finditer(_MOUNT, mounts):
         is_v2 = mount["type"] == "cgroup2"
-        if mount["type"] not in paths or not (is_v2 or "cpu" in mount["options"].split(",")):
+        if mount["type"] not in paths or not (is_v2 or controller in mount["options"].split(",")):
             continue
         path, root = paths[mount["type"]], _unescape(mount["root"]).rstrip("/")
         if not f"{path}/".startswith(f"{root}/"):  # some other part of the hierarchy
@@ -262,10 +281,7 @@ def _cgroup_quota(proc: str = "/proc/self") -> float | None:
         directory = _unescape(mount["point"])
         for part in path[len(root) :].split("/"):  # "" to begin with
             directory = os.path.join(directory, part)
-            quota = _quota(directory, is_v2)
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas, default=None)
+            yield directory, is_v2
 
 
 def _read(directory: str, name: str) -> str:

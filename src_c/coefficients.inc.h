@@ -167,20 +167,37 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *
     repeat_coef(p, c0, c1, k);
 }
 
-INLINE void move_towards(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
-                         double momentum, double factor) {
+INLINE void move_towards(char *value, ptrdiff_t stride, char *exact, ptrdiff_t exact_stride, const double *batch,
+                         const double *finite, ptrdiff_t c0, ptrdiff_t c1, double momentum, double factor) {
     for (ptrdiff_t c = c0; c < c1; c++) {
-        float *const a = (float *)(running + c * stride);
-        *a = (float)((1.0 - momentum) * *a + momentum * (batch[c] * factor));
+        if (finite && !(fabs(finite[c]) <= FLT_MAX))
+            continue;
+        float v = 0.0f;
+        double a = 0.0;
+        if (value) /* memcpy: aligned or not */
+            memcpy(&v, value + c * stride, sizeof v);
+        if (exact)
+            memcpy(&a, exact + c * exact_stride, sizeof a);
+        if (value)
+            a = exact && (float)a == v ? a : v;
+        a = (1.0 - momentum) * a + momentum * (batch[c] * factor);
+        v = (float)a;
+        if (value)
+            memcpy(value + c * stride, &v, sizeof v);
+        if (exact)
+            memcpy(exact + c * exact_stride, &a, sizeof a);
     }
 }
 
-static void move_running(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
+static void move_running(const bn_running *r, const double *batch, const double *finite, ptrdiff_t c0, ptrdiff_t c1,
                          double momentum, double factor) {
-    if (stride == sizeof(float)) /* a constant to the compiler, which then takes several at a time */
-        move_towards(running, sizeof(float), batch, c0, c1, momentum, factor);
+    /* constants to the compiler, which then takes several at a time */
+    if (finite || !r->value || r->stride != sizeof(float))
+        move_towards(r->value, r->stride, r->exact, r->exact_stride, batch, finite, c0, c1, momentum, factor);
+    else if (r->exact)
+        move_towards(r->value, sizeof(float), r->exact, sizeof(double), batch, NULL, c0, c1, momentum, factor);
     else
-        move_towards(running, stride, batch, c0, c1, momentum, factor);
+        move_towards(r->value, sizeof(float), NULL, 0, batch, NULL, c0, c1, momentum, factor);
 }
 
 static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,

@@ -55,6 +55,13 @@ typedef struct {
     float *invstd, *offset, *g_mean, *g_proj, *g_shift;
 } bn_coef;
 
+/* Running averages of all channels: float32 values, float64 ones, or float32 ones with what each was rounded from,
+ * which counts for as long as it rounds to that value. NULL: none. So many bytes apart, at any address. */
+typedef struct {
+    char *value, *exact;
+    ptrdiff_t stride, exact_stride;
+} bn_running;
+
 typedef struct {
     const char *name;
 
@@ -93,10 +100,10 @@ typedef struct {
     /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
     void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
                  const float *weight, const float *bias, double eps, const bn_coef *k);
-    /* running = (1 - momentum) * running + momentum * (batch * factor) in float64, of channels [c0, c1) of a float32
-     * vector whose values lie so many bytes apart. */
-    void (*move_running)(char *running, ptrdiff_t stride, const double *batch, ptrdiff_t c0, ptrdiff_t c1,
-                         double momentum, double factor);
+    /* running = (1 - momentum) * running + momentum * (batch * factor) in float64, of channels [c0, c1). A channel
+     * where `finite`, if that is not NULL, is beyond float32 stays as it is. */
+    void (*move_running)(const bn_running *running, const double *batch, const double *finite, ptrdiff_t c0,
+                         ptrdiff_t c1, double momentum, double factor);
     /* The coefficients of all channels from float32 running statistics. */
     void (*running_coef)(const bn_problem *p, const float *mean, const float *var, const float *weight,
                          const float *bias, double eps, const bn_coef *k);

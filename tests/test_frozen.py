@@ -1,10 +1,12 @@
 """FrozenBatchNorm: the bits of batch_norm in inference, and nothing about it that could change."""
 
 import copy
+import inspect
 import pickle
 
 import numpy as np
 import pytest
+import reference
 from layouts import LAYOUTS, WRITABLE, arrange
 from operations import ACTIVATIONS, SLOPE, call, kernels, problem
 
@@ -91,6 +93,46 @@ def test_nothing_can_be_set_or_deleted():
         with pytest.raises(AttributeError, match=f"immutable: cannot delete '{name}'"):
             delattr(frozen, name)
     assert not hasattr(frozen, "__dict__")
+
+
+def test_init_again_changes_nothing():
+    p = problem((4, 3))
+    frozen = freeze(p)
+    expected = frozen(p.x)
+    for arrays in ((p.running_var, p.running_mean), (p.running_mean, p.running_var, p.weight, p.bias)):
+        with pytest.raises(AttributeError, match="immutable: __init__ cannot be called again"):
+            frozen.__init__(*arrays)
+    assert np.array_equal(frozen.running_mean, p.running_mean)
+    assert np.array_equal(frozen.weight, p.weight)
+    assert np.array_equal(frozen(p.x), expected)
+
+
+def test_signature():
+    frozen = freeze(problem((4, 3)))
+    assert list(inspect.signature(frozen).parameters) == ["x", "residual", "out", "num_threads"]
+    assert list(inspect.signature(FrozenBatchNorm).parameters)[:3] == [
+        "running_mean",
+        "running_var",
+        "weight",
+    ]
+
+
+@both_axes
+def test_float64_statistics(isa, axis):  # case 32
+    p = problem((4, 17, 9), axis)
+    mean, var = p.running_mean.astype(np.float64) + 1e6 + 1 / 64, p.running_var.astype(np.float64)
+    x = p.x + np.float32(1e6)
+    frozen = FrozenBatchNorm(mean, var, p.weight, p.bias, axis=axis)
+    expected = reference.forward(x, mean, var, p.weight, p.bias, axis=axis)
+    np.testing.assert_allclose(frozen(x), expected, rtol=2e-6, atol=2e-6)
+    assert np.array_equal(fastbn.batch_norm(x, mean, var, p.weight, p.bias, axis=axis), frozen(x))
+    strided = np.repeat(mean, 2)[::2], np.repeat(var, 2)[::2]
+    assert np.array_equal(fastbn.batch_norm(x, *strided, p.weight, p.bias, axis=axis), frozen(x))
+    twin = pickle.loads(pickle.dumps(frozen))
+    assert twin.running_mean.dtype == np.float64
+    assert np.array_equal(twin(x), frozen(x))
+    with pytest.raises(ValueError, match=r"running_var\[0\] \+ eps must be >= 0, got -1.0"):
+        FrozenBatchNorm(mean, -np.ones(17))
 
 
 def test_attributes():

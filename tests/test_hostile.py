@@ -64,14 +64,18 @@ def test_running_statistics_of_none():
         fastbn.FrozenBatchNorm(np.ones(3, np.float32), None)
     with pytest.raises(TypeError, match="running_mean"):
         fastbn.FrozenBatchNorm(None, np.ones(3, np.float32))
-    layer = fastbn.BatchNorm(C).eval()
-    layer.running_var = None
-    with pytest.raises(TypeError, match="running_var"):
-        layer(X)
-    with pytest.raises(TypeError, match="running_var"):
-        layer.freeze()
-    with pytest.raises(TypeError, match="running_var"):
-        fastbn.fold_linear(np.ones((C, 3), np.float32), None, layer)
+    for name, other in ("running_var", "running_mean"), ("running_mean", "running_var"):
+        layer = fastbn.BatchNorm(C).eval()
+        setattr(layer, name, None)
+        for call in (
+            lambda layer=layer: layer(X),
+            layer.freeze,
+            lambda layer=layer: fastbn.fold_linear(np.ones((C, 3), np.float32), None, layer),
+            lambda layer=layer: layer.train()(X),
+        ):
+            with pytest.raises(ValueError, match=f"{name} is None, but {other} is not"):
+                call()
+        assert layer.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize("device", [(), (1,), None, 1, ("cpu", 0)])
@@ -118,7 +122,10 @@ def test_momentum_out_of_range(momentum):
     with pytest.raises(ValueError, match="momentum"):
         fastbn.BatchNorm(C, momentum=momentum)
     layer = fastbn.BatchNorm(C)
-    layer.momentum = momentum
+    with pytest.raises(ValueError, match="momentum"):
+        layer.momentum = momentum
+    assert layer.momentum == 0.1
+    vars(layer)["momentum"] = momentum  # past the check
     with pytest.raises(ValueError, match="momentum"):
         layer(X)
     assert (np.array(running) == 1).all()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import _kernels
+from fastbn import _kernels, outputs
 
 MEGABYTE = 1 << 20
 
@@ -285,8 +285,88 @@ assert peak({calls}) < 1.2 * first
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_emptying_in_many_threads_leaves_the_limit_as_it_is():
+    """It is one step: between two, another thread would find the cache switched off and keep it so."""
+    before = _kernels.output_memory()[1]
+    start, seen = threading.Barrier(4), set()
+
+    def work():
+        start.wait()
+        for _ in range(20000):
+            fastbn.empty_output_cache()
+            seen.add(_kernels.output_memory()[1])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert seen == {before}
+
+
 @pytest.mark.parametrize(
-    ("value", "ok"), [("0", True), ("1000000", True), ("", True), ("-1", False), ("2G", False)]
+    ("memory", "cgroup", "expected"),
+    [
+        (64 << 30, None, 256 << 20),
+        (2 << 30, None, 64 << 20),
+        (64 << 30, 512 << 20, 16 << 20),
+        (1 << 30, 512 << 20, 16 << 20),
+        (256 << 20, 512 << 20, 8 << 20),
+        (64 << 30, (1 << 63) - 4096, 256 << 20),  # what version 1 has for no limit
+        (None, 512 << 20, 16 << 20),
+        (None, None, 256 << 20),
+        (-4096, None, 256 << 20),
+    ],
+)
+def test_default_follows_the_memory(monkeypatch, memory, cgroup, expected):
+    def sysconf(name):
+        if memory is None:
+            raise ValueError("unrecognized configuration name")
+        return {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": memory // 4096}[name]
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    monkeypatch.setattr(outputs, "cgroup_memory", lambda: cgroup)
+    monkeypatch.delenv("FASTBN_OUTPUT_CACHE", raising=False)
+    outputs._from_environment()
+    assert _kernels.output_memory()[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("32M", 32 << 20),
+        ("1G", 1 << 30),
+        ("64MiB", 64 << 20),
+        ("1k", 1 << 10),
+        ("1K", 1 << 10),
+        ("2mb", 2 << 20),
+        (" 1T ", 1 << 40),
+        ("100b", 100),
+        ("4096", 4096),
+        *((bad, None) for bad in ("32X", "M", "1.5G", "32 M M", "-1", "1e6", "0x10", "99999999T", "9" * 30)),
+    ],
+)
+def test_sizes_with_units(monkeypatch, value, expected):
+    monkeypatch.setenv("FASTBN_OUTPUT_CACHE", value)
+    if expected is None:
+        before = _kernels.output_memory()[1]
+        with pytest.raises(
+            ImportError, match=r"FASTBN_OUTPUT_CACHE must be .*, as 512k, 32M, 1G or 64MiB, got"
+        ):
+            outputs._from_environment()
+        assert _kernels.output_memory()[1] == before
+    else:
+        outputs._from_environment()
+        assert _kernels.output_memory()[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "ok"), [("0", True), ("1000000", True), ("", True), ("-1", False), ("2X", False)]
 )
 def test_environment(value, ok):
     code = "import fastbn; print(fastbn._kernels.output_memory()[1])"
@@ -295,7 +375,7 @@ def test_environment(value, ok):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     if ok:
-        assert int(run.stdout) == int(value or 256 * MEGABYTE)
+        assert int(run.stdout) == int(value or min(outputs._memory() // 32, 256 * MEGABYTE))
     else:
         assert run.returncode != 0
         assert "FASTBN_OUTPUT_CACHE" in run.stderr

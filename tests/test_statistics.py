@@ -183,3 +183,85 @@ def test_what_cannot_be_merged():
     for other in BatchStats([1, 2], [1, 2], 1), BatchStats([1, 2], [1, 2], 0):
         with pytest.raises(ValueError, match="same number of channels, got 1 and 2"):
             stats.merge(other)
+
+
+def test_init_again_changes_nothing(rng):
+    x = problem((4, 3, 5)).x
+    for stats in BatchStats([1, 2], [3, 4], 5), fastbn.batch_stats(x):
+        mean, var, count = stats.mean.copy(), stats.var.copy(), stats.count
+        with pytest.raises(AttributeError, match="immutable: __init__ cannot be called again"):
+            stats.__init__([9, 9], [9, 9], 9)
+        assert np.array_equal(stats.mean, mean)
+        assert np.array_equal(stats.var, var)
+        assert stats.count == count
+
+
+# Running averages of float64, and at any address
+
+
+def packed(dtype, values):
+    """Values as a field of a packed struct: at odd addresses, and with others in between."""
+    records = np.zeros(values.size, np.dtype([("flag", "u1"), ("value", dtype), ("other", "u2")]))
+    records["value"] = values
+    return records["value"]
+
+
+@pytest.mark.parametrize("arrange", [lambda dtype, v: v.astype(dtype), packed], ids=["plain", "packed"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(6, 17), (4, 17, 9)], ids=str)
+def test_running_averages(isa, shape, dtype, arrange):  # case 32
+    p = problem(shape)
+    stats = fastbn.batch_stats(p.x)
+    expected = p.running_mean.astype(np.float64) + 1e6, p.running_var.astype(np.float64)
+    by_update, by_call = ([arrange(dtype, v) for v in expected] for _ in range(2))
+    expected = [v.astype(dtype) for v in expected]
+    for _ in range(3):
+        fastbn.update_running(*by_update, stats, 0.1)
+        fastbn.batch_norm(p.x, *by_call, training=True, momentum=0.1)
+        expected = reference.update_running(*expected, stats.mean, stats.var, stats.count, 0.1)
+        expected = [v.astype(dtype) for v in expected]
+    for given, same, wanted in zip(by_update, by_call, expected, strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=4 * np.finfo(dtype).eps)
+        assert np.array_equal(given, same)
+    y = fastbn.batch_norm(p.x, *by_call)
+    assert np.array_equal(y, fastbn.batch_norm(p.x, *(np.array(v) for v in by_call)))
+    np.testing.assert_allclose(y, reference.forward(p.x, *by_call), rtol=2e-6)
+
+
+def test_a_packed_field_keeps_its_neighbours():
+    records = np.full(3, -1, np.dtype([("a", "i1"), ("mean", "f4"), ("b", "i1"), ("var", "f4"), ("c", "i1")]))
+    stats = BatchStats([1, 2, 3], [4, 5, 6], 10)
+    fastbn.update_running(records["mean"], records["var"], stats, 1, unbiased=False)
+    assert records.tolist() == [(-1, 1, -1, 4, -1), (-1, 2, -1, 5, -1), (-1, 3, -1, 6, -1)]
+
+
+def test_float64_averages_do_not_stall():  # case 32
+    """The mean is less than float32's spacing away from where it starts."""
+    stats = BatchStats([1e6 + 0.01], [1.0], 100)
+    averages = {dtype: (np.array([1e6], dtype), np.array([1], dtype)) for dtype in (np.float32, np.float64)}
+    for running in averages.values():
+        for _ in range(1000):
+            fastbn.update_running(*running, stats, 0.01)
+    assert averages[np.float32][0] == 1e6
+    np.testing.assert_allclose(averages[np.float64][0], 1e6 + 0.01, rtol=1e-11)
+
+
+def test_both_averages_have_one_dtype():
+    mean, var = np.zeros(3, np.float32), np.ones(3)
+    x = np.ones((2, 3), np.float32)
+    for operation in (
+        lambda *running: fastbn.batch_norm(x, *running),
+        lambda *running: fastbn.batch_norm(x, *running, training=True),
+        lambda *running: fastbn.update_running(*running, fastbn.batch_stats(x)),
+        fastbn.FrozenBatchNorm,
+    ):
+        with pytest.raises(
+            TypeError, match="both of dtype float32 or both of float64, got float32 and float64"
+        ):
+            operation(mean, var)
+        with pytest.raises(
+            TypeError, match="both of dtype float32 or both of float64, got float64 and float32"
+        ):
+            operation(var, mean)
+    assert not mean.any()
+    assert (var == 1).all()

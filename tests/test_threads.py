@@ -222,6 +222,33 @@ def quota_of(tmp_path, cgroup, mounts, directories):
     return threads._cgroup_quota(tmp_path)
 
 
+def test_cgroup_memory(tmp_path):
+    """The least of all around, of either version; "max" and what is missing are none."""
+    mounts = [
+        ("/", "cg", "cgroup2", "rw"),
+        ("/", "mem", "cgroup", "rw,memory"),
+        ("/", "cpu", "cgroup", "rw,cpu"),
+    ]
+    directories = {
+        "cg": {},
+        "cg/a": {"memory.max": "3000\n"},
+        "cg/a/b": {"memory.max": "max\n"},
+        "mem": {"memory.limit_in_bytes": "9223372036854771712\n"},
+        "mem/c": {"memory.limit_in_bytes": "5000\n"},
+        "cpu/c": {"memory.limit_in_bytes": "1\n"},
+    }
+    for groups, expected in [
+        ("0::/a/b", 3000),
+        ("4:memory:/c", 5000),
+        ("4:memory:/c\n0::/a/b", 3000),
+        ("4:memory:/", 9223372036854771712),
+        ("3:cpu:/c", None),
+    ]:
+        quota_of(tmp_path, groups, mounts, directories)
+        assert threads.cgroup_memory(tmp_path) == expected
+    assert threads.cgroup_memory(tmp_path / "nowhere") is None
+
+
 @pytest.mark.parametrize(
     ("text", "quota"),
     [

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastbn.interop import _array, _filled
-from fastbn.modules import BatchNorm
+from fastbn.modules import BatchNorm, _array
 
 # What Flax calls the arrays of either collection, and what PyTorch and fastbn call them.
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
@@ -86,7 +85,8 @@ def from_flax(
     )
     named = {_STATISTICS[key]: value for key, value in statistics.items()}
     named |= {_PARAMETERS[key]: value for key, value in parameters.items()}
-    return _filled(layer, layer.state_dict() | named).eval()
+    layer.load_state_dict(layer.state_dict() | named)
+    return layer.eval()
 
 
 def _at(tree: Mapping[str, Any], path: list[str]) -> Mapping[str, Any]:

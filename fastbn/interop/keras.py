@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastbn.interop import _array, _class_for_rank, _filled
-from fastbn.modules import BatchNorm
+from fastbn.interop import _class_for_rank
+from fastbn.modules import BatchNorm, _array
 
 # What Keras calls the arrays, in the order of get_weights(), and what PyTorch and fastbn call them.
 _NAMES = {
@@ -146,4 +146,5 @@ def _layer(
         axis=axis,
         unbiased=unbiased,
     )
-    return _filled(layer, layer.state_dict() | {_NAMES[name]: weights[name] for name in weights}).eval()
+    layer.load_state_dict(layer.state_dict() | {_NAMES[name]: weights[name] for name in weights})
+    return layer.eval()

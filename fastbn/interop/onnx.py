@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from fastbn.functional import batch_norm, batch_norm_forward, batch_stats, update_running
-from fastbn.interop import _class_for_rank, _filled
+from fastbn.interop import _class_for_rank
 from fastbn.modules import BatchNorm
 
 _DOMAINS = ("", "ai.onnx")  # the two spellings of ONNX's own
@@ -74,7 +74,8 @@ def from_onnx(model: Any, node: Any = None) -> BatchNorm:
         arrays[0].size, attributes["epsilon"], 1 - attributes["momentum"], unbiased=False
     )
     keys = "weight", "bias", "running_mean", "running_var"
-    return _filled(layer, dict(zip(keys, arrays, strict=True))).train(_training(schema, node, attributes))
+    layer.load_state_dict(dict(zip(keys, arrays, strict=True)))
+    return layer.train(_training(schema, node, attributes))
 
 
 class BatchNormalization(OpRun):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fastbn.interop import _array, _filled
-from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, _array
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,4 +175,5 @@ def _layer(
         bias="bias" in state,
         track_running_stats="running_mean" in state,
     )
-    return _filled(layer, state)
+    layer.load_state_dict(state)
+    return layer
