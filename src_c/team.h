@@ -6,10 +6,17 @@
 #ifndef FASTBN_TEAM_H
 #define FASTBN_TEAM_H
 
-#include <fenv.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <time.h>
+
+#if defined(__SSE__) || defined(_M_X64)
+#include <xmmintrin.h>
+#define BN_SSE 1
+#else
+#include <fenv.h>
+#define BN_SSE 0
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -151,6 +158,26 @@ static inline int bn_startable(int threads, size_t stack) {
 #endif
 }
 
+/* ---- rounding mode and flush-to-zero */
+
+#if BN_SSE
+/* Without x87's, which the kernels do not use and which takes longer than a small region's work. */
+typedef unsigned bn_arithmetic;
+static inline bn_arithmetic bn_get_arithmetic(void) { return _mm_getcsr() & ~0x3fu; /* but what has happened so far */ }
+static inline void bn_set_arithmetic(bn_arithmetic a) {
+    if (bn_get_arithmetic() != a)
+        _mm_setcsr(a);
+}
+#else
+typedef fenv_t bn_arithmetic;
+static inline bn_arithmetic bn_get_arithmetic(void) {
+    fenv_t a;
+    fegetenv(&a);
+    return a;
+}
+static inline void bn_set_arithmetic(bn_arithmetic a) { fesetenv(&a); }
+#endif
+
 /* ---- the region */
 
 typedef void (*bn_member)(void *work, int member, int team);
@@ -160,17 +187,16 @@ typedef void (*bn_member)(void *work, int member, int team);
 static inline int bn_in_team(int threads, bn_member member, void *work) {
 #if BN_OPENMP
     int fresh = threads > bn_team_held;
-    fenv_t callers;
-    fegetenv(&callers);
+    const bn_arithmetic callers = bn_get_arithmetic();
 #pragma omp parallel num_threads(threads)
     {
         int i = omp_get_thread_num();
-        fenv_t own;
+        const bn_arithmetic own = bn_get_arithmetic();
         if (i)
-            fegetenv(&own), fesetenv(&callers);
+            bn_set_arithmetic(callers);
         member(work, i, omp_get_num_threads());
         if (i)
-            fesetenv(&own);
+            bn_set_arithmetic(own);
     }
     bn_team_held = threads; /* GNU OpenMP ends the threads that a smaller team leaves out */
     return fresh;
