@@ -232,15 +232,18 @@ cdef int check_variance(cnp.ndarray var, bint float64, double eps, str name) exc
     cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
     cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
     cdef const double *v64 = <const double *> cnp.PyArray_DATA(var)
-    cdef bint negative = False
+    cdef int negative = False  # in loops of little, which compilers make vectors of
     if float64:
         for c in range(C):
-            negative |= v64[c] + eps < 0.0
+            negative |= v64[c] < 0.0
     else:
         for c in range(C):
-            negative |= v32[c] + eps < 0.0
-    if negative:
-        c = int(np.argmax(np.asarray(var, np.float64) + eps < 0.0))
+            negative |= v32[c] < 0.0
+    if not negative:
+        return 0
+    too_small = np.asarray(var, np.float64) + eps < 0.0
+    if too_small.any():
+        c = int(np.argmax(too_small))
         raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]!s} + {eps}")
     return 0
 

@@ -93,6 +93,11 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
         weight = contiguous(weight)
     if bias is not None:
         bias = contiguous(bias)
+    if float64:
+        take64(var, C, of_var)
+    else:
+        take32(var, C, of_var)
+    check_variance(var, float64, eps, of_var)
     # no Python code runs from here on
     weights = take32(weight, C, "weight")
     biases = take32(bias, C, "bias")
@@ -102,7 +107,6 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
     else:
         take32(mean, C, of_mean)
         take32(var, C, of_var)
-    check_variance(var, float64, eps, of_var)
     if room == NULL or coef_floats(width, False) > ROOM:
         block = <float *> claim(<size_t> coef_floats(width, False) * sizeof(float))
         if block == NULL:
