@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError, LinkError
+from setuptools.errors import CompileError, LinkError, OptionError
 from setuptools.modified import newer_group
 
 try:
@@ -20,11 +20,12 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). No other file is compiled
-# with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
+# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled with
+# them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
+KERNELS = "src_c/kernels.c"  # compiled once for each instruction set
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
 GNU_FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
@@ -51,7 +52,8 @@ IGNORED = re.compile(
 )
 
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
-INCLUDED = glob("fastbn/*.pxi")  # by _kernels.pyx
+PARTS = [KERNELS, *glob("src_c/*/*.h")]  # and with these the kernels
+DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
 
 
 class BuildKernels(build_ext):
@@ -91,17 +93,18 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        plain = "backoff", "dispatch", "outputs", "kernels_baseline"
-        sources = {f"src_c/{name}.c": own_flags for name in plain}
-        for isa, (gnu, visual) in isas.items():
-            sources[f"src_c/kernels_{isa}.c"] = own_flags + (visual if msvc else gnu)
+        sources = {source: own_flags for source in sorted(glob("src_c/*.c")) if source != KERNELS}
+        sources[self.kernels_for("baseline")] = own_flags
+        for isa in self.chosen(isas):
+            gnu, visual = isas[isa]
+            sources[self.kernels_for(isa)] = own_flags + (visual if msvc else gnu)
+            ext.define_macros.append((f"FASTBN_HAVE_{isa.upper()}", "1"))
 
-        ext.define_macros += [(f"FASTBN_HAVE_{isa.upper()}", "1") for isa in isas]
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
-        ext.depends = [*sources, *HEADERS, *INCLUDED, self.remember("extension", ext.extra_compile_args)]
+        ext.depends = [*sources, *HEADERS, *DECLARED, self.remember("extension", ext.extra_compile_args)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext.define_macros))
+            objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
             ext.extra_objects = list(objects)
         super().build_extension(ext)
 
@@ -127,21 +130,42 @@ class BuildKernels(build_ext):
                 return False
         return True
 
-    def compile_own(self, source, flags, macros):
+    def chosen(self, isas):
+        """The instruction sets to build: all, or for a quick development build those that FASTBN_BUILD_ISAS names."""
+        names = os.environ.get("FASTBN_BUILD_ISAS", "").split()
+        unknown = [name for name in names if name not in isas]
+        if unknown:
+            raise OptionError(
+                f"FASTBN_BUILD_ISAS must name some of {', '.join(isas) or 'none, on this machine'}, "
+                f"got {' '.join(unknown)}"
+            )
+        return names or list(isas)
+
+    def kernels_for(self, isa):
+        """A file that makes the kernels' source that of one instruction set: symbols and objects are told apart by it."""
+        return self.write(f"kernels_{isa}.c", f'#define FASTBN_ISA {isa}\n#include "kernels.c"\n')
+
+    def compile_own(self, source, flags, ext):
         """Compile one of our C files, unless its object is newer than all it is made from."""
-        [target] = self.compiler.object_filenames([source], output_dir=self.build_temp)
-        flags_file = self.remember(Path(source).stem, flags, macros)
-        if self.force or newer_group([source, *HEADERS, flags_file], target):
-            self.compiler.compile([source], self.build_temp, macros, extra_postargs=flags)
+        folder = "" if source.startswith(self.build_temp) else self.build_temp
+        [target] = self.compiler.object_filenames([source], output_dir=folder)
+        flags_file = self.remember(Path(source).stem, flags, ext.define_macros)
+        made_from = [source, *HEADERS, flags_file, *([] if folder else PARTS)]
+        if self.force or newer_group(made_from, target):
+            self.compiler.compile([source], folder, ext.define_macros, ext.include_dirs, extra_postargs=flags)
         return target
 
     def remember(self, name, *flags):
         """Write flags and compiler to a file, if they changed: what depends on it is then built again."""
         commands = [getattr(self.compiler, command, None) for command in ("compiler_so", "linker_so")]
-        file = Path(self.build_temp, f"{name}.flags")
-        if not file.exists() or file.read_text() != repr((commands, flags)):
+        return self.write(f"{name}.flags", repr((commands, flags)))
+
+    def write(self, name, text):
+        """A file in build_temp of this text, written anew if it changed."""
+        file = Path(self.build_temp, name)
+        if not file.exists() or file.read_text() != text:
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(repr((commands, flags)))
+            file.write_text(text)
         return str(file)
 
 

@@ -1,9 +1,8 @@
 # cython: language_level=3, cdivision=True, freethreading_compatible=True
-"""The OpenMP-parallel kernels: the operations on the arrays of _arrays.pxi, run in parallel by _partition.pxi on what
-_machine.pxi has found.
+"""The kernels as Python calls them: arguments are checked, arrays become the operands of a problem, and a plan for it is
+carried out by a team of threads without the GIL.
 
-An item is one call into the serial C kernels of src_c/, or a few for the same channels. Which thread runs which item
-never changes a result: tiles and the order in which they are pooled depend on shape and memory layout alone.
+Which thread does what never changes a result: see src_c/schedule.c.
 """
 
 import operator
@@ -11,80 +10,1033 @@ import os
 
 import numpy as np
 
+cimport cython
 cimport numpy as cnp
 from libc.float cimport FLT_MAX
-from libc.math cimport fabs, isfinite
+from libc.math cimport fabs, isfinite, sqrt
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 
+from fastbn._c cimport *
+
 cnp.import_array()
 
-include "_machine.pxi"
-include "_arrays.pxi"
-include "_partition.pxi"
+
+# ---- the machine: instruction set, caches, thresholds ---------------------------------------------------------------
+
+cdef bn_machine MACHINE = bn_this_machine()
+cdef bn_tuning TUNING = bn_tunings[MACHINE.class_]
+cdef const bn_kernels *TABLES[BN_MAX_ISAS]
+cdef int N_TABLES = bn_supported(TABLES)
+cdef const bn_kernels *K
+
+openmp = BN_OPENMP or None  # the OpenMP version as yyyymm, None in a serial build
 
 
-# ---- coefficients ---------------------------------------------------------------------------------------------
+cdef void use(const bn_kernels *table) noexcept:
+    global K
+    K = table
+    MACHINE.lanes = table.lanes
+    MACHINE.held = table.held
 
-cdef Py_ssize_t coef_width(Py_ssize_t columns, Py_ssize_t n_gaps) noexcept:
-    """Floats of one array of coefficients: of so many columns and 16 more, in whole lines, and the gaps between those
-    of several threads."""
-    return (columns + 16 + 15) // 16 * 16 + n_gaps * GAP
 
+use(TABLES[N_TABLES - 1])
+
+
+def caches():
+    """Bytes of a core's L2 and of the last-level cache, and how many CPUs share the latter; a guess if not on Linux."""
+    return MACHINE.l2, MACHINE.llc, MACHINE.llc_cpus
+
+
+def supported_isas():
+    """The instruction sets this build has kernels for and this CPU can run, the best last."""
+    return tuple(TABLES[i].name.decode() for i in range(N_TABLES))
+
+
+def get_isa():
+    return K.name.decode()
+
+
+def set_isa(name):
+    """Choose the kernels of all later calls; returns the name of those in use before. For tests."""
+    previous = get_isa()
+    if name not in supported_isas():
+        raise ValueError(f"this CPU and build offer {', '.join(supported_isas())}; got {name!r}")
+    use(TABLES[supported_isas().index(name)])
+    return previous
+
+
+if os.environ.get("FASTBN_ISA"):
+    try:
+        set_isa(os.environ["FASTBN_ISA"])
+    except ValueError as error:
+        raise ImportError(f"FASTBN_ISA: {error}; unset it to take the best") from None
+
+
+def tune(Py_ssize_t serial=-1, Py_ssize_t cache=-1, Py_ssize_t group=-1):
+    """Move the size in elements up to which a call takes one thread, and in bytes those of the caches and of a group of
+    channels from beyond them (0: the machine's and the best), so that tests reach all paths."""
+    if serial >= 0:
+        TUNING.serial = serial
+    if cache >= 0:
+        TUNING.cache = cache
+    if group >= 0:
+        TUNING.group = group
+
+
+def machines():
+    """The names of machines that plans can be made for."""
+    cdef int i = 0
+    names = []
+    while bn_machine_name(i) != NULL:
+        names.append(bn_machine_name(i).decode())
+        i += 1
+    return names
+
+
+cdef list SHARED_OUT = ["elementwise", "owned", "overlapped", "tiled"]  # by bn_way
+
+
+cdef dict pass_of(const bn_pass *how):
+    return {
+        "rows": how.rows, "store": "streamed" if how.store == BN_STREAMED else "cached", "by_batch": bool(how.by_batch),
+        "period": how.period, "ahead": how.ahead,
+    }
+
+
+cdef dict told(const bn_plan *plan, const bn_problem *p):
+    """A plan in Python's terms."""
+    return {
+        "operation": bn_operation_name(plan.op).decode(), "layout": "rows" if p.layout == BN_ROWS else "planes",
+        "N": p.N, "C": p.C, "S": p.S, "fold": p.fold, "class": bn_class_name(plan.class_).decode(),
+        "threads": plan.threads, "way": SHARED_OUT[plan.way], "tiles": plan.T, "columns": plan.width,
+        "from_memory": bool(plan.from_memory), "reversed": bool(plan.reversed), "by_columns": bool(plan.by_columns),
+        "owned": plan.owned, "group": plan.group, "unit": plan.unit, "groups": plan.owner_items,
+        "shares": {
+            "tiles": plan.tiles.items, "panels": plan.tiles.panels, "pooling": plan.pool.items,
+            "elements": plan.elements.items,
+        },
+        "sums": pass_of(&plan.sums) if bn_first_pass(plan.op) else None,
+        "apply": pass_of(&plan.apply) if bn_second_pass(plan.op) else None,
+        "overlap": pass_of(&plan.overlap) if plan.way == BN_OVERLAPPED else None,
+        "scratch": plan.scratch.bytes,
+        "why": {
+            "way": plan.why_way.decode(), "store": plan.why_store.decode(), "rows": plan.why_rows.decode(),
+        },
+    }
+
+
+def plan(shape, str operation, *, int axis=1, int threads=1, bint residual=False, str machine=None, dict facts=None):
+    """How an operation on a gapless array of this shape would be gone about, here or on another machine.
+
+    `facts` replace those of the machine: l2, llc, llc_cpus, streams, lanes, held.
+    """
+    cdef bn_machine m = MACHINE
+    cdef bn_tuning tuning = TUNING
+    cdef bn_problem p
+    cdef bn_plan found
+    cdef int op = 0
+    cdef bn_operand there
+    if machine is not None and not bn_named_machine(machine.encode(), &m):
+        raise ValueError(f"machine must be one of {', '.join(machines())}, got {machine!r}")
+    if facts is not None:
+        m.l2, m.llc = facts.get("l2", m.l2), facts.get("llc", m.llc)
+        m.llc_cpus, m.streams = facts.get("llc_cpus", m.llc_cpus), facts.get("streams", m.streams)
+        m.lanes, m.held = facts.get("lanes", m.lanes), facts.get("held", m.held)
+    if machine is not None or facts is not None:
+        m.class_ = bn_class_of(&m)
+        tuning = bn_tunings[m.class_]
+    names = [bn_operation_name(op).decode() for op in range(BN_N_OPERATIONS)]
+    if operation not in names:
+        raise ValueError(f"operation must be one of {', '.join(names)}, got {operation!r}")
+    op = names.index(operation)
+    x = np.lib.stride_tricks.as_strided(np.empty(0, np.float32), shape, c_strides(shape))
+    describe(&p, x, check_axis(x, axis))
+    place(&there, &p, x, check_axis(x, axis))
+    there.data = <void *> &p  # never looked at
+    p.x = there
+    if residual:
+        p.residual = there
+    if op == BN_INFERENCE or op == BN_TRAINING:
+        p.y = there
+    if op == BN_SUMS or op == BN_BACKWARD or op == BN_GRAD_INPUT:
+        p.grad_output = there
+    if op == BN_BACKWARD or op == BN_GRAD_INPUT:
+        p.grad_input = there
+        if residual:
+            p.grad_residual = there
+    flatten(&p)
+    bn_make_plan(&found, &p, <bn_operation> op, &m, &tuning,
+                 bn_plan_threads(p.N * p.C * p.S, threads, &tuning))
+    return told(&found, &p)
+
+
+cdef tuple c_strides(shape):
+    strides = [4]
+    for n in reversed(shape[1:]):
+        strides.append(strides[-1] * max(n, 1))
+    return tuple(reversed(strides))
+
+
+# ---- how many threads ---------------------------------------------------------------------------------------------
 
 cdef enum:
-    ROOM = 3 * (384 + 16) + 15 + 384  # floats, 6 KB: coefficients that need no allocation
+    MAX_THREADS = 1024
+
+cdef int AT_WORK = 0, MOST_AT_WORK = 0  # threads of calls that have let go of the GIL, now and at most
+cdef int DEFAULT_THREADS = 0  # that a call took which named no number; only its kind is judged
 
 
-cdef Py_ssize_t coef_floats(Py_ssize_t width, bint backward) noexcept:
-    """Of all arrays, with what it takes to begin where lay_out_coef wants: within a page or the columns."""
-    return width * (8 if backward else 3) + 15 + min(PAGE, width)
+cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
+    cdef Py_ssize_t n = 1
+    if num_threads is not None:
+        n = whole(num_threads, "num_threads", "be from 1 to 1024")
+        if not 1 <= n <= MAX_THREADS:
+            raise ValueError(f"num_threads must be from 1 to {MAX_THREADS}, got {num_threads}")
+    if bn_plan_threads(elements, 2, &TUNING) == 1:
+        return 1
+    if openmp is None:
+        from fastbn import threads
+        threads.warn_if_serial(num_threads)
+        return 1
+    if threads_module is None:
+        first_parallel_call()
+    if num_threads is None:
+        n = threads_module.get_num_threads()
+        if n > 1:
+            n = default_threads(n, elements)
+    return n if n == 1 else startable(n)
 
 
-cdef void lay_out_coef(bn_coef *k, float *block, Py_ssize_t width, bint backward, Py_ssize_t columns,
-                       const float *out) noexcept:
-    """k's arrays in `block`, for rows of so many columns, written from `out` on (NULL: from the start of a page).
-
-    They begin at a cache line, as a vector across two takes twice as long to load, and in the low bits of addresses
-    half way between rows, a line from one array to the next: a load waits for a store before it to an address where
-    the low 12 bits are the same.
-    """
-    cdef Py_ssize_t period = min(PAGE, columns & -columns), spread = LINE * (8 if backward else 3)
-    cdef Py_ssize_t place = <Py_ssize_t> out // 64 * LINE + (period - spread) // 2 // LINE * LINE
-    memset(k, 0, sizeof(bn_coef))
-    block = <float *> ((<uintptr_t> block + 63) // 64 * 64)
-    if period > spread:
-        block += place - <Py_ssize_t> block // 4 & period - 1
-    k.mean = block
-    k.scale = block + width
-    k.shift = block + 2 * width
-    if backward:
-        k.invstd = block + 3 * width
-        k.offset = block + 4 * width
-        k.g_mean = block + 5 * width
-        k.g_proj = block + 6 * width
-        k.g_shift = block + 7 * width
+cdef int default_threads(int n, Py_ssize_t elements) noexcept:
+    """Of n threads, what a call takes that named no number: all, or itself alone where others in calls leave no CPUs
+    or where sharing did not pay lately."""
+    global DEFAULT_THREADS
+    cdef bint alone
+    bn_lock()
+    DEFAULT_THREADS = n
+    alone = AT_WORK > 0 and AT_WORK + n > CPUS or bn_backoff_alone(elements, bn_now())
+    bn_unlock()
+    return 1 if alone else n
 
 
-cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t rows, cnp.ndarray mean, cnp.ndarray var,
-                           bint of_stats, weight, bias, double eps) except NULL:
-    """Coefficients from checked vectors: running statistics of float32 or float64, or those of a BatchStats. For so
-    many rows.
+cdef int startable(int n) except -1:
+    """n, or fewer where the system does not give as many threads: OpenMP would end the process."""
+    cdef int can
+    if n <= bn_team_held:
+        return n
+    with nogil:
+        can = bn_startable(n, STACK_BYTES)
+    if can < n:
+        threads_module.warn_of_fewer(can, n)
+    return can
 
-    They are in `room`, of ROOM floats, if that is not NULL and is enough; otherwise in memory to be freed.
+
+cdef object threads_module = None  # imported at the first call that is big enough to need it
+cdef size_t STACK_BYTES = 0  # of OpenMP's threads; 0: the system's default
+cdef int CPUS = 1  # that the process may use
+
+
+cdef int first_parallel_call() except -1:
+    global threads_module, STACK_BYTES, CPUS
+    from fastbn import threads
+    STACK_BYTES = threads.stack_bytes()
+    CPUS = threads.count_cpus()
+    bn_release_before_fork()
+    threads_module = threads
+    return 0
+
+
+def release_pool():
+    """Give up this thread's OpenMP pool; it is made again when it is needed."""
+    bn_release_pool()
+
+
+def openmp_threads():
+    """What OpenMP allows the calling thread, and threadpoolctl sets; 1 in a serial build."""
+    return bn_openmp_threads()
+
+
+def openmp_cpus():
+    """The CPUs that OpenMP found before it bound threads to some of them; 0 if it has not."""
+    return bn_openmp_cpus()
+
+
+def openmp_library():
+    """The file of the OpenMP runtime that the kernels use, None if that is unknown."""
+    cdef const char *file = bn_openmp_library()
+    return None if file == NULL else os.fsdecode(file)
+
+
+def judge(elements, threads, own, wall):
+    """Learn from a call as if one of so many elements had taken `wall` nanoseconds, and its caller's share `own`."""
+    bn_lock()
+    bn_backoff_judge(elements, threads, own, wall, bn_now())
+    bn_unlock()
+
+
+def sharing():
+    """How many calls were shared out, went alone instead, and took longer than alone, among those that named no number
+    of threads."""
+    cdef bn_backoff_counts counts = bn_backoff_report()
+    return counts.shared, counts.alone, counts.lost
+
+
+def would_share(Py_ssize_t elements):
+    """Whether a call of so many elements would be shared out now. For tests: it counts as one that asked."""
+    bn_lock()
+    cdef bint alone = bn_backoff_alone(elements, bn_now())
+    bn_unlock()
+    return not alone
+
+
+def most_at_work():
+    """The most threads that were in calls at once. For tests."""
+    return MOST_AT_WORK
+
+
+def forget_sharing():
+    """Share all calls out again, until that does not pay. For tests."""
+    bn_lock()
+    bn_backoff_forget()
+    bn_unlock()
+# ---- checks of arguments ------------------------------------------------------------------------------------------
+
+cdef list ACTIVATIONS = [  # by code
+    None if bn_activation_name(code) == NULL else bn_activation_name(code).decode() for code in range(BN_N_ACTIVATIONS)
+]
+
+
+cdef int activation_code(activation) except -1:
+    if activation is None:
+        return BN_IDENTITY
+    cdef int code
+    for code in range(BN_IDENTITY + 1, BN_N_ACTIVATIONS):
+        if isinstance(activation, str) and activation == ACTIVATIONS[code]:
+            return code
+    names = [repr(name) for name in ACTIVATIONS]
+    raise ValueError(f"activation must be {', '.join(names[:-1])} or {names[-1]}, got {activation!r}")
+
+
+cdef double number(value, str name) except? -1.0:
+    try:
+        return value
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be within the range of a float, got an int beyond it") from None
+
+
+cpdef Py_ssize_t whole(value, str name, str limits) except? -1:
+    """An int that C has room for, as whatever has these limits must be."""
+    if type(value) is int:
+        pass
+    elif isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    else:
+        try:
+            value = operator.index(value)
+        except TypeError:  # an array has the method, but not always a number
+            raise TypeError(f"{name} must be an int, got {value!r}") from None
+    try:
+        return value
+    except OverflowError:
+        raise ValueError(f"{name} must {limits}, got {value}") from None
+
+
+cpdef double check_eps(eps) except? -1.0:
+    cdef double value = number(eps, "eps")
+    if not (isfinite(value) and value >= 0.0):
+        raise ValueError(f"eps must be finite and >= 0, got {value}")
+    return value
+
+
+cdef float check_slope(negative_slope) except? -1.0:
+    cdef double value = number(negative_slope, "negative_slope")
+    if not fabs(value) <= FLT_MAX:
+        raise ValueError(f"negative_slope must be finite, in float32 too, got {value}")
+    return <float> value
+
+
+cpdef double check_momentum(momentum) except? -1.0:
+    cdef double value = number(momentum, "momentum")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"momentum must be finite and lie in [0, 1], the weight of the new value, got {value}")
+    return value
+
+
+def check_activation(activation, negative_slope):
+    activation_code(activation)
+    check_slope(negative_slope)
+
+
+cdef object foreign(a, str name):
+    """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
+    reason = ""
+    cure = f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+    try:
+        if a is None:
+            cure = "pass an array"
+        elif isinstance(a, np.generic):
+            reason = " (a scalar)"
+        elif hasattr(a, "__array_interface__"):
+            return np.asarray(a)
+        elif not hasattr(a, "__dlpack__"):
+            return np.asarray(memoryview(a))
+        else:
+            device, _ = a.__dlpack_device__()
+            if device == 1:  # kDLCPU
+                return np.from_dlpack(a)
+            reason = " (not in the memory of the CPU)"
+            cure = "copy it there first"
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        if hasattr(a, "__dlpack__"):
+            reason = f" ({error})"
+    if getattr(a, "requires_grad", False) is True:
+        cure = f"pass {name}.detach()"
+    raise TypeError(f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
+
+
+cpdef cnp.ndarray array32(a, str name):
+    """`a` as an array of float32 that shares its memory; raises where it is none."""
+    b = a if cnp.PyArray_Check(a) else foreign(a, name)
+    check_dtype(b, a, name, False)
+    return b
+
+
+cpdef cnp.ndarray running(a, str name):
+    """`a` as an array of running averages, which may be of float64, too."""
+    b = a if cnp.PyArray_Check(a) else foreign(a, name)
+    check_dtype(b, a, name, True)
+    return b
+
+
+cdef int check_dtype(b, a, str name, bint or_float64) except -1:
+    """Of the array b, which `a` was given as."""
+    cdef int dtype = cnp.PyArray_TYPE(b)
+    if (dtype != cnp.NPY_FLOAT32 and not (or_float64 and dtype == cnp.NPY_FLOAT64)) or not cnp.PyArray_ISNOTSWAPPED(b):
+        raise TypeError(
+            f"{name} must have dtype float32 in native byte order, got {type(a).__name__} of {b.dtype!s} "
+            f"({b.dtype.str}); convert it with numpy.asarray({name}, dtype=numpy.float32)"
+        )
+    if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
+    return 0
+
+
+cdef object optional(a, str name):
+    return None if a is None else array32(a, name)
+
+
+cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1:
+    cdef int i, nd = cnp.PyArray_NDIM(x)
+    if cnp.PyArray_NDIM(a) == nd:
+        for i in range(nd):
+            if cnp.PyArray_DIM(a, i) != cnp.PyArray_DIM(x, i):
+                break
+        else:
+            return 0
+    raise ValueError(f"{name} must have the shape of {like}, {(<object> x).shape}, got {(<object> a).shape}")
+
+
+cdef int check_rank(x, tuple ranks) except -1:
+    """x must be of one of these; None allows all."""
+    if ranks is None:
+        return 0
+    for rank in ranks:
+        if <int> rank == cnp.PyArray_NDIM(x):
+            return 0
+    expected = " or ".join([f"{rank}D" for rank in ranks])
+    raise ValueError(f"expected {expected} input (got {cnp.PyArray_NDIM(x)}D input)")
+
+
+cdef int check_axis(cnp.ndarray x, Py_ssize_t axis) except -1:
+    cdef Py_ssize_t nd = cnp.PyArray_NDIM(x)
+    if nd < 2:
+        raise ValueError(f"x must have at least 2 dimensions (batch and channels), got shape {(<object> x).shape}")
+    if not -nd <= axis < nd:
+        raise ValueError(f"axis must lie in [{-nd}, {nd}) for x of shape {(<object> x).shape}, got {axis}")
+    return axis + nd if axis < 0 else axis
+
+
+cdef str last_axis_hint(x, int axis, Py_ssize_t C):
+    """What to do where C would fit the last axis of x, but not this one."""
+    cdef int last = 0 if x is None else cnp.PyArray_NDIM(x) - 1
+    if axis < last and cnp.PyArray_DIM(x, last) == C:
+        return f"; x has shape {x.shape} and its channels on axis {axis}: pass axis=-1 if they come last"
+    return ""
+
+
+cdef int check_vector(a, str name, Py_ssize_t C, x=None, int axis=0) except -1:
+    """`a`, an array of float32 or None, must have C values: the channels of x on this axis, where there is one."""
+    if a is not None and (cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C):
+        hint = last_axis_hint(x, axis, cnp.PyArray_DIM(a, 0)) if cnp.PyArray_NDIM(a) == 1 else ""
+        raise ValueError(f"{name} must have shape ({C},), one value a channel, got {a.shape}{hint}")
+    return 0
+
+
+cdef int check_alike(cnp.ndarray running_mean, cnp.ndarray running_var) except -1:
+    if cnp.PyArray_TYPE(running_mean) != cnp.PyArray_TYPE(running_var):
+        raise TypeError(
+            "running_mean and running_var must be both of dtype float32 or both of float64, got "
+            f"{(<object> running_mean).dtype!s} and {(<object> running_var).dtype!s}; pass both in one dtype"
+        )
+    return 0
+
+
+cdef int check_counter(a) except -1:
+    """The num_batches_tracked of a layer, which must have room for one more."""
+    if (not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_INT64 or cnp.PyArray_SIZE(a) != 1
+            or not cnp.PyArray_ISNOTSWAPPED(a)):
+        raise TypeError(f"num_batches_tracked must be an int64 array of one value, got {a!r}")
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError("num_batches_tracked is updated in place in training but is read-only; set a writable copy")
+    cdef long long count = read_counter(a)
+    if not 0 <= count < 0x7FFFFFFFFFFFFFFF:
+        raise ValueError(f"num_batches_tracked must be from 0 to 2**63 - 2 to count one more batch, got {count}")
+    return 0
+
+
+cdef long long read_counter(cnp.ndarray a) noexcept:
+    cdef long long count
+    memcpy(&count, cnp.PyArray_DATA(a), sizeof(count))  # at any address
+    return count
+
+
+cdef int check_running(cnp.ndarray a, str name) except -1:
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError(f"{name} is updated in place in training but is read-only; pass a writable copy")
+    if not distinct(a):
+        raise ValueError(f"{name} has elements that share memory (stride 0); pass an array without")
+    return 0
+
+
+cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
+    """`a` as a float32 vector of C values."""
+    cdef cnp.ndarray v = array32(a, name)
+    check_vector(v, name, C)
+    if writable:
+        check_running(v, name)
+    return v
+
+
+cdef int check_moment(a, str name, Py_ssize_t C, str of="stats", str made="BatchStats") except -1:
+    """A vector of a BatchStats or GradSums, which no more than a class keeps others from changing."""
+    if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISNOTSWAPPED(a):
+        raise TypeError(f"{of}.{name} must be a float64 numpy.ndarray, got {getattr(a, 'dtype', type(a).__name__)}; "
+                        f"make a new {made}")
+    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C:
+        raise ValueError(f"{of} must be of {C} channels, as x is, got {name} of shape {a.shape}")
+    if C > 1 and cnp.PyArray_STRIDE(a, 0) != 8 or not cnp.PyArray_ISALIGNED(a):
+        raise ValueError(f"{of}.{name} must be contiguous and aligned; make a new {made}")
+    return 0
+
+
+cdef int check_variance(cnp.ndarray var, bint float64, double eps, str name) except -1:
+    """That a checked vector, without gaps, gives no root of a negative number; a NaN may be."""
+    cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
+    cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
+    cdef const double *v64 = <const double *> cnp.PyArray_DATA(var)
+    cdef int negative = False  # in loops of little, which compilers make vectors of
+    if float64:
+        for c in range(C):
+            negative |= v64[c] < 0.0
+    else:
+        for c in range(C):
+            negative |= v32[c] < 0.0
+    if not negative:
+        return 0
+    too_small = np.asarray(var, np.float64) + eps < 0.0
+    if too_small.any():
+        c = int(np.argmax(too_small))
+        raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]!s} + {eps}")
+    return 0
+
+
+cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
+    cdef Py_ssize_t i, span
+    low[0] = high[0] = <uintptr_t> cnp.PyArray_DATA(a)
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) == 0:
+            high[0] = low[0]
+            return
+        span = (cnp.PyArray_DIM(a, i) - 1) * cnp.PyArray_STRIDE(a, i)
+        if span < 0:
+            low[0] -= <uintptr_t> -span
+        else:
+            high[0] += <uintptr_t> span
+    high[0] += <uintptr_t> cnp.PyArray_ITEMSIZE(a)
+
+
+cdef bint overlap(cnp.ndarray a, cnp.ndarray b) except -1:
+    cdef uintptr_t a0, a1, b0, b1
+    extent(a, &a0, &a1)
+    extent(b, &b0, &b1)
+    if a0 >= b1 or b0 >= a1:
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef bint same_memory(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int i
+    if cnp.PyArray_DATA(a) != cnp.PyArray_DATA(b):
+        return False
+    for i in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, i) > 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(b, i):
+            return False
+    return True
+
+
+cdef bint distinct(cnp.ndarray a) noexcept:
+    """Whether each stride steps over all that the smaller ones reach, or two elements may lie in one place."""
+    cdef Py_ssize_t reach = cnp.PyArray_ITEMSIZE(a), least, stride
+    cdef int i, _, next_dim, nd = cnp.PyArray_NDIM(a)
+    cdef unsigned long long done = 0  # a bit for each dimension: NumPy allows 64
+    for _ in range(nd):
+        next_dim = -1
+        least = 0
+        for i in range(nd):
+            stride = cnp.PyArray_STRIDE(a, i)
+            stride = -stride if stride < 0 else stride
+            if cnp.PyArray_DIM(a, i) > 1 and not done >> i & 1 and (next_dim < 0 or stride < least):
+                next_dim, least = i, stride
+        if next_dim < 0:
+            return True
+        if least < reach:
+            return False
+        reach = least * cnp.PyArray_DIM(a, next_dim)
+        done |= 1ULL << next_dim
+    return True
+
+
+cdef int check_output(cnp.ndarray out, cnp.ndarray x, bint in_place) except -1:
+    """The result for x may be written into out."""
+    check_shape(out, x, "out", "the input")
+    if not cnp.PyArray_ISWRITEABLE(out):
+        raise ValueError("out is read-only; pass a writable array")
+    if not (cnp.PyArray_IS_C_CONTIGUOUS(out) or distinct(out)):
+        raise ValueError(
+            f"out has elements that share memory (strides {(<object> out).strides}); pass an array without"
+        )
+    if not (in_place and same_memory(out, x)) and overlap(out, x):
+        raise ValueError(
+            "out overlaps x; pass x itself (in place) or memory of its own" if in_place else
+            "out overlaps x; pass memory of its own"
+        )
+    return 0
+
+
+cdef int check_clear(cnp.ndarray a, str name, other, str name_of_other) except -1:
+    """That `a`, which is written, shares no memory with another array."""
+    if other is not None and overlap(a, other):
+        raise ValueError(f"{name} overlaps {name_of_other}; pass memory of its own")
+    return 0
+
+
+# ---- arrays as operands of a problem ------------------------------------------------------------------------------
+
+cdef struct Strides:
+    Py_ssize_t outer, channel, inner  # in elements
+    bint walkable
+
+
+cdef bint collapse(cnp.ndarray a, int first, int end, Py_ssize_t *stride) noexcept:
+    """The one stride, in bytes, over dimensions [first, end), where there is one."""
+    cdef Py_ssize_t i, size = 1
+    stride[0] = 0
+    for i in range(end - 1, first - 1, -1):
+        if cnp.PyArray_DIM(a, i) == 1:
+            continue
+        if size == 1:
+            stride[0] = cnp.PyArray_STRIDE(a, i)
+        elif cnp.PyArray_STRIDE(a, i) != stride[0] * size:
+            return False
+        size *= cnp.PyArray_DIM(a, i)
+    return True
+
+
+cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
+    cdef Strides s
+    cdef int nd = cnp.PyArray_NDIM(a)
+    s.outer = s.inner = 0
+    s.channel = cnp.PyArray_STRIDE(a, axis)
+    if axis == nd - 1 and nd > 2:
+        s.walkable = collapse(a, 0, 1, &s.outer) and collapse(a, 1, axis, &s.inner)
+    else:
+        s.walkable = collapse(a, 0, axis, &s.outer) and collapse(a, axis + 1, nd, &s.inner)
+    if (s.outer | s.channel | s.inner) & 3 or not cnp.PyArray_ISALIGNED(a):
+        s.walkable = False
+    s.outer //= 4
+    s.channel //= 4
+    s.inner //= 4
+    return s
+
+
+cdef void sizes_of(cnp.ndarray a, int axis, Py_ssize_t *N, Py_ssize_t *C, Py_ssize_t *S) noexcept:
+    cdef int i, nd = cnp.PyArray_NDIM(a)
+    N[0] = S[0] = 1
+    C[0] = cnp.PyArray_DIM(a, axis)
+    for i in range(nd):
+        if i < axis and (i == 0 or axis < nd - 1 or nd == 2):
+            N[0] *= cnp.PyArray_DIM(a, i)
+        elif i != axis:
+            S[0] *= cnp.PyArray_DIM(a, i)
+
+
+cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
+    """Sizes and layout of p from x."""
+    cdef Strides s = strides_of(x, axis)
+    memset(p, 0, sizeof(bn_problem))
+    sizes_of(x, axis, &p.N, &p.C, &p.S)
+    if p.S == 1:
+        p.layout = BN_ROWS
+    elif p.C == 1 or (s.walkable and s.inner == 1):
+        p.layout = BN_PLANES
+    elif s.walkable and s.channel == 1:
+        p.layout = BN_ROWS
+    else:
+        p.layout = BN_ROWS if axis == cnp.PyArray_NDIM(x) - 1 else BN_PLANES
+    p.fold = 1
+    if p.layout == BN_ROWS and (not s.walkable or (
+            (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
+        p.fold = bn_fold(p.C)  # rows with gaps are walked one by one; what is not walkable will be copied
+
+
+cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
+    """Fill in an operand; False where the kernels cannot walk it, or it is none of this problem."""
+    cdef Py_ssize_t N, C, S
+    cdef Strides s
+    if cnp.PyArray_NDIM(a) <= max(axis, 1) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT32:
+        return False
+    sizes_of(a, axis, &N, &C, &S)
+    if N != p.N or C != p.C or S != p.S:
+        return False
+    s = strides_of(a, axis)
+    o.data = cnp.PyArray_DATA(a)
+    o.outer = s.outer
+    o.inner = s.channel if p.layout == BN_PLANES else s.inner
+    if not s.walkable:
+        return False
+    if p.layout == BN_PLANES:
+        return p.S == 1 or s.inner == 1
+    if p.fold > 1:
+        return ((p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C)
+                and (p.N == 1 or s.outer == p.S * p.C))
+    return p.C == 1 or s.channel == 1
+
+
+cdef void flatten(bn_problem *p) noexcept:
+    """Whether there are gaps; rows whose batch needs no stride of its own become one batch."""
+    cdef bn_operand *o
+    cdef bn_operand **all = [&p.x, &p.residual, &p.grad_output, &p.y, &p.grad_input, &p.grad_residual]
+    cdef Py_ssize_t gapless = p.C if p.layout == BN_ROWS else p.S
+    cdef bint one_batch = p.layout == BN_ROWS
+    cdef int i
+    for i in range(6):
+        o = all[i]
+        if o.data != NULL and p.layout == BN_ROWS:
+            if p.S == 1:
+                o.inner = o.outer
+            elif p.N > 1 and o.outer != p.S * o.inner:
+                one_batch = False
+    if one_batch:
+        p.S *= p.N
+        p.N = 1
+    p.packed = one_batch or p.layout == BN_PLANES
+    for i in range(6):
+        o = all[i]
+        if o.data != NULL and o.inner != gapless and (p.S > 1 or p.layout == BN_PLANES):
+            p.packed = False
+    p.pitch = p.C if p.packed else 0
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+# Memory of large outputs is NumPy's to manage, through an allocator (NEP 49) that keeps what is freed for the next
+# output. It is in force while such an array is made, and for all the life of that array.
+cdef PyDataMem_Handler output_handler
+memset(&output_handler, 0, sizeof(output_handler))
+strcpy(output_handler.name, b"fastbn_outputs")
+output_handler.version = 1
+output_handler.allocator.malloc = bn_output_malloc
+output_handler.allocator.calloc = bn_output_calloc
+output_handler.allocator.realloc = bn_output_realloc
+output_handler.allocator.free = bn_output_free
+cdef object output_handler_capsule = PyCapsule_New(&output_handler, "mem_handler", NULL)
+cdef Py_ssize_t KEEP_FROM = 1 << 18  # bytes; smaller arrays do not pay for page faults
+
+
+def set_output_limit(Py_ssize_t max_bytes):
+    bn_output_set_limit(<size_t> max_bytes)
+
+
+def output_memory():
+    """(bytes kept now, bytes kept at most)"""
+    return bn_output_held(), bn_output_limit()
+
+
+def give_back():
+    """Give back what is kept; returns how many bytes: where any, an allocation that failed may be tried once more."""
+    return bn_output_give_back()
+
+
+cdef void *claim(size_t size) noexcept:
+    """Memory to be freed, or NULL."""
+    cdef void *memory = malloc(size)
+    if memory == NULL and bn_output_give_back():
+        memory = malloc(size)
+    return memory
+
+
+cdef cnp.ndarray empty_like(cnp.ndarray x, int order):
+    cdef bint keep = cnp.PyArray_NBYTES(x) >= KEEP_FROM and bn_output_limit() > 0
+    if keep:
+        previous = PyDataMem_SetHandler(output_handler_capsule)
+    try:
+        return PyArray_NewLikeArray(x, order, NULL, 0)
+    except MemoryError:
+        if not bn_output_give_back():
+            raise
+        return PyArray_NewLikeArray(x, order, NULL, 0)
+    finally:
+        if keep:
+            PyDataMem_SetHandler(previous)
+
+
+cdef cnp.ndarray per_channel(Py_ssize_t C, int dtype, bint zero):
+    """A result of one value a channel; without zero, memory that only the kernels write: clearing it takes its lines
+    from the core of the thread that is about to."""
+    cdef cnp.npy_intp shape = C
+    try:
+        return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+    except MemoryError:
+        if not bn_output_give_back():
+            raise
+        return cnp.PyArray_ZEROS(1, &shape, dtype, 0) if zero else cnp.PyArray_EMPTY(1, &shape, dtype, 0)
+
+
+cdef cnp.ndarray statistic(Py_ssize_t C, bint zero):
+    """Float64 and read-only to all but the kernels, as a BatchStats has it."""
+    cdef cnp.ndarray a = per_channel(C, cnp.NPY_FLOAT64, zero)
+    cnp.PyArray_CLEARFLAGS(a, cnp.NPY_ARRAY_WRITEABLE)
+    return a
+
+
+cdef double *data64(cnp.ndarray a) noexcept:
+    return <double *> cnp.PyArray_DATA(a)
+
+
+cdef cnp.ndarray contiguous(cnp.ndarray a):
+    """A checked vector, or a copy of it without gaps."""
+    cdef bint gapless = cnp.PyArray_DIM(a, 0) <= 1 or cnp.PyArray_STRIDE(a, 0) == cnp.PyArray_ITEMSIZE(a)
+    if gapless and cnp.PyArray_ISALIGNED(a):
+        return a
+    copy = per_channel(cnp.PyArray_DIM(a, 0), cnp.PyArray_TYPE(a), False)
+    copy[...] = a
+    return copy
+
+
+cdef cnp.ndarray empty_for(const bn_problem *p, cnp.ndarray x, int axis):
+    """An array of x's shape, without gaps, in the memory order of p's layout."""
+    cdef bn_operand o
+    cdef cnp.ndarray a = empty_like(x, cnp.NPY_KEEPORDER)
+    if not place(&o, p, a, axis):
+        to = axis
+        if p.layout == BN_ROWS:
+            to = -1
+        elif axis == cnp.PyArray_NDIM(x) - 1:
+            to = 1
+        a = np.moveaxis(empty_like(np.moveaxis(x, axis, to), cnp.NPY_CORDER), to, axis)
+    return a
+
+
+cdef cnp.ndarray readable(const bn_problem *p, cnp.ndarray a, int axis):
+    """What to read in place of `a`: itself, or a copy where that cannot be walked."""
+    cdef bn_operand o
+    if place(&o, p, a, axis):
+        return a
+    copy = empty_for(p, a, axis)
+    copy[...] = a
+    return copy
+
+
+cdef cnp.ndarray writable(const bn_problem *p, out, cnp.ndarray x, int axis):
+    """What to write: `out`, or a new array where that is None or cannot be walked."""
+    cdef bn_operand o
+    if out is not None and place(&o, p, out, axis):
+        return out
+    return empty_for(p, x, axis)
+
+
+# Python code may run wherever one is called, memory is freed, or the GIL is let go of, and then an array may get
+# another shape or memory. So the kernels' pointers are taken last, and every array is looked at again with that.
+
+cdef int changed(str name) except -1:
+    raise RuntimeError(f"{name} was given another shape, other strides or other memory during the call")
+
+
+cdef int take(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis, str name) except -1:
+    return 0 if place(o, p, a, axis) else changed(name)
+
+
+cdef int take_output(bn_operand *o, const bn_problem *p, cnp.ndarray y, out, int axis) except -1:
+    """What is written, and is copied into `out` if that is another array."""
+    if out is not None and out is not y:
+        check_shape(out, y, "out", "the input")
+    return take(o, p, y, axis, "out")
+
+
+cdef char *take_vector(cnp.ndarray a, Py_ssize_t C, int dtype, Py_ssize_t stride, str name) except? NULL:
+    """The C values of a checked vector, so many bytes apart (0: any number)."""
+    if (cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C or cnp.PyArray_TYPE(a) != dtype
+            or C > 1 and stride != 0 and cnp.PyArray_STRIDE(a, 0) != stride):
+        changed(name)
+    return <char *> cnp.PyArray_DATA(a)
+
+
+cdef int take_running(bn_running *r, cnp.ndarray a, Py_ssize_t C, bint float64, str name) except -1:
+    """Averages that are moved: the caller's own, of float32 or float64."""
+    memset(r, 0, sizeof(bn_running))
+    if float64:
+        r.exact = take_vector(a, C, cnp.NPY_FLOAT64, 0, name)
+        r.exact_stride = cnp.PyArray_STRIDE(a, 0)
+    else:
+        r.value = take_vector(a, C, cnp.NPY_FLOAT32, 0, name)
+        r.stride = cnp.PyArray_STRIDE(a, 0)
+    return 0
+
+
+cdef const float *take32(a, Py_ssize_t C, str name) except? NULL:
+    if a is None:
+        return NULL
+    return <const float *> take_vector(a, C, cnp.NPY_FLOAT32, 4, name)
+
+
+cdef double *take64(a, Py_ssize_t C, str name) except? NULL:
+    return <double *> take_vector(a, C, cnp.NPY_FLOAT64, 8, name)
+
+
+# ---- a team of threads at a call ----------------------------------------------------------------------------------
+
+cdef struct Team:
+    const bn_call *call
+    long long worked  # nanoseconds of the caller's, without those at barriers
+
+cdef bint WATCHED = False
+cdef bn_plan LATEST
+cdef bn_problem LATEST_PROBLEM
+
+
+def watch_plans(bint watched):
+    """Keep the plan of each call for latest_plan(), or no longer. For tests, which ask whether a path was taken."""
+    global WATCHED
+    WATCHED = watched
+
+
+def latest_plan():
+    """The plan of the latest call."""
+    return told(&LATEST, &LATEST_PROBLEM)
+
+
+cdef void wait_for_all(void *waited) noexcept nogil:
+    cdef long long start = bn_now()
+    bn_barrier()
+    (<long long *> waited)[0] += bn_now() - start
+
+
+cdef void as_member(void *arg, int member, int team) noexcept nogil:
+    cdef Team *all = <Team *> arg
+    cdef long long waited = 0, start = 0 if member else bn_now()
+    cdef bn_member me
+    me.member = member
+    me.team = team
+    me.wait = wait_for_all
+    me.arg = &waited
+    bn_do_share(all.call, &me)
+    if member == 0:
+        all.worked = bn_now() - start - waited
+
+
+cdef int plan_and_allocate(bn_call *call, bn_operation op, int threads) except -1:
+    """What comes last before run(). Inference has its coefficients and needs no scratch."""
+    global LATEST, LATEST_PROBLEM
+    flatten(&call.p)
+    bn_make_plan(&call.plan, &call.p, op, &MACHINE, &TUNING, threads)
+    if WATCHED:
+        LATEST, LATEST_PROBLEM = call.plan, call.p
+    if op == BN_INFERENCE:
+        return 0
+    call.memory = claim(call.plan.scratch.bytes + 63)
+    if call.memory == NULL:
+        raise MemoryError(f"no memory for the partial sums of {call.plan.T} tiles")
+    call.scratch = <char *> ((<uintptr_t> call.memory + 63) // 64 * 64)
+    return 0
+
+
+cdef void run(bn_call *call) noexcept:
+    """All of the work, in one parallel region: a barrier costs less than a second region. Little work is not worth
+    letting go of the GIL, and has no smaller team, because GNU OpenMP would end the threads that are left out."""
+    global AT_WORK, MOST_AT_WORK
+    cdef Py_ssize_t elements = call.p.N * call.p.C * call.p.S
+    cdef int threads = call.plan.threads
+    cdef long long start = 0, wall = 0
+    cdef bint fresh = True
+    cdef Team team
+    cdef bn_member alone
+    call.K = K
+    alone.member = 0
+    alone.team = 1
+    if threads == 1 and elements < TUNING.serial:
+        bn_do_share(call, &alone)
+        free(call.memory)
+        return
+    team.call = call
+    bn_lock()
+    AT_WORK += threads
+    MOST_AT_WORK = max(MOST_AT_WORK, AT_WORK)
+    bn_unlock()
+    with nogil:
+        if threads == 1:
+            bn_do_share(call, &alone)
+        else:
+            start = bn_now()
+            fresh = bn_in_team(threads, as_member, &team)
+            wall = bn_now() - start
+        free(call.memory)
+    bn_lock()
+    AT_WORK -= threads
+    if threads > 1 and threads == DEFAULT_THREADS and not fresh:
+        bn_backoff_judge(elements, threads, team.worked, wall, start + wall)
+    bn_unlock()
+
+
+# ---- coefficients of inference ------------------------------------------------------------------------------------
+
+cdef enum:
+    ROOM = 3 * 4 * (384 + 16) + 63  # bytes: of coefficients that need no allocation
+
+
+cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean, cnp.ndarray var, bint of_stats, weight,
+                          bias, double eps) except NULL:
+    """Coefficients from checked vectors: running statistics of float32 or float64, or those of a BatchStats.
+
+    They are in `room`, of ROOM bytes, if that is not NULL and is enough; otherwise in memory to be freed.
     """
     cdef bn_problem p
-    cdef float *block = room
-    cdef const float *weights
-    cdef const float *biases
+    cdef bn_source source
+    cdef char *block = room
+    cdef const void *a_page = NULL  # where outputs begin, as far as can be told
     memset(&p, 0, sizeof(p))
     p.layout = BN_ROWS  # or planes, which want less
     p.C = C
-    p.fold = K.fold(C, rows)
-    cdef Py_ssize_t width = coef_width(C * p.fold, 0)
+    p.fold = bn_fold(C)
+    cdef size_t step = (<size_t> (C * p.fold + BN_LINE) * sizeof(float) + 63) // 64 * 64
     cdef bint float64 = cnp.PyArray_TYPE(mean) == cnp.NPY_FLOAT64
     cdef str of_mean = "stats.mean" if of_stats else "running_mean", of_var = "stats.var" if of_stats else "running_var"
     mean = contiguous(mean)
@@ -99,24 +1051,27 @@ cdef float *inference_coef(bn_coef *k, float *room, Py_ssize_t C, Py_ssize_t row
         take32(var, C, of_var)
     check_variance(var, float64, eps, of_var)
     # no Python code runs from here on
-    weights = take32(weight, C, "weight")
-    biases = take32(bias, C, "bias")
+    source.weight = take32(weight, C, "weight")
+    source.bias = take32(bias, C, "bias")
+    source.eps = eps
     if float64:
-        take64(mean, C, of_mean)
-        take64(var, C, of_var)
+        source.mean = take64(mean, C, of_mean)
+        source.var = take64(var, C, of_var)
     else:
         take32(mean, C, of_mean)
         take32(var, C, of_var)
-    if room == NULL or coef_floats(width, False) > ROOM:
-        block = <float *> claim(<size_t> coef_floats(width, False) * sizeof(float))
+    if room == NULL or 3 * step + 63 > ROOM:
+        block = <char *> claim(3 * step + 63 + 4096)
         if block == NULL:
-            raise MemoryError(f"no memory for coefficients, {width} of each")
-    lay_out_coef(k, block, width, False, C * p.fold, NULL)
+            raise MemoryError(f"no memory for the coefficients of {C} channels")
+    cdef char *at = <char *> ((<uintptr_t> block + 63) // 64 * 64)
+    if block != room:
+        at = bn_clear_of_rows(at, &a_page, 1, <size_t> (C * p.fold) * sizeof(float))
+    bn_coef_at(k, at, step, False)
     if float64:
-        K.coef(&p, 0, C, data64(mean), data64(var), weights, biases, eps, k)
+        K.coef(&p, 0, C, &source, k)
     else:
-        K.running_coef(&p, <const float *> cnp.PyArray_DATA(mean), <const float *> cnp.PyArray_DATA(var), weights,
-                       biases, eps, k)
+        K.running_coef(&p, <const float *> cnp.PyArray_DATA(mean), <const float *> cnp.PyArray_DATA(var), &source, k)
     return block
 
 
@@ -135,69 +1090,119 @@ def check_input(x, axis, tuple ranks, Py_ssize_t num_features):
     check_channels(x, check_axis(x, number), num_features)
 
 
+# ---- what all operations begin with -------------------------------------------------------------------------------
+
+@cython.final
+@cython.freelist(8)
+cdef class Operands:
+    """The arrays of a call: as they came, then as the kernels can walk them."""
+    cdef cnp.ndarray x, grad_output, residual, weight, bias, out, y, grad_residual
+    cdef object given  # out as its caller has it
+    cdef int axis, threads
+
+    cdef int begin(self, bn_call *call, axis, activation, negative_slope, num_threads) except -1:
+        """Everything that is not an array, and the problem as x has it."""
+        cdef int code = activation_code(activation)
+        cdef float slope = check_slope(negative_slope)
+        cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
+        memset(call, 0, sizeof(bn_call))
+        self.threads = ask_threads(num_threads, cnp.PyArray_SIZE(self.x))
+        self.axis = check_axis(self.x, number)
+        describe(&call.p, self.x, self.axis)
+        call.p.activation = code
+        call.p.negative_slope = slope
+        return 0
+
+    cdef int check(self, Py_ssize_t C, bint in_place) except -1:
+        """That shapes and lengths are those of x, and that nothing is written that is also read."""
+        check_vector(self.weight, "weight", C, self.x, self.axis)
+        check_vector(self.bias, "bias", C, self.x, self.axis)
+        if self.grad_output is not None:
+            check_shape(self.grad_output, self.x, "grad_output", "x")
+        if self.residual is not None:
+            check_shape(self.residual, self.x, "residual", "x")
+        if self.out is not None:
+            check_output(self.out, self.x, in_place)
+            check_clear(self.out, "out", self.grad_output, "grad_output")
+            check_clear(self.out, "out", self.residual, "residual")
+            check_clear(self.out, "out", self.weight, "weight")
+            check_clear(self.out, "out", self.bias, "bias")
+        return 0
+
+    cdef int make_walkable(self, const bn_problem *p, cnp.ndarray like, bint writes) except -1:
+        """Copies of what the kernels cannot walk, and an output in the memory order of an array."""
+        if self.weight is not None:
+            self.weight = contiguous(self.weight)
+        if self.bias is not None:
+            self.bias = contiguous(self.bias)
+        self.x = readable(p, self.x, self.axis)
+        if self.grad_output is not None:
+            self.grad_output = readable(p, self.grad_output, self.axis)
+        if self.residual is not None:
+            self.residual = readable(p, self.residual, self.axis)
+        if writes:
+            self.y = writable(p, self.out, like, self.axis)
+        return 0
+
+    cdef int take(self, bn_call *call) except -1:
+        """Pointers, after which no Python code may run before the kernels are done."""
+        cdef bn_problem *p = &call.p
+        take(&p.x, p, self.x, self.axis, "x")
+        if self.grad_output is not None:
+            take(&p.grad_output, p, self.grad_output, self.axis, "grad_output")
+        if self.residual is not None:
+            take(&p.residual, p, self.residual, self.axis, "residual")
+        if self.grad_residual is not None:
+            take(&p.grad_residual, p, self.grad_residual, self.axis, "grad_residual")
+        if self.y is not None:
+            take_output(&p.y if self.grad_output is None else &p.grad_input, p, self.y, self.out, self.axis)
+        call.source.weight = take32(self.weight, p.C, "weight")
+        call.source.bias = take32(self.bias, p.C, "bias")
+        return 0
+
+    cdef object result(self):
+        return self.y if self.out is None else self.given
+
+    cdef object empty_result(self, const bn_problem *p):
+        return empty_for(p, self.x, self.axis) if self.out is None else self.given
+
+    cdef int copy_back(self) except -1:
+        if self.out is not None and self.y is not self.out:
+            self.out[...] = self.y
+        return 0
+
+
+cdef Operands operands(x, grad_output, weight, bias, residual, out):
+    cdef Operands o = Operands.__new__(Operands)
+    o.x = array32(x, "x")
+    if grad_output is not None:
+        o.grad_output = array32(grad_output, "grad_output")
+    o.weight = optional(weight, "weight")
+    o.bias = optional(bias, "bias")
+    o.residual = optional(residual, "residual")
+    o.given = out
+    o.out = optional(out, "out")
+    return o
+
+
 # ---- the operations -----------------------------------------------------------------------------------------------
-
-cdef int allocate_scratch(Plan *plan) except -1:
-    """Room for each member's sums of columns, tiles, sums over them, and coefficients if there is an output."""
-    plan.T = plan.K.tiles(&plan.p)
-    plan.width = plan.p.C * plan.p.fold
-    cdef bint backward = plan.p.grad_input.data != NULL
-    cdef const float *out = plan.p.grad_input.data if backward else plan.p.y.data
-    cdef Py_ssize_t C = plan.p.C + gaps(plan) * GAP, n = plan.T * plan.width + gaps(plan) * GAP
-    cdef Py_ssize_t width = coef_width(plan.p.C * K.fold(plan.p.C, PY_SSIZE_T_MAX), gaps(plan))
-    cdef size_t sums = 2 * <size_t> (n + C) * sizeof(double)
-    if plan.p.layout == BN_ROWS and plan.p.C % PAGE == 0:
-        width += PAGE  # for columns that go on in the next row
-    cdef Py_ssize_t rooms = plan.threads * BN_ROOM if plan.p.layout == BN_ROWS else 0
-    cdef size_t coefficients = 0 if out == NULL else coef_floats(width, backward) * sizeof(float)
-    plan.scratch = claim(63 + rooms * sizeof(float) + sums + coefficients)
-    if plan.scratch == NULL:
-        raise MemoryError(f"no memory for the partial sums of {plan.T} tiles")
-    plan.p.room = <float *> ((<uintptr_t> plan.scratch + 63) // 64 * 64)
-    plan.tile_a = <double *> (plan.p.room + rooms)
-    plan.tile_b = plan.tile_a + n
-    plan.g = plan.tile_b + n
-    plan.gx = plan.g + C
-    if out != NULL:
-        lay_out_coef(&plan.k, <float *> (plan.gx + C), width, backward,
-                     plan.width if plan.p.layout == BN_ROWS else 0, out)
-    return 0
-
-
-cdef int begin(Plan *plan, cnp.ndarray x, axis, activation, negative_slope, num_threads) except -1:
-    """Everything that is not an array, and the problem as x has it; returns the channels' axis."""
-    memset(plan, 0, sizeof(Plan))
-    cdef int code = activation_code(activation)
-    cdef float slope = check_slope(negative_slope)
-    cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
-    plan.threads = ask_threads(num_threads, cnp.PyArray_SIZE(x))
-    cdef int ax = check_axis(x, number)
-    plan.K = K
-    describe(&plan.p, x, ax)
-    plan.p.activation = code
-    plan.p.negative_slope = slope
-    return ax
-
 
 def stats(x, axis, num_threads):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
-    x = array32(x, "x")
-    cdef Plan plan
-    cdef int ax = begin(&plan, x, axis, None, 0.0, num_threads)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
+    cdef bn_call call
+    cdef Operands o = operands(x, None, None, None, None, None)
+    o.begin(&call, axis, None, 0.0, num_threads)
+    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
     cdef cnp.ndarray mean = statistic(C, m == 0), var = statistic(C, m == 0)
     if C * m == 0:
         return mean, var, 0
-    walked = readable(&plan.p, x, ax)
+    o.make_walkable(&call.p, o.x, False)
     result = mean, var, m
-    take(&plan.p.x, &plan.p, walked, ax, "x")
-    flatten(&plan.p)
-    plan.mean = data64(mean)
-    plan.var = data64(var)
-    plan.need_stats = True
-    plan.p.stream = past_cache(&plan.p, plan.threads)
-    allocate_scratch(&plan)
-    run(&plan, two_passes)
+    o.take(&call)
+    call.mean = data64(mean)
+    call.var = data64(var)
+    plan_and_allocate(&call, BN_STATS, o.threads)
+    run(&call)
     return result
 
 
@@ -235,10 +1240,8 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
             running_var, momentum, bint unbiased, bint want_stats, exact=None, counter=None, bint skip_nonfinite=False):
     """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
     times None, are updated; with those of a layer also what they were rounded from, and its counter."""
-    x = array32(x, "x")
-    weight = optional(weight, "weight")
-    bias = optional(bias, "bias")
-    residual = optional(residual, "residual")
+    cdef bn_call call
+    cdef Operands o = operands(x, None, weight, bias, residual, out)
     cdef bint update = running_mean is not None
     cdef bint float64 = False
     if update:
@@ -246,134 +1249,119 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
         running_var = running(running_var, "running_var")
         check_alike(running_mean, running_var)
         float64 = cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT64
-    given = out
-    out = optional(out, "out")
     cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if update else 0.0
-    cdef Plan plan
-    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    check_vector(weight, "weight", C, x, ax)
-    check_vector(bias, "bias", C, x, ax)
-    if residual is not None:
-        check_shape(residual, x, "residual", "x")
-    if out is not None:
-        check_output(out, x, True)
-        check_clear(out, "out", residual, "residual")
-        check_clear(out, "out", weight, "weight")
-        check_clear(out, "out", bias, "bias")
+    o.begin(&call, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    o.check(C, True)
     if update:
-        check_vector(running_mean, "running_mean", C, x, ax)
-        check_vector(running_var, "running_var", C, x, ax)
-        check_clear(running_mean, "running_mean", running_var, "running_var")
-        for average, name in (running_mean, "running_mean"), (running_var, "running_var"):
-            check_running(average, name)
-            if out is not None:
-                check_clear(out, "out", average, name)
-            check_clear(average, name, x, "x")
-            check_clear(average, name, weight, "weight")
-            check_clear(average, name, bias, "bias")
-            check_clear(average, name, residual, "residual")
+        check_averages(o, running_mean, running_var, C)
     cdef cnp.ndarray mean = statistic(C, m == 0) if want_stats else None
     cdef cnp.ndarray var = statistic(C, m == 0) if want_stats else None
     if C * m == 0:
-        return (empty_for(&plan.p, x, ax) if out is None else given), mean, var, 0
+        return o.empty_result(&call.p), mean, var, 0
     if m == 1:
         raise ValueError(
-            f"training needs more than 1 value per channel, got x of shape {x.shape} with axis={axis}; "
+            f"training needs more than 1 value per channel, got x of shape {(<object> o.x).shape} with axis={axis}; "
             "pass a larger batch, or fixed statistics"
         )
-    if weight is not None:
-        weight = contiguous(weight)
-    if bias is not None:
-        bias = contiguous(bias)
-    walked = readable(&plan.p, x, ax)
-    if residual is not None:
-        residual = readable(&plan.p, residual, ax)
-    y = writable(&plan.p, out, x, ax)
-    result = (y if out is None else given), mean, var, m
-    take(&plan.p.x, &plan.p, walked, ax, "x")
-    if residual is not None:
-        take(&plan.p.residual, &plan.p, residual, ax, "residual")
-    take_output(&plan.p.y, &plan.p, y, out, ax)
-    plan.weight = take32(weight, C, "weight")
-    plan.bias = take32(bias, C, "bias")
+    o.make_walkable(&call.p, o.x, True)
+    result = o.result(), mean, var, m
+    o.take(&call)
     if update:
-        take_running(&plan.running_mean, running_mean, C, float64, "running_mean")
-        take_running(&plan.running_var, running_var, C, float64, "running_var")
+        take_running(&call.running_mean, running_mean, C, float64, "running_mean")
+        take_running(&call.running_var, running_var, C, float64, "running_var")
         if exact is not None and not float64:
-            plan.running_mean.exact = <char *> take64((<tuple> exact)[0], C, "the unrounded mean")
-            plan.running_var.exact = <char *> take64((<tuple> exact)[1], C, "the unrounded variance")
-            plan.running_mean.exact_stride = plan.running_var.exact_stride = sizeof(double)
+            call.running_mean.exact = <char *> take64((<tuple> exact)[0], C, "the unrounded mean")
+            call.running_var.exact = <char *> take64((<tuple> exact)[1], C, "the unrounded variance")
+            call.running_mean.exact_stride = call.running_var.exact_stride = sizeof(double)
         if counter is not None:
             check_counter(counter)
-        plan.update = True
-        plan.skip_nonfinite = skip_nonfinite
-        plan.momentum = share
-        plan.unbiasing = unbiasing(m, unbiased)
-    flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, plan.threads)
-    plan.eps = epsilon
-    plan.need_stats = True
-    allocate_scratch(&plan)
-    plan.mean = data64(mean) if want_stats else plan.g  # which the forward pass has no other use for
-    plan.var = data64(var) if want_stats else plan.gx
+        call.update = True
+        call.skip_nonfinite = skip_nonfinite
+        call.momentum = share
+        call.unbiasing = unbiasing(m, unbiased)
+    call.source.eps = epsilon
+    if want_stats:
+        call.mean = data64(mean)
+        call.var = data64(var)
+    plan_and_allocate(&call, BN_TRAINING, o.threads)
     if counter is not None:  # here, where neither an error nor a signal comes between it and the averages
         count_batch(counter)
-    run(&plan, two_passes)
-    if out is not None and y is not out:
-        out[...] = y
+    run(&call)
+    o.copy_back()
     return result
+
+
+cdef int check_averages(Operands o, cnp.ndarray running_mean, cnp.ndarray running_var, Py_ssize_t C) except -1:
+    """That running averages can be moved, and share no memory with anything else."""
+    check_vector(running_mean, "running_mean", C, o.x, o.axis)
+    check_vector(running_var, "running_var", C, o.x, o.axis)
+    check_clear(running_mean, "running_mean", running_var, "running_var")
+    for average, name in (running_mean, "running_mean"), (running_var, "running_var"):
+        check_running(average, name)
+        check_clear(average, name, o.x, "x")
+        check_clear(average, name, o.weight, "weight")
+        check_clear(average, name, o.bias, "bias")
+        check_clear(average, name, o.residual, "residual")
+        if o.out is not None:
+            check_clear(o.out, "out", average, name)
+    return 0
 
 
 def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
               num_threads, tuple ranks, tuple exact=None):
     """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
-    x = array32(x, "x")
+    cdef bn_call call
+    cdef Operands o = operands(x, None, weight, bias, residual, out)
     if not of_stats:
         mean = running(mean, "running_mean")
         var = running(var, "running_var")
         check_alike(mean, var)
-    weight = optional(weight, "weight")
-    bias = optional(bias, "bias")
-    residual = optional(residual, "residual")
-    given = out
-    out = optional(out, "out")
-    check_rank(x, ranks)
+    check_rank(o.x, ranks)
     cdef double epsilon = check_eps(eps)
-    cdef Plan plan
-    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
-    cdef Py_ssize_t C = plan.p.C
+    o.begin(&call, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = call.p.C
     if of_stats:
         check_moment(mean, "mean", C)
         check_moment(var, "var", C)
     else:
-        check_vector(mean, "running_mean", C, x, ax)
-        check_vector(var, "running_var", C, x, ax)
-    check_vector(weight, "weight", C, x, ax)
-    check_vector(bias, "bias", C, x, ax)
-    if out is not None:
-        check_clear(out, "out", weight, "weight")
-        check_clear(out, "out", bias, "bias")
-        check_clear(out, "out", mean, "stats.mean" if of_stats else "running_mean")
-        check_clear(out, "out", var, "stats.var" if of_stats else "running_var")
+        check_vector(mean, "running_mean", C, o.x, o.axis)
+        check_vector(var, "running_var", C, o.x, o.axis)
+    o.check(C, True)
+    if o.out is not None:
+        check_clear(o.out, "out", mean, "stats.mean" if of_stats else "running_mean")
+        check_clear(o.out, "out", var, "stats.var" if of_stats else "running_var")
     if exact is not None:
         exact = unrounded(mean, var, exact, epsilon)
         if exact is not None:
             mean, var = exact
-    cdef float room[ROOM]
-    cdef Py_ssize_t rows = plan.p.N * plan.p.S
-    cdef float *block = inference_coef(&plan.k, room, C, rows, mean, var, of_stats, weight, bias, epsilon)
+    cdef char room[ROOM]
+    cdef char *block = inference_coef(&call.k, room, C, mean, var, of_stats, o.weight, o.bias, epsilon)
+    o.weight = o.bias = None  # they are in the coefficients
     try:
-        return infer(&plan, x, ax, residual, out, given)
+        return infer(&call, o)
     finally:
         if block != room:
             free(block)
 
 
+cdef infer(bn_call *call, Operands o):
+    """y by the coefficients of call.k."""
+    if call.p.C * call.p.N * call.p.S == 0:
+        return o.empty_result(&call.p)
+    o.make_walkable(&call.p, o.x, True)
+    result = o.result()
+    o.take(call)
+    plan_and_allocate(call, BN_INFERENCE, o.threads)
+    run(call)
+    o.copy_back()
+    return result
+
+
 cdef class Frozen:
     """Coefficients made once, and how to apply them. Nothing of it changes after construction."""
     cdef bn_coef k
-    cdef float *block
+    cdef char *block
     cdef readonly Py_ssize_t num_features
     cdef readonly Py_ssize_t axis
     cdef readonly object activation
@@ -400,7 +1388,7 @@ cdef class Frozen:
         check_vector(weight, "weight", C)
         check_vector(bias, "bias", C)
         self.block = inference_coef(
-            &self.k, NULL, C, PY_SSIZE_T_MAX, running_mean, running_var, False, weight, bias, self.eps)
+            &self.k, NULL, C, running_mean, running_var, False, weight, bias, self.eps)
 
     def __dealloc__(self):
         free(self.block)
@@ -426,121 +1414,181 @@ cdef class Frozen:
         TypeError, ValueError
             As :func:`fastbn.batch_norm`.
         """
-        x = array32(x, "x")
-        residual = optional(residual, "residual")
-        given = out
-        out = optional(out, "out")
-        cdef Plan plan
-        cdef int ax = begin(&plan, x, self.axis, self.activation, self.negative_slope, num_threads)
-        check_channels(x, ax, self.num_features)
-        plan.k = self.k
-        return infer(&plan, x, ax, residual, out, given)
+        cdef bn_call call
+        cdef Operands o = operands(x, None, None, None, residual, out)
+        o.begin(&call, self.axis, self.activation, self.negative_slope, num_threads)
+        check_channels(o.x, o.axis, self.num_features)
+        o.check(self.num_features, True)
+        call.k = self.k
+        return infer(&call, o)
 
 
-cdef infer(Plan *plan, cnp.ndarray x, int ax, residual, out, given):
-    """y by the coefficients of plan.k, for as many channels as plan.p has."""
-    if residual is not None:
-        check_shape(residual, x, "residual", "x")
-    if out is not None:
-        check_output(out, x, True)
-        check_clear(out, "out", residual, "residual")
-    if plan.p.C * plan.p.N * plan.p.S == 0:
-        return empty_for(&plan.p, x, ax) if out is None else given
-    walked = readable(&plan.p, x, ax)
-    if residual is not None:
-        residual = readable(&plan.p, residual, ax)
-    y = writable(&plan.p, out, x, ax)
-    take(&plan.p.x, &plan.p, walked, ax, "x")
-    if residual is not None:
-        take(&plan.p.residual, &plan.p, residual, ax, "residual")
-    take_output(&plan.p.y, &plan.p, y, out, ax)
-    flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, plan.threads)
-    if plan.p.layout == BN_ROWS and plan.p.packed:  # without statistics, and so without tiles, more rows may be one
-        plan.p.fold = plan.K.fold(plan.p.C, plan.p.S)
-    run(plan, elementwise)
-    if out is None:
-        return y
-    if y is not out:
-        out[...] = y
-    return given
+cdef enum:  # gradients, by what batch_norm_backward calls them
+    NEED_INPUT = 1
+    NEED_WEIGHT = 2
+    NEED_BIAS = 4
+    NEED_RESIDUAL = 8
 
 
-def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
-             negative_slope, out, num_threads):
-    """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,), over `count` values
-    a channel."""
-    x = array32(x, "x")
-    grad_output = array32(grad_output, "grad_output")
-    weight = optional(weight, "weight")
-    bias = optional(bias, "bias")
-    residual = optional(residual, "residual")
-    given = out
-    out = optional(out, "out")
+cdef int mask_from_output(bn_problem *p, activation) except -1:
+    """Of an activation whose output tells on which side of its kinks z lies."""
+    if p.activation != BN_RELU and p.activation != BN_RELU6 and not (
+            p.activation == BN_LEAKY_RELU and p.negative_slope > 0.0):
+        slope = f" with negative_slope={p.negative_slope}" if p.activation == BN_LEAKY_RELU else ""
+        raise ValueError(
+            "output tells the derivative of 'relu', 'relu6', and 'leaky_relu' with a negative_slope above 0, not of "
+            f"{activation!r}{slope}; leave out output, and pass the residual if there was one"
+        )
+    p.from_output = True
+    return 0
+
+
+cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
+                                activation, negative_slope, out, num_threads):
+    """Checked operands of a backward call; a residual only where the kernels look at it, or output in its place."""
+    cdef Operands o = operands(x, grad_output, weight, bias, residual, out)
+    cdef cnp.ndarray y = optional(output, "output")
     cdef double epsilon = check_eps(eps)
-    cdef Plan plan
-    cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
-    check_shape(grad_output, x, "grad_output", "x")
+    o.begin(call, axis, activation, negative_slope, num_threads)
+    cdef Py_ssize_t C = call.p.C
+    check_shape(o.grad_output, o.x, "grad_output", "x")
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)
     check_variance(var, True, epsilon, "stats.var")
-    check_vector(weight, "weight", C, x, ax)
-    check_vector(bias, "bias", C, x, ax)
-    if residual is not None:
-        check_shape(residual, x, "residual", "x")
-    if out is not None:
-        check_output(out, x, False)
-        check_clear(out, "out", grad_output, "grad_output")
-        check_clear(out, "out", residual, "residual")
-        check_clear(out, "out", weight, "weight")
-        check_clear(out, "out", bias, "bias")
-        check_clear(out, "out", mean, "stats.mean")
-        check_clear(out, "out", var, "stats.var")
-    if training and C * m > 0 and count != m:
-        raise ValueError(
-            f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, or "
-            "training=False where they are fixed"
-        )
-    cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
-    cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
+    o.check(C, False)
+    if y is not None:
+        check_shape(y, o.x, "output", "x")
+        mask_from_output(&call.p, activation)
+    if o.out is not None:
+        check_clear(o.out, "out", y, "output")
+        check_clear(o.out, "out", mean, "stats.mean")
+        check_clear(o.out, "out", var, "stats.var")
+    call.source.eps = epsilon
+    if y is not None:
+        o.residual = y
+    elif call.p.activation == BN_IDENTITY:
+        o.residual = None
+    return o
+
+
+def backward_sums(grad_output, x, mean, var, count, weight, bias, eps, axis, residual, output, activation,
+                  negative_slope, num_threads):
+    """The sums of dz and of dz * (x - mean) over x, a part of the `count` values a channel that mean and var are of, and
+    how many values a channel x has."""
+    cdef bn_call call
+    cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
+                                        activation, negative_slope, None, num_threads)
+    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    check_part(m, count)
+    cdef cnp.ndarray dz = statistic(C, m == 0), dz_dev = statistic(C, m == 0)
+    result = dz, dz_dev, m
     if C * m == 0:
-        return (empty_for(&plan.p, x, ax) if out is None else given), grad_weight, grad_bias, (
-            None if residual is None else empty_for(&plan.p, x, ax))
-    if weight is not None:
-        weight = contiguous(weight)
-    if bias is not None:
-        bias = contiguous(bias)
-    walked = readable(&plan.p, x, ax)
-    grad_output = readable(&plan.p, grad_output, ax)
-    grad_residual = None
-    if residual is not None:
-        residual = readable(&plan.p, residual, ax)
-        grad_residual = writable(&plan.p, None, x, ax)
-    dx = writable(&plan.p, out, x, ax)
-    result = (dx if out is None else given), grad_weight, grad_bias, grad_residual
-    take(&plan.p.x, &plan.p, walked, ax, "x")
-    take(&plan.p.grad_output, &plan.p, grad_output, ax, "grad_output")
-    if residual is not None:
-        take(&plan.p.residual, &plan.p, residual, ax, "residual")
-        take(&plan.p.grad_residual, &plan.p, grad_residual, ax, "grad_residual")
-    take_output(&plan.p.grad_input, &plan.p, dx, out, ax)
-    plan.weight = take32(weight, C, "weight")
-    plan.bias = take32(bias, C, "bias")
-    plan.mean = take64(mean, C, "stats.mean")
-    plan.var = take64(var, C, "stats.var")
-    flatten(&plan.p)
-    plan.p.stream = past_cache(&plan.p, plan.threads)
-    plan.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
-    plan.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
-    plan.eps = epsilon
-    plan.frozen = not training
-    allocate_scratch(&plan)
-    run(&plan, two_passes)
-    if out is not None and dx is not out:
-        out[...] = dx
+        return result
+    o.make_walkable(&call.p, o.x, False)
+    o.take(&call)
+    call.source.mean = take64(mean, C, "stats.mean")
+    call.source.var = take64(var, C, "stats.var")
+    call.dz, call.dz_dev = data64(dz), data64(dz_dev)
+    plan_and_allocate(&call, BN_SUMS, o.threads)
+    run(&call)
     return result
 
+
+cdef int check_part(m, count) except -1:
+    if m > count:
+        raise ValueError(f"stats are of {count} values per channel, but x, which is to be a part of these, has {m}; "
+                         "pass the statistics of the whole batch, merged from all of its parts")
+    return 0
+
+
+cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands o) except -1:
+    """Pooled sums for a part of m values a channel of the `count` that statistics are of."""
+    check_moment(sums[0], "dz", C, "sums", "GradSums")
+    check_moment(sums[1], "dz_dev", C, "sums", "GradSums")
+    if not training:
+        raise ValueError("sums are for training=True, gradients by fixed statistics need none; leave out sums")
+    if sums[2] != count:
+        raise ValueError(f"sums are of {sums[2]} values per channel, but stats of {count}; pass both of the whole batch, "
+                         "merged from all of its parts")
+    check_part(m, count)
+    if o.out is not None:
+        check_clear(o.out, "out", sums[0], "sums.dz")
+        check_clear(o.out, "out", sums[1], "sums.dz_dev")
+    return 0
+
+
+cdef void gradients_of_sums(const bn_call *call) noexcept:
+    """Those of the parameters, from pooled sums."""
+    cdef Py_ssize_t c
+    cdef double v
+    for c in range(call.p.C):
+        v = call.source.var[c] + call.source.eps
+        call.grad_weight[c] = <float> (call.dz_dev[c] / sqrt(v) if v > 0.0 else 0.0)
+        call.grad_bias[c] = <float> call.dz[c]
+
+
+def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
+             negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15):
+    """(grad_input, grad_weight, grad_bias, grad_residual), None for what is not in needs; mean and var are float64 of
+    shape (C,), over `count` values a channel. With `sums`, (dz, dz_dev, count), x is a part of those."""
+    cdef bn_call call
+    cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
+                                        activation, negative_slope, out, num_threads)
+    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    cdef bint to_input = needs & NEED_INPUT, to_parameters = needs & (NEED_WEIGHT | NEED_BIAS)
+    cdef bint to_residual = needs & NEED_RESIDUAL and (residual is not None or output is not None)
+    if o.out is not None and not to_input:
+        raise ValueError("out is where grad_input goes, which needs does not name; add 'input', or leave out out")
+    if sums is not None:
+        check_sums(sums, m, count, training, C, o)
+    elif training and C * m > 0 and count != m:
+        raise ValueError(
+            f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, or "
+            "with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or training=False where "
+            "they are fixed"
+        )
+    # the gradient goes through the statistics only to the input
+    call.p.fixed = not (training and to_input)
+    cdef bn_operation op = BN_BACKWARD
+    if not to_parameters and call.p.fixed or sums is not None:
+        op = BN_GRAD_INPUT
+    elif not to_input and not to_residual:
+        op = BN_SUMS
+    cdef cnp.ndarray like = o.x
+    if op == BN_GRAD_INPUT and call.p.fixed and activation is None:
+        o.x = o.grad_output  # x is not looked at, and need not be read
+    cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
+    cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
+    if C * m > 0:
+        o.make_walkable(&call.p, like, to_input or to_residual)
+    elif to_input:
+        o.y = o.out if o.out is not None else empty_for(&call.p, like, o.axis)
+    if to_residual:
+        o.grad_residual = writable(&call.p, None, like, o.axis)
+    result = (
+        o.result() if to_input else None, grad_weight if needs & NEED_WEIGHT else None,
+        grad_bias if needs & NEED_BIAS else None, o.grad_residual if to_residual else None,
+    )
+    if C * m == 0 and sums is None or not (to_input or to_residual or to_parameters):
+        return result
+    if C * m > 0:
+        o.take(&call)
+    call.source.mean = take64(mean, C, "stats.mean")
+    call.source.var = take64(var, C, "stats.var")
+    call.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
+    call.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
+    call.count = <double> m
+    if sums is not None:
+        call.dz = take64(sums[0], C, "sums.dz")
+        call.dz_dev = take64(sums[1], C, "sums.dz_dev")
+        call.count = <double> count
+        gradients_of_sums(&call)
+    if C * m == 0 or sums is not None and not (to_input or to_residual):
+        return result
+    plan_and_allocate(&call, op, o.threads)
+    run(&call)
+    o.copy_back()
+    return result
 
 cdef double unbiasing(double count, bint unbiased) noexcept:
     """Bessel's correction."""

@@ -41,20 +41,28 @@ static void features(int *avx2, int *avx512) {
 
 #endif
 
-int bn_supported(const bn_kernels *tables[3]) {
+#define SUPPORTED_baseline 1
+#define SUPPORTED_avx2     avx2
+#define SUPPORTED_avx512   avx512
+
+int bn_supported(const bn_kernels *tables[BN_MAX_ISAS]) {
     int n = 0;
-    tables[n++] = &bn_kernels_baseline;
 #if defined(FASTBN_HAVE_AVX2) || defined(FASTBN_HAVE_AVX512)
     int avx2, avx512;
     features(&avx2, &avx512);
 #endif
-#ifdef FASTBN_HAVE_AVX2
-    if (avx2)
-        tables[n++] = &bn_kernels_avx2;
-#endif
-#ifdef FASTBN_HAVE_AVX512
-    if (avx512)
-        tables[n++] = &bn_kernels_avx512;
-#endif
+#define TAKE(isa)                                                                                                      \
+    if (SUPPORTED_##isa)                                                                                               \
+        tables[n++] = &bn_kernels_##isa;
+    BN_ISAS(TAKE)
+#undef TAKE
     return n;
+}
+
+const char *bn_activation_name(int code) {
+#define NAME(code, name)                                                                                               \
+    case BN_##code: return name;
+    switch (code) { BN_ACTIVATIONS(NAME) }
+#undef NAME
+    return NULL;
 }

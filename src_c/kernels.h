@@ -1,7 +1,7 @@
-/* kernels.h: what a kernel is given, and the one list of kernels.
+/* kernels.h: what a kernel is given, and the lists of instruction sets, elements, activations and kernels.
  *
- * A kernel is a serial C function over a range of the work. It knows nothing of threads or Python, allocates
- * nothing and keeps no state. A tensor is walked in one of two ways:
+ * A kernel is a serial C function over a range of the work. It knows nothing of threads or Python, allocates nothing,
+ * keeps no state and decides nothing: a bn_pass tells it how to go. A tensor is walked in one of two ways:
  *
  *   BN_PLANES   (N, C, S): element (n, c, s) lies at data[n * outer + c * inner + s]       NCHW
  *   BN_ROWS     (N, S, C): element (n, s, c) lies at data[n * outer + s * inner + c]       channels-last, (N, C)
@@ -21,39 +21,86 @@
 
 #include <stddef.h>
 
+/* Instruction sets, the best last: X(name). Each has a vocabulary in simd/. */
+#define BN_BASELINE(X) X(baseline)
+#ifdef FASTBN_HAVE_AVX2
+#define BN_AVX2(X) X(avx2)
+#else
+#define BN_AVX2(X)
+#endif
+#ifdef FASTBN_HAVE_AVX512
+#define BN_AVX512(X) X(avx512)
+#else
+#define BN_AVX512(X)
+#endif
+#define BN_ISAS(X) BN_BASELINE(X) BN_AVX2(X) BN_AVX512(X)
+
+/* Activations: X(code, name in Python). What each does is in activations.inc.h. */
+#define BN_ACTIVATIONS(X)                                                                                              \
+    X(IDENTITY, NULL)                                                                                                  \
+    X(RELU, "relu")                                                                                                    \
+    X(RELU6, "relu6")                                                                                                  \
+    X(LEAKY_RELU, "leaky_relu")
+
+#define BN_CODE(code, name) BN_##code,
+enum { BN_ACTIVATIONS(BN_CODE) BN_N_ACTIVATIONS };
+#undef BN_CODE
+
 enum { BN_PLANES, BN_ROWS };
-#define BN_SHORT_PLANE 256                   /* values */
-#define BN_PANEL       2048                  /* columns at a time in sums over rows */
-#define BN_ROOM        (1024 + 5 * BN_PANEL) /* floats: their shifts and sums, and where they may begin */
-enum { BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU };
+enum { BN_CACHED, BN_STREAMED };
+
+/* Of the arithmetic, which bits depend on. */
+#define BN_LINE        16   /* values of a cache line, and how many coefficients follow the last */
+#define BN_SHORT_PLANE 256  /* values up to which a plane is summed in fewer lanes */
+#define BN_PANEL       2048 /* columns at a time in sums over rows */
+#define BN_ROOM        (5 * BN_PANEL) /* values: their shifts and sums */
 
 typedef struct {
-    float *data; /* NULL: absent */
+    void *data; /* NULL: absent */
     ptrdiff_t outer, inner;
 } bn_operand;
 
+/* What is to be done, whatever the machine: the operands that are there tell which operation it is. */
 typedef struct {
     int layout, activation;
-    int stream; /* write outputs past the cache; 2: inputs come from beyond it */
-    int packed; /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
+    int packed;      /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
+    int fixed;       /* statistics are constants: the gradient does not go through them */
+    int from_output; /* `residual` holds the forward call's y, which tells what the activation let pass */
     float negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;
-    ptrdiff_t pitch; /* of rows, in every operand: C if packed, more for columns of such rows; 0: they differ */
+    ptrdiff_t pitch; /* of rows, in every operand: C if packed; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
-    float *room; /* BN_ROOM floats from a cache line on, of this thread alone, for stats and sums over rows */
 } bn_problem;
 
-/* Per-channel coefficients, float32. For rows C * fold of them (of offset C), then 16 more that begin again with the
- * first; for planes C.
+/* How a pass goes over its elements. */
+typedef struct {
+    int rows;        /* of BN_ROWS at a time: 1, 2, 4 or 8 */
+    int store;       /* BN_CACHED, BN_STREAMED: written past the cache */
+    int by_batch;    /* short planes: all channels of a sample before the next sample */
+    int period;      /* vectors after which coefficients begin again that registers hold; 0: too many */
+    ptrdiff_t ahead; /* elements from what is read to what is prefetched meanwhile; 0: nothing is */
+} bn_pass;
+
+/* Per-channel coefficients. For rows C * fold of them (of offset C), then BN_LINE more that begin again with the first;
+ * for planes C.
  *   forward:   z = (x - mean) * scale + shift
  *   backward:  xhat = (x - mean) * invstd + offset
  *              dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
 typedef struct {
-    float *mean, *scale, *shift; /* pointers to float alone: owners move all of them by one distance */
-    float *invstd, *offset, *g_mean, *g_proj, *g_shift;
+    float *mean, *scale, *shift;
+    float *invstd, *offset, *g_mean, *g_proj, *g_shift; /* NULL: forward */
 } bn_coef;
+enum { BN_COEF_FORWARD = 3, BN_COEF_BACKWARD = 8 };
+
+/* Tiles [t0, t1) of channels (rows: columns) [c0, c1), and where their two sums of each go: to [(t - t0) * ld + c - c0].
+ * `room` is this thread's alone, for sums over rows: BN_ROOM values from a cache line on. */
+typedef struct {
+    ptrdiff_t t0, t1, c0, c1, ld;
+    double *a, *b;
+    float *room;
+} bn_tiles;
 
 /* Running averages of all channels: float32 values, float64 ones, or float32 ones with what each was rounded from,
  * which counts for as long as it rounds to that value. NULL: none. So many bytes apart, at any address. */
@@ -62,65 +109,62 @@ typedef struct {
     ptrdiff_t stride, exact_stride;
 } bn_running;
 
+/* What coefficients are made from; weight and bias may be NULL. */
+typedef struct {
+    const double *mean, *var;
+    const float *weight, *bias;
+    double eps;
+} bn_source;
+
 typedef struct {
     const char *name;
+    int lanes;   /* of a vector */
+    int held;    /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
 
-    /* The number of tiles of each channel. */
-    ptrdiff_t (*tiles)(const bn_problem *p);
-    /* How many rows BN_ROWS folds into one, of so many of C channels; with more rows it is the same or a multiple.
-     * Tiles are those of 0 rows. */
-    ptrdiff_t (*fold)(ptrdiff_t C, ptrdiff_t rows);
-    /* For tiles [t0, t1) of channels (rows: columns) [c0, c1): the mean and the sum of squared deviations, written
-     * at [(t - t0) * ld + (c - c0)]. Indexed by layout, as are the three below. */
-    void (*stats[2])(const bn_problem *p, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0, ptrdiff_t c1, double *mean,
-                     double *m2, ptrdiff_t ld);
-    /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1). Planes that are streamed prefetch
-     * x[i + ahead] on the way. */
-    void (*forward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
-    /* Like stats: sums of g = grad_output * activation'(z), and of g * (x - mean) * invstd. With frozen != 0 it also
-     * writes grad_input = g * scale and grad_residual = g, and that is the whole backward pass. */
-    void (*sums[2])(const bn_problem *p, const bn_coef *k, int frozen, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,
-                    ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld);
-    /* grad_input (and grad_residual) on elements [e0, e1). */
-    void (*backward[2])(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead);
-    /* Planes of more than BN_SHORT_PLANE values, streamed: forward on channels [c0, c0 + channels) and, in the same
-     * loop, stats of all tiles of [other, other + channels), with ld == channels; or backward and sums. */
-    void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,
-                              double *mean, double *m2);
-    void (*backward_and_sums)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,
-                              double *g, double *gx);
+    /* Planes and rows: the sums of each tile; of x - shift and its square, which give mean and squared deviations, or of
+     * g = grad_output * activation'(z) and g * (x - mean) * invstd. */
+    void (*stats[2])(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
+    void (*sums[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
+    /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1); grad_input and grad_residual. */
+    void (*forward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    void (*backward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    /* Planes of more than BN_SHORT_PLANE values, streamed: forward on channels from `done` on and, in the same loop,
+     * stats of all tiles of as many others; or backward and sums. */
+    void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
+                              const bn_tiles *to);
+    void (*backward_and_sums)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
+                              const bn_tiles *to);
 
-    /* Pools what stats wrote for all tiles of channels [c0, c1) into mean[c] and the biased variance var[c]. The
-     * tiles' arrays begin at channel c0 and are ld wide. */
-    void (*pool_stats)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
-                       ptrdiff_t ld, double *mean, double *var);
-    /* Adds up what sums wrote, to those of g and of g * xhat, which are the gradients of bias and weight. */
-    void (*pool_sums)(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gx, ptrdiff_t ld, double *g, double *gx, float *grad_weight, float *grad_bias);
-    /* The coefficients of channels [c0, c1) from float64 statistics; weight and bias may be NULL. */
-    void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
-                 const float *weight, const float *bias, double eps, const bn_coef *k);
+    /* Pools all tiles of channels [c0, c1) of `from`, whose arrays begin at channel `first`, into mean[c] and the
+     * biased variance var[c]; or into the sums of g and of g * xhat, the gradients of bias and weight. */
+    void (*pool_stats)(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean, double *var);
+    void (*pool_sums)(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
+                      double *g, double *gx);
+    /* The coefficients of channels [c0, c1): of the forward pass, from float32 statistics too; and the batch terms of
+     * the backward pass, from pooled sums over so many values. */
+    void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_source *from, const bn_coef *k);
+    void (*running_coef)(const bn_problem *p, const float *mean, const float *var, const bn_source *from,
+                         const bn_coef *k);
+    void (*backward_coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
+                          double count, const bn_coef *k);
     /* running = (1 - momentum) * running + momentum * (batch * factor) in float64, of channels [c0, c1). A channel
      * where `finite`, if that is not NULL, is beyond float32 stays as it is. */
     void (*move_running)(const bn_running *running, const double *batch, const double *finite, ptrdiff_t c0,
                          ptrdiff_t c1, double momentum, double factor);
-    /* The coefficients of all channels from float32 running statistics. */
-    void (*running_coef)(const bn_problem *p, const float *mean, const float *var, const float *weight,
-                         const float *bias, double eps, const bn_coef *k);
-    /* Puts the batch terms of the backward pass in, after coef, from the pooled sums. */
-    void (*backward_coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
-                          const bn_coef *k);
 } bn_kernels;
 
-extern const bn_kernels bn_kernels_baseline;
-#ifdef FASTBN_HAVE_AVX2
-extern const bn_kernels bn_kernels_avx2;
-#endif
-#ifdef FASTBN_HAVE_AVX512
-extern const bn_kernels bn_kernels_avx512;
-#endif
+#define BN_DECLARE(isa) extern const bn_kernels bn_kernels_##isa;
+BN_ISAS(BN_DECLARE)
+#undef BN_DECLARE
 
 /* The kernels this CPU can run, the best last; returns their number. */
-int bn_supported(const bn_kernels *tables[3]);
+enum { BN_MAX_ISAS = 3 };
+int bn_supported(const bn_kernels *tables[BN_MAX_ISAS]);
+
+/* Rows that are folded into one, of C channels. */
+ptrdiff_t bn_fold(ptrdiff_t C);
+
+/* What an activation is called in Python; NULL for none. */
+const char *bn_activation_name(int code);
 
 #endif

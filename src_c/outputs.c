@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lock.h"
 #include "outputs.h"
 
 /* A page, so that an output lies at its input's offset or just below, as long as that is of ours or malloc's too. A bit
@@ -62,7 +63,13 @@ static void trim(size_t bytes, int entries) {
         free(header_of(take(0))->start);
 }
 
-void *bn_output_malloc(size_t size) {
+static size_t give_back(void) {
+    const size_t given = held;
+    trim(0, 0);
+    return given;
+}
+
+static void *get(size_t size) {
     int best = -1;
     size_t best_capacity = size + size / 8; /* more would be wasted */
     for (int i = 0; i < n_kept; i++) {
@@ -75,23 +82,12 @@ void *bn_output_malloc(size_t size) {
     if (best >= 0)
         return take(best);
     void *memory = allocate(size);
-    if (!memory && n_kept) {
-        bn_output_give_back();
+    if (!memory && give_back())
         memory = allocate(size);
-    }
     return memory;
 }
 
-void *bn_output_calloc(size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size)
-        return NULL;
-    void *memory = bn_output_malloc(count * size);
-    return memory ? memset(memory, 0, count * size) : NULL;
-}
-
-void bn_output_free(void *memory) {
-    if (!memory)
-        return;
+static void put(void *memory) {
     const size_t capacity = header_of(memory)->capacity;
     if (capacity > limit) {
         free(header_of(memory)->start);
@@ -102,21 +98,51 @@ void bn_output_free(void *memory) {
     held += capacity;
 }
 
-void *bn_output_realloc(void *memory, size_t size) {
-    void *moved = bn_output_malloc(size);
+void *bn_output_malloc(void *unused, size_t size) {
+    (void)unused;
+    bn_lock();
+    void *memory = get(size);
+    bn_unlock();
+    return memory;
+}
+
+void *bn_output_calloc(void *unused, size_t count, size_t size) {
+    if (size && count > SIZE_MAX / size)
+        return NULL;
+    void *memory = bn_output_malloc(unused, count * size);
+    return memory ? memset(memory, 0, count * size) : NULL;
+}
+
+void bn_output_free(void *unused, void *memory, size_t size) {
+    (void)unused, (void)size;
+    bn_lock();
+    if (memory)
+        put(memory);
+    bn_unlock();
+}
+
+void *bn_output_realloc(void *unused, void *memory, size_t size) {
+    void *moved = bn_output_malloc(unused, size);
     if (moved && memory) {
         const size_t capacity = header_of(memory)->capacity;
         memcpy(moved, memory, capacity < size ? capacity : size);
-        bn_output_free(memory);
+        bn_output_free(unused, memory, 0);
     }
     return moved;
 }
 
-void bn_output_give_back(void) { trim(0, 0); }
+size_t bn_output_give_back(void) {
+    bn_lock();
+    const size_t given = give_back();
+    bn_unlock();
+    return given;
+}
 
 void bn_output_set_limit(size_t bytes) {
+    bn_lock();
     limit = bytes;
     trim(limit, MAX_KEPT);
+    bn_unlock();
 }
 
 size_t bn_output_limit(void) { return limit; }

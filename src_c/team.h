@@ -180,11 +180,11 @@ static inline void bn_set_arithmetic(bn_arithmetic a) { fesetenv(&a); }
 
 /* ---- the region */
 
-typedef void (*bn_member)(void *work, int member, int team);
+typedef void (*bn_work)(void *work, int member, int team);
 
 /* Call `work` as each member of a team. Rounding mode and flush-to-zero are the caller's in all of them, or the number
  * of threads would change bits. Returns whether the team was new, and its threads had to be started. */
-static inline int bn_in_team(int threads, bn_member member, void *work) {
+static inline int bn_in_team(int threads, bn_work member, void *work) {
 #if BN_OPENMP
     int fresh = threads > bn_team_held;
     const bn_arithmetic callers = bn_get_arithmetic();

@@ -2,86 +2,84 @@
 
 /* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
  * and a tile adds n * (its mean - the mean)^2 to its own squared deviations. Means are taken relative to the first
- * tile's, so that equal ones pool to exactly themselves. */
-static void pool_stats(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *tile_mean, const double *tile_m2,
-                       ptrdiff_t ld, double *mean, double *var) {
-    const ptrdiff_t T = tiles(p);
+ * tile's, so that equal ones pool to exactly themselves. Of n <= BLOCK channels, `at` after the first of `from`. */
+static void pool_block(const bn_problem *p, const bn_tiles *from, ptrdiff_t at, ptrdiff_t n, double *mean,
+                       double *var) {
+    const ptrdiff_t T = from->t1;
     const double total = (double)(p->N * p->S);
-    if (T == 1 && p->fold == 1) {
-        for (ptrdiff_t c = c0; c < c1; c++) {
-            mean[c] = tile_mean[c - c0];
-            var[c] = tile_m2[c - c0] / total;
+    const double *const first = from->a + at;
+    double m[BLOCK], q[BLOCK];
+    for (ptrdiff_t c = 0; c < n; c++)
+        m[c] = q[c] = 0.0;
+    for (ptrdiff_t t = 0; t < T; t++) {
+        double w;
+        const ptrdiff_t F = tile_repetitions(p, t, &w);
+        for (ptrdiff_t f = 0; f < F; f++) {
+            const double *tm = first + t * from->ld + f * p->C;
+            for (ptrdiff_t c = 0; c < n; c++)
+                m[c] += w * (tm[c] - first[c]);
         }
-        return;
     }
-    for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
-        const ptrdiff_t cols = min_z(BLOCK, c1 - cb);
-        double m[BLOCK], q[BLOCK];
-        for (ptrdiff_t c = 0; c < cols; c++)
-            m[c] = q[c] = 0.0;
-        for (ptrdiff_t t = 0; t < T; t++) {
-            double w;
-            const ptrdiff_t F = tile_repetitions(p, t, &w);
-            for (ptrdiff_t f = 0; f < F; f++) {
-                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
-                for (ptrdiff_t c = 0; c < cols; c++)
-                    m[c] += w * (tm[c] - tile_mean[cb - c0 + c]);
+    for (ptrdiff_t c = 0; c < n; c++)
+        m[c] = first[c] + m[c] / total;
+    for (ptrdiff_t t = 0; t < T; t++) {
+        double w;
+        const ptrdiff_t F = tile_repetitions(p, t, &w);
+        for (ptrdiff_t f = 0; f < F; f++) {
+            const double *tm = first + t * from->ld + f * p->C;
+            const double *tq = from->b + at + t * from->ld + f * p->C;
+            for (ptrdiff_t c = 0; c < n; c++) {
+                const double d = tm[c] - m[c];
+                q[c] += tq[c] + w * (d * d);
             }
         }
-        for (ptrdiff_t c = 0; c < cols; c++)
-            m[c] = tile_mean[cb - c0 + c] + m[c] / total;
-        for (ptrdiff_t t = 0; t < T; t++) {
-            double w;
-            const ptrdiff_t F = tile_repetitions(p, t, &w);
-            for (ptrdiff_t f = 0; f < F; f++) {
-                const double *tm = tile_mean + t * ld + f * p->C + (cb - c0);
-                const double *tq = tile_m2 + t * ld + f * p->C + (cb - c0);
-                for (ptrdiff_t c = 0; c < cols; c++) {
-                    const double d = tm[c] - m[c];
-                    q[c] += tq[c] + w * (d * d);
-                }
-            }
-        }
-        for (ptrdiff_t c = 0; c < cols; c++) {
-            mean[cb + c] = m[c];
-            var[cb + c] = q[c] / total;
-        }
+    }
+    for (ptrdiff_t c = 0; c < n; c++) {
+        mean[c] = m[c];
+        var[c] = q[c] / total;
     }
 }
 
+static void pool_stats(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                       double *var) {
+    const double total = (double)(p->N * p->S);
+    if (from->t1 == 1 && p->fold == 1)
+        for (ptrdiff_t c = c0; c < c1; c++) {
+            mean[c] = from->a[c - from->c0];
+            var[c] = from->b[c - from->c0] / total;
+        }
+    else
+        for (ptrdiff_t c = c0; c < c1; c += BLOCK)
+            pool_block(p, from, c - from->c0, min_z(BLOCK, c1 - c), mean + c, var + c);
+}
+
 /* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
-static void pool_sums(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *tile_g,
-                      const double *tile_gx, ptrdiff_t ld, double *restrict g, double *restrict gx,
-                      float *restrict grad_weight, float *restrict grad_bias) {
-    const ptrdiff_t T = tiles(p);
-    const int alone = T == 1 && p->fold == 1; /* the first tile is all there is */
+static void pool_sums(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
+                      double *restrict g, double *restrict gx) {
+    const int alone = from->t1 == 1 && p->fold == 1; /* the first tile is all there is */
     for (ptrdiff_t c = c0; c < c1; c++)
-        g[c] = alone ? tile_g[c - c0] : 0.0;
+        g[c] = alone ? from->a[c - from->c0] : 0.0;
     for (ptrdiff_t c = c0; c < c1; c++)
-        gx[c] = alone ? tile_gx[c - c0] : 0.0;
-    for (ptrdiff_t t = 0; t < T && !alone; t++) {
+        gx[c] = alone ? from->b[c - from->c0] : 0.0;
+    for (ptrdiff_t t = 0; t < from->t1 && !alone; t++) {
         double values;
         const ptrdiff_t F = tile_repetitions(p, t, &values);
         for (ptrdiff_t f = 0; f < F; f++) {
-            const ptrdiff_t at = t * ld + f * p->C - c0;
+            const ptrdiff_t at = t * from->ld + f * p->C - from->c0;
             for (ptrdiff_t c = c0; c < c1; c++) {
-                g[c] += tile_g[at + c];
-                gx[c] += tile_gx[at + c];
+                g[c] += from->a[at + c];
+                gx[c] += from->b[at + c];
             }
         }
     }
     for (ptrdiff_t c = c0; c < c1; c++)
         gx[c] += g[c] * k->offset[c];
-    for (ptrdiff_t c = c0; c < c1; c++)
-        grad_weight[c] = (float)gx[c];
-    for (ptrdiff_t c = c0; c < c1; c++)
-        grad_bias[c] = (float)g[c];
 }
 
-/* In every repetition of the channels, and in the LINE values behind the last, where the first follow again. Planes
+/* In every repetition of the channels, and in the BN_LINE values behind the last, where the first follow again. Planes
  * want none of it, and there an owner may have its coefficients. */
 static void repeat(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, float *v) {
-    const ptrdiff_t width = p->C * p->fold + LINE;
+    const ptrdiff_t width = p->C * p->fold + BN_LINE;
     if (c0 == c1 || p->layout == BN_PLANES)
         return;
     if (c1 - c0 == p->C)
@@ -151,18 +149,17 @@ static void repeat_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const b
         repeat(p, c0, c1, k->invstd);
 }
 
-static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *mean, const double *var,
-                 const float *weight, const float *bias, double eps, const bn_coef *k) {
+static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_source *from, const bn_coef *k) {
     for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK) {
         const ptrdiff_t n = min_z(BLOCK, c1 - cb);
         double lo[BLOCK], v[BLOCK];
         float hi[BLOCK];
         for (ptrdiff_t c = 0; c < n; c++) {
-            hi[c] = (float)mean[cb + c];
-            lo[c] = mean[cb + c] - hi[c];
-            v[c] = var[cb + c] + eps;
+            hi[c] = (float)from->mean[cb + c];
+            lo[c] = from->mean[cb + c] - hi[c];
+            v[c] = from->var[cb + c] + from->eps;
         }
-        coef_block(cb, n, hi, lo, v, weight, bias, k);
+        coef_block(cb, n, hi, lo, v, from->weight, from->bias, k);
     }
     repeat_coef(p, c0, c1, k);
 }
@@ -200,14 +197,14 @@ static void move_running(const bn_running *r, const double *batch, const double 
         move_towards(r->value, sizeof(float), NULL, 0, batch, NULL, c0, c1, momentum, factor);
 }
 
-static void running_coef(const bn_problem *p, const float *mean, const float *var, const float *weight,
-                         const float *bias, double eps, const bn_coef *k) {
+static void running_coef(const bn_problem *p, const float *mean, const float *var, const bn_source *from,
+                         const bn_coef *k) {
     for (ptrdiff_t cb = 0; cb < p->C; cb += BLOCK) {
         const ptrdiff_t n = min_z(BLOCK, p->C - cb);
         double v[BLOCK];
         for (ptrdiff_t c = 0; c < n; c++)
-            v[c] = var[cb + c] + eps;
-        coef_block(cb, n, mean + cb, NULL, v, weight, bias, k);
+            v[c] = var[cb + c] + from->eps;
+        coef_block(cb, n, mean + cb, NULL, v, from->weight, from->bias, k);
     }
     repeat_coef(p, 0, p->C, k);
 }
@@ -236,8 +233,8 @@ INLINE void backward_coef_block(ptrdiff_t cb, ptrdiff_t n, double share, const d
 }
 
 static void backward_coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
-                          const bn_coef *k) {
-    const double share = 1.0 / (double)(p->N * p->S);
+                          double count, const bn_coef *k) {
+    const double share = 1.0 / count;
     for (ptrdiff_t cb = c0; cb < c1; cb += BLOCK)
         backward_coef_block(cb, min_z(BLOCK, c1 - cb), share, g, gx, k);
     repeat(p, c0, c1, k->g_mean);

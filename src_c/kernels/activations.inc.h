@@ -1,0 +1,109 @@
+/* activations.inc.h: what each activation of BN_ACTIVATIONS does to z, and to the gradient that reaches z.
+ *
+ * forward_CODE(z, a) and gradient_CODE(dy, z, a), with what `a` holds of the call. A NaN in z stays one, and lets the
+ * gradient pass, as in PyTorch. */
+
+typedef struct {
+    vf slope; /* of leaky_relu */
+    vf cap;   /* 6 for relu6; NaN for relu, which no comparison finds smaller or larger */
+} vact;
+
+INLINE vf forward_IDENTITY(vf z, const vact *a) {
+    (void)a;
+    return z;
+}
+INLINE vf gradient_IDENTITY(vf dy, vf z, const vact *a) {
+    (void)z, (void)a;
+    return dy;
+}
+
+/* ReLU and ReLU6: one code for both, as the commonest have code of their own. */
+INLINE vf forward_clipped(vf z, const vact *a) { return vmin(a->cap, vmax(vset1(0), z)); }
+INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
+    return vselect(vor(vle(z, vset1(0)), vle(a->cap, z)), vset1(0), dy);
+}
+#define forward_RELU   forward_clipped
+#define gradient_RELU  gradient_clipped
+#define forward_RELU6  forward_clipped
+#define gradient_RELU6 gradient_clipped
+
+INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
+INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) {
+    return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy);
+}
+
+/* In an instance of a kernel an activation is PLAIN (none), CLIPPED (relu, relu6) or looked up for each few vectors. */
+enum { PLAIN, CLIPPED, ANY };
+
+INLINE vact activation_of(const bn_problem *p) {
+    const vact a = {vset1(p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
+    return a;
+}
+
+INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) {
+    if (act == CLIPPED)
+        for (int j = 0; j < n; j++)
+            z[j] = forward_clipped(z[j], a);
+    if (act != ANY)
+        return;
+#define CASE(code, name)                                                                                               \
+    case BN_##code:                                                                                                    \
+        for (int j = 0; j < n; j++)                                                                                    \
+            z[j] = forward_##code(z[j], a);                                                                            \
+        break;
+    switch (p->activation) { BN_ACTIVATIONS(CASE) }
+#undef CASE
+}
+
+/* dy becomes the gradient that reaches z. */
+INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, const vf *z, vf *dy) {
+    if (act == CLIPPED)
+        for (int j = 0; j < n; j++)
+            dy[j] = gradient_clipped(dy[j], z[j], a);
+    if (act != ANY)
+        return;
+#define CASE(code, name)                                                                                               \
+    case BN_##code:                                                                                                    \
+        for (int j = 0; j < n; j++)                                                                                    \
+            dy[j] = gradient_##code(dy[j], z[j], a);                                                                   \
+        break;
+    switch (p->activation) { BN_ACTIVATIONS(CASE) }
+#undef CASE
+}
+
+/* Calls body(act, residual) as an instance: with these as constants the compiler drops what is not needed. Residual:
+ * 0, 1, or MAYBE, which looks at each vector anew. */
+#define MAYBE 2
+#define SPECIALIZE(p, body)                                                                                            \
+    switch ((p)->activation) {                                                                                         \
+    case BN_IDENTITY:                                                                                                  \
+        if ((p)->residual.data) {                                                                                      \
+            body(PLAIN, 1);                                                                                            \
+        } else {                                                                                                       \
+            body(PLAIN, 0);                                                                                            \
+        }                                                                                                              \
+        break;                                                                                                         \
+    case BN_RELU:                                                                                                      \
+    case BN_RELU6:                                                                                                     \
+        if ((p)->residual.data) {                                                                                      \
+            body(CLIPPED, 1);                                                                                          \
+        } else {                                                                                                       \
+            body(CLIPPED, 0);                                                                                          \
+        }                                                                                                              \
+        break;                                                                                                         \
+    default: body(ANY, MAYBE);                                                                                         \
+    }
+/* The gradient does not look at a residual where there is no activation. */
+#define SPECIALIZE_GRADIENT(p, body)                                                                                   \
+    switch ((p)->activation) {                                                                                         \
+    case BN_IDENTITY: body(PLAIN, 0); break;                                                                           \
+    case BN_RELU:                                                                                                      \
+    case BN_RELU6:                                                                                                     \
+        if ((p)->residual.data) {                                                                                      \
+            body(CLIPPED, 1);                                                                                          \
+        } else {                                                                                                       \
+            body(CLIPPED, 0);                                                                                          \
+        }                                                                                                              \
+        break;                                                                                                         \
+    default: body(ANY, MAYBE);                                                                                         \
+    }

@@ -1,0 +1,367 @@
+/* schedule.c: what each thread of a call does, in which order, and where it waits for the others.
+ *
+ * Which of them does what never changes a result: tiles, and the order in which they are pooled, depend on shape and
+ * memory layout alone. */
+#include <stdint.h>
+
+#include "schedule.h"
+#include "tiles.h"
+
+/* What some channels are worked on with: their sums, or those of one owner. All but the tiles are indexed by channel,
+ * so that the arrays of an owner begin before its memory does, where nothing is touched. */
+typedef struct {
+    double *tile_a, *tile_b;
+    double *mean, *var, *g, *gx;
+    bn_coef k;
+    float *room;
+} workplace;
+
+typedef void (*item)(const bn_call *call, const workplace *at, ptrdiff_t i);
+
+static ptrdiff_t first_of(ptrdiff_t items, int i, int n) { return (items * i + n - 1) / n; }
+
+/* This member's share of the items: the first members may have one more. */
+static void for_each(const bn_call *call, const bn_member *me, const workplace *at, ptrdiff_t items, item work) {
+    for (ptrdiff_t i = first_of(items, me->member, me->team); i < first_of(items, me->member + 1, me->team); i++)
+        work(call, at, i);
+}
+
+static void wait_for_all(const bn_member *me) {
+    if (me->team > 1)
+        me->wait(me->arg);
+}
+
+/* Where share i of n begins, at a multiple of unit. */
+static ptrdiff_t share(ptrdiff_t total, ptrdiff_t i, ptrdiff_t n, ptrdiff_t unit) {
+    return i == n ? total : part(total, i, n) / unit * unit;
+}
+
+void bn_coef_at(bn_coef *k, char *at, size_t step, int backward) {
+    const bn_coef none = {0};
+    *k = none;
+    k->mean = (float *)at;
+    k->scale = (float *)(at + step);
+    k->shift = (float *)(at + 2 * step);
+    if (backward) {
+        k->invstd = (float *)(at + 3 * step);
+        k->offset = (float *)(at + 4 * step);
+        k->g_mean = (float *)(at + 5 * step);
+        k->g_proj = (float *)(at + 6 * step);
+        k->g_shift = (float *)(at + 7 * step);
+    }
+}
+
+/* ---- where things are */
+
+#define PAGE   ((uintptr_t)4096) /* addresses whole pages apart are alike to a load that comes after a store */
+#define PLACES 8                 /* to choose from */
+
+/* How far two addresses are from each other in their low bits: half a page if half a period. */
+static uintptr_t apart(uintptr_t a, uintptr_t b, uintptr_t period) {
+    const uintptr_t d = (a - b) & (period - 1);
+    return (d < period - d ? d : period - d) * (PAGE / period);
+}
+
+/* As far as can be, in the low bits of addresses, from all that is loaded beside it: what is loaded for the next columns
+ * would wait for what is stored to these, or both would crowd each other out of a set of L1. Rows of few lines, or of an
+ * odd number, are near whatever there is. */
+char *bn_clear_of_rows(char *memory, const void *const *rows, int n, size_t bytes_of_row) {
+    const uintptr_t low = bytes_of_row & (~bytes_of_row + 1), period = low < PAGE ? low : PAGE;
+    uintptr_t most = 0;
+    char *best = memory;
+    for (char *at = memory; period > PAGE / PLACES && at < memory + PAGE; at += PAGE / PLACES) {
+        uintptr_t least = PAGE;
+        for (int i = 0; i < n; i++) {
+            const uintptr_t d = apart((uintptr_t)at, (uintptr_t)rows[i], period);
+            least = d < least ? d : least;
+        }
+        if (least > most) {
+            most = least;
+            best = at;
+        }
+    }
+    return best;
+}
+
+/* The array that begins at channel `first`, as if it began at channel 0. */
+static void *from_channel(void *array, ptrdiff_t first, size_t size) {
+    return (void *)((uintptr_t)array - (uintptr_t)first * size);
+}
+
+static void index_by_channel(workplace *w, ptrdiff_t first) {
+    float **const arrays[] = {&w->k.mean,   &w->k.scale,  &w->k.shift,  &w->k.invstd,
+                              &w->k.offset, &w->k.g_mean, &w->k.g_proj, &w->k.g_shift};
+    for (int i = 0; i < BN_COEF_BACKWARD; i++)
+        if (*arrays[i])
+            *arrays[i] = from_channel(*arrays[i], first, sizeof(float));
+    w->g = from_channel(w->g, first, sizeof(double));
+    w->gx = from_channel(w->gx, first, sizeof(double));
+}
+
+/* Statistics and sums go to their caller, or where they are needed meanwhile. */
+static void results_to(const bn_call *call, workplace *w) {
+    w->mean = call->mean ? call->mean : w->g; /* which the forward pass has no other use for */
+    w->var = call->var ? call->var : w->gx;
+}
+
+static int has_backward_coef(const bn_call *call) { return call->p.grad_output.data != NULL; }
+
+/* Of the owner of item i. */
+static workplace owners_place(const bn_call *call, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t owner = i * plan->owners / plan->owner_items;
+    const ptrdiff_t first = share(plan->owned, first_of(plan->owner_items, (int)owner, plan->owners),
+                                  plan->owner_items, plan->way == BN_OVERLAPPED ? 1 : plan->unit);
+    const ptrdiff_t most = plan->scratch.owner_channels;
+    workplace w = {0};
+    w.tile_a = (double *)(call->scratch + plan->scratch.owners + (size_t)owner * plan->scratch.owner_step);
+    w.tile_b = w.tile_a + plan->T * most;
+    w.g = w.tile_b + plan->T * most;
+    w.gx = w.g + most;
+    char *const coef = (char *)(((uintptr_t)(w.gx + most) + 63) / 64 * 64);
+    bn_coef_at(&w.k, coef, ((size_t)most * sizeof(float) + 63) / 64 * 64, has_backward_coef(call));
+    index_by_channel(&w, first);
+    results_to(call, &w);
+    return w;
+}
+
+/* Of all channels without an owner; the room is this member's. */
+static workplace shared_place(const bn_call *call, const bn_member *me) {
+    const bn_problem *p = &call->p;
+    const bn_scratch *s = &call->plan.scratch;
+    const size_t bytes_of_row = (size_t)call->plan.width * sizeof(float);
+    const void *beside[] = {p->x.data, p->grad_output.data ? p->grad_output.data : p->x.data,
+                            p->grad_input.data ? p->grad_input.data : p->y.data ? p->y.data : p->x.data, NULL};
+    workplace w = {0};
+    w.k = call->k;
+    if (call->scratch == NULL)
+        return w;
+    w.tile_a = (double *)(call->scratch + s->tile_a);
+    w.tile_b = (double *)(call->scratch + s->tile_b);
+    w.g = (double *)(call->scratch + s->g);
+    w.gx = (double *)(call->scratch + s->gx);
+    if (!w.k.mean && s->bytes > s->coef) {
+        char *const at = bn_clear_of_rows(call->scratch + s->coef, beside, p->layout == BN_ROWS ? 3 : 0, bytes_of_row);
+        bn_coef_at(&w.k, at, s->coef_step, has_backward_coef(call));
+    }
+    if (p->layout == BN_ROWS && bn_first_pass(call->plan.op)) {
+        beside[3] = w.k.mean;
+        char *const room = call->scratch + s->rooms + (size_t)me->member * s->room_step;
+        w.room = (float *)bn_clear_of_rows(room, beside, w.k.mean ? 4 : 3, bytes_of_row);
+    }
+    index_by_channel(&w, call->plan.owned);
+    results_to(call, &w);
+    return w;
+}
+
+/* ---- the passes over some channels */
+
+static void make_coef(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
+    bn_source from = call->source;
+    if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
+        from.mean = at->mean;
+        from.var = at->var;
+    }
+    call->K->coef(&call->p, c0, c1, &from, &at->k);
+}
+
+/* From the tiles of channels [c0, c1) to all that needs them. */
+static void finish_first_pass(const bn_call *call, const workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
+                              ptrdiff_t c1) {
+    if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
+        call->K->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
+        if (bn_second_pass(call->plan.op))
+            make_coef(call, at, c0, c1);
+        const double *finite = call->skip_nonfinite ? at->var : NULL;
+        if (call->update) {
+            call->K->move_running(&call->running_mean, at->mean, finite, c0, c1, call->momentum, 1.0);
+            call->K->move_running(&call->running_var, at->var, finite, c0, c1, call->momentum, call->unbiasing);
+        }
+        return;
+    }
+    call->K->pool_sums(&call->p, &at->k, tiles, c0, c1, at->g, at->gx);
+    for (ptrdiff_t c = c0; call->grad_weight && c < c1; c++)
+        call->grad_weight[c] = (float)at->gx[c];
+    for (ptrdiff_t c = c0; call->grad_bias && c < c1; c++)
+        call->grad_bias[c] = (float)at->g[c];
+    for (ptrdiff_t c = c0; call->dz && c < c1; c++) {
+        call->dz[c] = at->g[c];
+        call->dz_dev[c] = at->k.invstd[c] != 0.0f ? at->gx[c] / at->k.invstd[c] : 0.0;
+    }
+    if (bn_second_pass(call->plan.op) && !call->p.fixed)
+        call->K->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
+}
+
+/* Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many channels from `done`
+ * on, unless that is negative. */
+static void first_pass(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1, ptrdiff_t done) {
+    const bn_kernels *K = call->K;
+    const bn_problem *p = &call->p;
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t from = plan->by_columns ? c0 : 0; /* of the tiles' memory */
+    const bn_tiles tiles = {0, plan->T, c0, c1, c1 - c0, at->tile_a + from, at->tile_b + from, at->room};
+    if (bn_first_pass(plan->op) == BN_PASS_STATS) {
+        if (done < 0)
+            K->stats[p->layout](p, &plan->sums, &tiles);
+        else
+            K->forward_and_stats(p, &at->k, &plan->overlap, done, &tiles);
+    } else {
+        make_coef(call, at, c0, c1);
+        if (done < 0)
+            K->sums[p->layout](p, &at->k, &plan->sums, &tiles);
+        else
+            K->backward_and_sums(p, &at->k, &plan->overlap, done, &tiles);
+    }
+    finish_first_pass(call, at, &tiles, c0, c1);
+}
+
+static void apply(const bn_call *call, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
+    if (bn_second_pass(call->plan.op) == BN_PASS_FORWARD)
+        call->K->forward[call->p.layout](&call->p, k, how, e0, e1);
+    else
+        call->K->backward[call->p.layout](&call->p, k, how, e0, e1);
+}
+
+/* ---- channels with an owner */
+
+static void second_pass(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
+    const bn_problem *p = &call->p;
+    for (ptrdiff_t n = p->N - 1; n >= 0; n--)
+        apply(call, &at->k, &call->plan.apply, (n * p->C + c0) * p->S, (n * p->C + c1) * p->S);
+}
+
+static void owned_group(const bn_call *call, const workplace *unused, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, plan->unit);
+    const ptrdiff_t c1 = share(plan->owned, i + 1, plan->owner_items, plan->unit);
+    (void)unused;
+    if (c0 == c1)
+        return;
+    const workplace at = owners_place(call, i);
+    first_pass(call, &at, c0, c1, -1);
+    if (bn_second_pass(plan->op))
+        second_pass(call, &at, c0, c1);
+}
+
+/* The second pass of each group of channels in one loop with the first pass of the next. */
+static void overlapped_groups(const bn_call *call, const workplace *unused, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t end = share(plan->owned, i + 1, plan->owner_items, 1);
+    ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, 1), c1 = min_z(c0 + plan->group, end);
+    (void)unused;
+    const workplace at = owners_place(call, i);
+    first_pass(call, &at, c0, c1, -1);
+    while (c0 < end) {
+        const ptrdiff_t c2 = min_z(c1 + plan->group, end);
+        if (c1 < c2)
+            first_pass(call, &at, c1, c2, c0);
+        if (c2 - c1 < c1 - c0)
+            second_pass(call, &at, c0 + c2 - c1, c1);
+        c0 = c1;
+        c1 = c2;
+    }
+}
+
+/* ---- channels without one: tiles are shared out, then channels, then elements */
+
+static void columns_of_one_tile(const bn_call *call, const workplace *at, ptrdiff_t i) {
+    const ptrdiff_t c0 = share(call->plan.width, i, call->plan.tiles.items, 16);
+    const ptrdiff_t c1 = share(call->plan.width, i + 1, call->plan.tiles.items, 16);
+    if (c0 < c1)
+        first_pass(call, at, c0, c1, -1);
+}
+
+static void coef_of_channels(const bn_call *call, const workplace *at, ptrdiff_t i) {
+    const ptrdiff_t first = call->plan.owned, C = call->p.C - first, items = call->plan.coef.items;
+    const ptrdiff_t c0 = first + share(C, i, items, 16), c1 = first + share(C, i + 1, items, 16);
+    make_coef(call, at, c0, c1);
+    if (bn_first_pass(call->plan.op) || call->p.fixed)
+        return;
+    for (ptrdiff_t c = c0; c < c1; c++) { /* of sums that are given */
+        at->g[c] = call->dz[c];
+        at->gx[c] = call->dz_dev[c] * at->k.invstd[c];
+    }
+    call->K->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
+}
+
+static void some_tiles(const bn_call *call, const workplace *at, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t panels = plan->tiles.panels, strips = plan->tiles.items / panels, ld = plan->width - plan->owned;
+    const ptrdiff_t t0 = share(plan->T, i / panels, strips, 1), t1 = share(plan->T, i / panels + 1, strips, 1);
+    const ptrdiff_t c0 = share(ld, i % panels, panels, 16), c1 = share(ld, i % panels + 1, panels, 16);
+    const ptrdiff_t begin = t0 * ld + c0;
+    const bn_tiles tiles = {t0, t1,   plan->owned + c0, plan->owned + c1, ld, at->tile_a + begin, at->tile_b + begin,
+                            at->room};
+    if (bn_first_pass(plan->op) == BN_PASS_STATS)
+        call->K->stats[call->p.layout](&call->p, &plan->sums, &tiles);
+    else
+        call->K->sums[call->p.layout](&call->p, &at->k, &plan->sums, &tiles);
+}
+
+static void pool_channels(const bn_call *call, const workplace *at, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const ptrdiff_t first = plan->owned, C = call->p.C - first;
+    const ptrdiff_t c0 = first + share(C, i, plan->pool.items, 16), c1 = first + share(C, i + 1, plan->pool.items, 16);
+    const bn_tiles all = {0, plan->T, first, plan->width, plan->width - first, at->tile_a, at->tile_b, NULL};
+    if (c0 < c1)
+        finish_first_pass(call, at, &all, c0, c1);
+}
+
+/* All elements are shared out, or (behind owned channels) those of one sample. */
+static void some_elements(const bn_call *call, const workplace *at, ptrdiff_t i) {
+    const bn_plan *plan = &call->plan;
+    const bn_problem *p = &call->p;
+    const ptrdiff_t pieces = plan->owned ? plan->elements.panels : plan->elements.items;
+    const ptrdiff_t length = plan->owned ? (p->C - plan->owned) * p->S : p->N * p->C * p->S;
+    const ptrdiff_t base = plan->owned ? (i / pieces * p->C + plan->owned) * p->S : 0;
+    const ptrdiff_t e0 = base + share(length, i % pieces, pieces, 16);
+    ptrdiff_t e1 = base + share(length, i % pieces + 1, pieces, 16);
+    bn_pass how = plan->apply;
+    if (!plan->reversed) {
+        apply(call, &at->k, &how, e0, e1);
+        return;
+    }
+    if (p->layout == BN_PLANES)
+        how.ahead = -plan->block;
+    for (ptrdiff_t e = e1; e > e0; e1 = e) {
+        e = max_z(e0, (e - 1) / plan->block * plan->block);
+        apply(call, &at->k, &how, e, e1);
+    }
+}
+
+static void tiled_channels(const bn_call *call, const bn_member *me) {
+    const bn_plan *plan = &call->plan;
+    const workplace at = shared_place(call, me);
+    if (plan->by_columns)
+        for_each(call, me, &at, plan->tiles.items, columns_of_one_tile);
+    else {
+        if (bn_first_pass(plan->op) == BN_PASS_SUMS) {
+            for_each(call, me, &at, plan->coef.items, coef_of_channels);
+            wait_for_all(me);
+        }
+        for_each(call, me, &at, plan->tiles.items, some_tiles);
+        wait_for_all(me);
+        for_each(call, me, &at, plan->pool.items, pool_channels);
+    }
+    if (bn_second_pass(plan->op)) {
+        wait_for_all(me);
+        for_each(call, me, &at, plan->elements.items, some_elements);
+    }
+}
+
+void bn_do_share(const bn_call *call, const bn_member *me) {
+    const bn_plan *plan = &call->plan;
+    if (plan->way == BN_ELEMENTWISE) {
+        const workplace at = shared_place(call, me);
+        if (plan->op == BN_GRAD_INPUT) {
+            for_each(call, me, &at, plan->coef.items, coef_of_channels);
+            wait_for_all(me);
+        }
+        for_each(call, me, &at, plan->elements.items, some_elements);
+        return;
+    }
+    if (plan->owned)
+        for_each(call, me, NULL, plan->owner_items, plan->way == BN_OVERLAPPED ? overlapped_groups : owned_group);
+    if (plan->owned < call->p.C)
+        tiled_channels(call, me);
+}

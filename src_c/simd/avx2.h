@@ -1,0 +1,43 @@
+/* avx2.h: AVX2 and FMA: 8 lanes, 16 registers. The vocabulary is told in simd.h. */
+#include <immintrin.h>
+
+#define VECTOR_REGISTER "x"
+#define VL              8
+#define HELD            0
+typedef __m256 vf;
+typedef __m256 vm;
+typedef __m256i vt;
+INLINE vf vset1(float a) { return _mm256_set1_ps(a); }
+INLINE vf vload(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vstore(float *p, vf a) { _mm256_storeu_ps(p, a); }
+INLINE void vstream(float *p, vf a) { _mm256_stream_ps(p, a); }
+INLINE void vfence(void) { _mm_sfence(); }
+INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf vfnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
+INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vm vle(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+INLINE vm vor(vm a, vm b) { return _mm256_or_ps(a, b); }
+INLINE vf vselect(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
+INLINE vt vtail(ptrdiff_t n) {
+    const int k = n >= VL ? VL : n <= 0 ? 0 : (int)n;
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+INLINE vf vload_tail(const float *p, vt t) { return _mm256_maskload_ps(p, t); }
+INLINE void vstore_tail(float *p, vf a, vt t) { _mm256_maskstore_ps(p, t, a); }
+INLINE vf vkeep(vf a, vt t) { return _mm256_and_ps(a, _mm256_castsi256_ps(t)); }
+INLINE vf vjoin(vf a, vf b, vt t) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(t)); }
+INLINE vf vsums(const vf *v) {
+    vf a[4];
+    for (int i = 0; i < 4; i++) /* halves */
+        a[i] =
+            _mm256_add_ps(_mm256_permute2f128_ps(v[i], v[i + 4], 0x20), _mm256_permute2f128_ps(v[i], v[i + 4], 0x31));
+    for (int i = 0; i < 4; i += 2) { /* pairs */
+        const __m256d x = _mm256_castps_pd(a[i]), y = _mm256_castps_pd(a[i + 1]);
+        a[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+    }
+    return _mm256_add_ps(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
+}

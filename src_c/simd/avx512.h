@@ -1,0 +1,43 @@
+/* avx512.h: AVX-512 F, BW, DQ and VL: 16 lanes, 32 registers. The vocabulary is told in simd.h. */
+#include <immintrin.h>
+
+#define VECTOR_REGISTER "v"
+#define VL              16
+#define HELD            8
+typedef __m512 vf;
+typedef __mmask16 vm;
+typedef __mmask16 vt;
+INLINE vf vset1(float a) { return _mm512_set1_ps(a); }
+INLINE vf vload(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vstore(float *p, vf a) { _mm512_storeu_ps(p, a); }
+INLINE void vstream(float *p, vf a) { _mm512_stream_ps(p, a); }
+INLINE void vfence(void) { _mm_sfence(); }
+INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf vfnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vm vle(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+INLINE vm vor(vm a, vm b) { return (vm)(a | b); }
+INLINE vf vselect(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+INLINE vt vtail(ptrdiff_t n) { return (vt)(n >= VL ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u); }
+INLINE vf vload_tail(const float *p, vt t) { return _mm512_maskz_loadu_ps(t, p); }
+INLINE void vstore_tail(float *p, vf a, vt t) { _mm512_mask_storeu_ps(p, t, a); }
+INLINE vf vkeep(vf a, vt t) { return _mm512_maskz_mov_ps(t, a); }
+INLINE vf vjoin(vf a, vf b, vt t) { return _mm512_mask_blend_ps(t, b, a); }
+INLINE vf vsums(const vf *v) {
+    vf a[8], b[4];
+    for (int i = 0; i < 8; i++) { /* halves: of v[i] and v[i + 4], of v[i + 8] and v[i + 12] */
+        const vf x = v[i % 4 + i / 4 * 8], y = v[i % 4 + i / 4 * 8 + 4];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    for (int i = 0; i < 4; i++) /* quarters */
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    for (int i = 0; i < 4; i += 2) { /* pairs */
+        const __m512d x = _mm512_castps_pd(b[i]), y = _mm512_castps_pd(b[i + 1]);
+        a[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    }
+    return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[2], 0x88), _mm512_shuffle_ps(a[0], a[2], 0xdd));
+}
