@@ -41,7 +41,7 @@ cdef extern from "kernels.h" nogil:
 
     ctypedef struct bn_kernels:
         const char *name
-        int lanes, held
+        int lanes, held, overlaps
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const bn_source *, const bn_coef *) noexcept
         void (*running_coef)(const bn_problem *, const float *, const float *, const bn_source *,
                              const bn_coef *) noexcept
@@ -56,7 +56,7 @@ cdef extern from "machine.h" nogil:
     ctypedef struct bn_machine:
         int class_ "class"
         Py_ssize_t l2, llc
-        int llc_cpus, streams, lanes, held
+        int llc_cpus, streams, lanes, held, overlaps
 
     bn_machine bn_this_machine()
     bint bn_named_machine(const char *name, bn_machine *m)

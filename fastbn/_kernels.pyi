@@ -7,6 +7,7 @@ from numpy import float32
 from numpy.typing import NDArray
 
 Running: TypeAlias = NDArray[float32] | NDArray[np.float64]
+Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
 Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 openmp: int | None
@@ -94,6 +95,22 @@ def normalize(
 def unrounded(
     mean: NDArray[float32], var: NDArray[float32], exact: Float64Pair, eps: float
 ) -> Float64Pair | None: ...
+def backward_sums(
+    grad_output: NDArray[float32],
+    x: NDArray[float32],
+    mean: NDArray[np.float64],
+    var: NDArray[np.float64],
+    count: int,
+    weight: NDArray[float32] | None,
+    bias: NDArray[float32] | None,
+    eps: float,
+    axis: int,
+    residual: NDArray[float32] | None,
+    output: NDArray[float32] | None,
+    activation: str | None,
+    negative_slope: float,
+    num_threads: int | None,
+) -> Sums: ...
 def backward(
     grad_output: NDArray[float32],
     x: NDArray[float32],
@@ -110,7 +127,10 @@ def backward(
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
-) -> tuple[NDArray[float32], NDArray[float32], NDArray[float32], NDArray[float32] | None]: ...
+    sums: Sums | None = None,
+    output: NDArray[float32] | None = None,
+    needs: int = 15,  # the results in their order, a bit each
+) -> tuple[Any, Any, Any, Any]: ...
 def update_running(
     running_mean: Running,
     running_var: Running,
@@ -120,4 +140,17 @@ def update_running(
     momentum: float,
     unbiased: bool,
 ) -> None: ...
-def tune(stream_bytes: int = -1, serial: int = -1, group_bytes: int = -1) -> None: ...
+def tune(serial: int = -1, cache: int = -1, group: int = -1) -> None: ...
+def machines() -> list[str]: ...
+def plan(
+    shape: tuple[int, ...],
+    operation: str,
+    *,
+    axis: int = 1,
+    threads: int = 1,
+    residual: bool = False,
+    machine: str | None = None,
+    facts: dict[str, int] | None = None,
+) -> dict[str, Any]: ...
+def watch_plans(watched: bool) -> None: ...
+def latest_plan() -> dict[str, Any]: ...

@@ -41,6 +41,7 @@ cdef void use(const bn_kernels *table) noexcept:
     K = table
     MACHINE.lanes = table.lanes
     MACHINE.held = table.held
+    MACHINE.overlaps = table.overlaps
 
 
 use(TABLES[N_TABLES - 1])
@@ -132,13 +133,13 @@ cdef dict told(const bn_plan *plan, const bn_problem *p):
 def plan(shape, str operation, *, int axis=1, int threads=1, bint residual=False, str machine=None, dict facts=None):
     """How an operation on a gapless array of this shape would be gone about, here or on another machine.
 
-    `facts` replace those of the machine: l2, llc, llc_cpus, streams, lanes, held.
+    `facts` replace those of the machine: l2, llc, llc_cpus, streams, lanes, held, overlaps.
     """
     cdef bn_machine m = MACHINE
     cdef bn_tuning tuning = TUNING
     cdef bn_problem p
     cdef bn_plan found
-    cdef int op = 0
+    cdef int op
     cdef bn_operand there
     if machine is not None and not bn_named_machine(machine.encode(), &m):
         raise ValueError(f"machine must be one of {', '.join(machines())}, got {machine!r}")
@@ -146,10 +147,11 @@ def plan(shape, str operation, *, int axis=1, int threads=1, bint residual=False
         m.l2, m.llc = facts.get("l2", m.l2), facts.get("llc", m.llc)
         m.llc_cpus, m.streams = facts.get("llc_cpus", m.llc_cpus), facts.get("streams", m.streams)
         m.lanes, m.held = facts.get("lanes", m.lanes), facts.get("held", m.held)
+        m.overlaps = facts.get("overlaps", m.overlaps)
     if machine is not None or facts is not None:
         m.class_ = bn_class_of(&m)
         tuning = bn_tunings[m.class_]
-    names = [bn_operation_name(op).decode() for op in range(BN_N_OPERATIONS)]
+    names = [bn_operation_name(code).decode() for code in range(<int> BN_N_OPERATIONS)]
     if operation not in names:
         raise ValueError(f"operation must be one of {', '.join(names)}, got {operation!r}")
     op = names.index(operation)
@@ -206,21 +208,29 @@ cdef int ask_threads(num_threads, Py_ssize_t elements) except -1:
         first_parallel_call()
     if num_threads is None:
         n = threads_module.get_num_threads()
-        if n > 1:
-            n = default_threads(n, elements)
-    return n if n == 1 else startable(n)
+        if n > 1 and (no_cpus_for(n) or goes_alone(n, elements)):
+            n = 1
+    if n > 1:
+        n = startable(n)
+        if num_threads is None and no_cpus_for(n):  # others came first while the GIL was let go of
+            n = 1
+    return n
 
 
-cdef int default_threads(int n, Py_ssize_t elements) noexcept:
-    """Of n threads, what a call takes that named no number: all, or itself alone where others in calls leave no CPUs
-    or where sharing did not pay lately."""
+cdef bint no_cpus_for(int n) noexcept:
+    """Whether the threads of others that are in calls leave no CPUs for a team of n."""
+    return AT_WORK > 0 and AT_WORK + n > CPUS
+
+
+cdef bint goes_alone(int n, Py_ssize_t elements) noexcept:
+    """Whether a call that named no number, and could have n threads, goes alone because sharing did not pay lately."""
     global DEFAULT_THREADS
     cdef bint alone
     bn_lock()
     DEFAULT_THREADS = n
-    alone = AT_WORK > 0 and AT_WORK + n > CPUS or bn_backoff_alone(elements, bn_now())
+    alone = bn_backoff_alone(elements, bn_now())
     bn_unlock()
-    return 1 if alone else n
+    return alone
 
 
 cdef int startable(int n) except -1:
@@ -1172,11 +1182,9 @@ cdef class Operands:
         return 0
 
 
-cdef Operands operands(x, grad_output, weight, bias, residual, out):
+cdef Operands operands(x, weight, bias, residual, out):
     cdef Operands o = Operands.__new__(Operands)
     o.x = array32(x, "x")
-    if grad_output is not None:
-        o.grad_output = array32(grad_output, "grad_output")
     o.weight = optional(weight, "weight")
     o.bias = optional(bias, "bias")
     o.residual = optional(residual, "residual")
@@ -1190,7 +1198,7 @@ cdef Operands operands(x, grad_output, weight, bias, residual, out):
 def stats(x, axis, num_threads):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
     cdef bn_call call
-    cdef Operands o = operands(x, None, None, None, None, None)
+    cdef Operands o = operands(x, None, None, None, None)
     o.begin(&call, axis, None, 0.0, num_threads)
     cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
     cdef cnp.ndarray mean = statistic(C, m == 0), var = statistic(C, m == 0)
@@ -1241,7 +1249,7 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
     times None, are updated; with those of a layer also what they were rounded from, and its counter."""
     cdef bn_call call
-    cdef Operands o = operands(x, None, weight, bias, residual, out)
+    cdef Operands o = operands(x, weight, bias, residual, out)
     cdef bint update = running_mean is not None
     cdef bint float64 = False
     if update:
@@ -1312,7 +1320,7 @@ def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, ac
               num_threads, tuple ranks, tuple exact=None):
     """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
     cdef bn_call call
-    cdef Operands o = operands(x, None, weight, bias, residual, out)
+    cdef Operands o = operands(x, weight, bias, residual, out)
     if not of_stats:
         mean = running(mean, "running_mean")
         var = running(var, "running_var")
@@ -1415,7 +1423,7 @@ cdef class Frozen:
             As :func:`fastbn.batch_norm`.
         """
         cdef bn_call call
-        cdef Operands o = operands(x, None, None, None, residual, out)
+        cdef Operands o = operands(x, None, None, residual, out)
         o.begin(&call, self.axis, self.activation, self.negative_slope, num_threads)
         check_channels(o.x, o.axis, self.num_features)
         o.check(self.num_features, True)
@@ -1446,7 +1454,8 @@ cdef int mask_from_output(bn_problem *p, activation) except -1:
 cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
                                 activation, negative_slope, out, num_threads):
     """Checked operands of a backward call; a residual only where the kernels look at it, or output in its place."""
-    cdef Operands o = operands(x, grad_output, weight, bias, residual, out)
+    cdef Operands o = operands(x, weight, bias, residual, out)
+    o.grad_output = array32(grad_output, "grad_output")
     cdef cnp.ndarray y = optional(output, "output")
     cdef double epsilon = check_eps(eps)
     o.begin(call, axis, activation, negative_slope, num_threads)

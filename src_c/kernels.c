@@ -40,25 +40,30 @@
 #include "kernels/stats_rows.inc.h"
 #include "kernels/sums_planes.inc.h"
 #include "kernels/sums_rows.inc.h"
+#if OVERLAPS
 #include "kernels/overlap.inc.h"
+#endif
 #include "kernels/coefficients.inc.h"
 /* clang-format on */
 
-#define JOIN_(a, b)  a##b
-#define JOIN(a, b)   JOIN_(a, b)
-#define STRING_(a)   #a
-#define STRING(a)    STRING_(a)
+#define JOIN_(a, b) a##b
+#define JOIN(a, b)  JOIN_(a, b)
+#define STRING_(a)  #a
+#define STRING(a)   STRING_(a)
 
 const bn_kernels JOIN(bn_kernels_, FASTBN_ISA) = {
     .name = STRING(FASTBN_ISA),
     .lanes = VL,
     .held = HELD,
+    .overlaps = OVERLAPS,
     .stats = {stats_planes, stats_rows},
     .sums = {sums_planes, sums_rows},
     .forward = {forward_planes, forward_rows},
     .backward = {backward_planes, backward_rows},
+#if OVERLAPS
     .forward_and_stats = forward_and_stats,
     .backward_and_sums = backward_and_sums,
+#endif
     .pool_stats = pool_stats,
     .pool_sums = pool_sums,
     .coef = coef,

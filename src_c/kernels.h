@@ -40,7 +40,9 @@
     X(IDENTITY, NULL)                                                                                                  \
     X(RELU, "relu")                                                                                                    \
     X(RELU6, "relu6")                                                                                                  \
-    X(LEAKY_RELU, "leaky_relu")
+    X(LEAKY_RELU, "leaky_relu")                                                                                        \
+    X(HARDSWISH, "hardswish")                                                                                          \
+    X(SILU, "silu")
 
 #define BN_CODE(code, name) BN_##code,
 enum { BN_ACTIVATIONS(BN_CODE) BN_N_ACTIVATIONS };
@@ -50,9 +52,9 @@ enum { BN_PLANES, BN_ROWS };
 enum { BN_CACHED, BN_STREAMED };
 
 /* Of the arithmetic, which bits depend on. */
-#define BN_LINE        16   /* values of a cache line, and how many coefficients follow the last */
-#define BN_SHORT_PLANE 256  /* values up to which a plane is summed in fewer lanes */
-#define BN_PANEL       2048 /* columns at a time in sums over rows */
+#define BN_LINE        16             /* values of a cache line, and how many coefficients follow the last */
+#define BN_SHORT_PLANE 256            /* values up to which a plane is summed in fewer lanes */
+#define BN_PANEL       2048           /* columns at a time in sums over rows */
 #define BN_ROOM        (5 * BN_PANEL) /* values: their shifts and sums */
 
 typedef struct {
@@ -69,7 +71,7 @@ typedef struct {
     float negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;
-    ptrdiff_t pitch; /* of rows, in every operand: C if packed; 0: they differ */
+    ptrdiff_t pitch;                         /* of rows, in every operand: C if packed; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
 } bn_problem;
@@ -94,8 +96,8 @@ typedef struct {
 } bn_coef;
 enum { BN_COEF_FORWARD = 3, BN_COEF_BACKWARD = 8 };
 
-/* Tiles [t0, t1) of channels (rows: columns) [c0, c1), and where their two sums of each go: to [(t - t0) * ld + c - c0].
- * `room` is this thread's alone, for sums over rows: BN_ROOM values from a cache line on. */
+/* Tiles [t0, t1) of channels (rows: columns) [c0, c1), and where their two sums of each go: to [(t - t0) * ld + c -
+ * c0]. `room` is this thread's alone, for sums over rows: BN_ROOM values from a cache line on. */
 typedef struct {
     ptrdiff_t t0, t1, c0, c1, ld;
     double *a, *b;
@@ -118,18 +120,19 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int lanes;   /* of a vector */
-    int held;    /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
+    int lanes;    /* of a vector */
+    int held;     /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
+    int overlaps; /* whether two passes go in one loop: only where that was measured to be faster */
 
-    /* Planes and rows: the sums of each tile; of x - shift and its square, which give mean and squared deviations, or of
-     * g = grad_output * activation'(z) and g * (x - mean) * invstd. */
+    /* Planes and rows: the sums of each tile; of x - shift and its square, which give mean and squared deviations, or
+     * of g = grad_output * activation'(z) and g * (x - mean) * invstd. */
     void (*stats[2])(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
     void (*sums[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
     /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1); grad_input and grad_residual. */
     void (*forward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
     void (*backward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
-    /* Planes of more than BN_SHORT_PLANE values, streamed: forward on channels from `done` on and, in the same loop,
-     * stats of all tiles of as many others; or backward and sums. */
+    /* If it overlaps, planes of more than BN_SHORT_PLANE values, streamed: forward on channels from `done` on and, in
+     * the same loop, stats of all tiles of as many others; or backward and sums. */
     void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
                               const bn_tiles *to);
     void (*backward_and_sums)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
@@ -137,7 +140,8 @@ typedef struct {
 
     /* Pools all tiles of channels [c0, c1) of `from`, whose arrays begin at channel `first`, into mean[c] and the
      * biased variance var[c]; or into the sums of g and of g * xhat, the gradients of bias and weight. */
-    void (*pool_stats)(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean, double *var);
+    void (*pool_stats)(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                       double *var);
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
                       double *g, double *gx);
     /* The coefficients of channels [c0, c1): of the forward pass, from float32 statistics too; and the batch terms of

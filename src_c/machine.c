@@ -14,8 +14,8 @@
 #define STREAMS 1
 #endif
 
-/* From which size on a last-level cache is one of slices, in which hardly more than all threads' L2 was found again; but
- * 96 MB of a single die are stacked on it and as good as 32. */
+/* From which size on a last-level cache is one of slices, in which hardly more than all threads' L2 was found again;
+ * but 96 MB of a single die are stacked on it and as good as 32. */
 #define SLICED_FROM (64 * MB)
 #define STACKED     (96 * MB)
 
@@ -23,12 +23,14 @@ static const struct {
     const char *name;
     bn_machine machine;
 } known[] = {
-    {"zen5", {.l2 = 1 * MB, .llc = 32 * MB, .llc_cpus = 16, .streams = 1, .lanes = 16, .held = 8}},
-    {"zen3", {.l2 = 512 * KB, .llc = 32 * MB, .llc_cpus = 16, .streams = 1, .lanes = 8}},
-    {"zen4-3d", {.l2 = 1 * MB, .llc = 96 * MB, .llc_cpus = 16, .streams = 1, .lanes = 16, .held = 8}},
-    {"sapphire-rapids", {.l2 = 2 * MB, .llc = 105 * MB, .llc_cpus = 112, .streams = 1, .lanes = 16, .held = 8}},
-    {"granite-rapids", {.l2 = 2 * MB, .llc = 300 * MB, .llc_cpus = 144, .streams = 1, .lanes = 16, .held = 8}},
-    {"laptop", {.l2 = 1280 * KB, .llc = 12 * MB, .llc_cpus = 8, .streams = 1, .lanes = 8}},
+    {"zen5", {.l2 = 1 * MB, .llc = 32 * MB, .llc_cpus = 16, .streams = 1, .lanes = 16, .held = 8, .overlaps = 1}},
+    {"zen3", {.l2 = 512 * KB, .llc = 32 * MB, .llc_cpus = 16, .streams = 1, .lanes = 8, .overlaps = 1}},
+    {"zen4-3d", {.l2 = 1 * MB, .llc = 96 * MB, .llc_cpus = 16, .streams = 1, .lanes = 16, .held = 8, .overlaps = 1}},
+    {"sapphire-rapids",
+     {.l2 = 2 * MB, .llc = 105 * MB, .llc_cpus = 112, .streams = 1, .lanes = 16, .held = 8, .overlaps = 1}},
+    {"granite-rapids",
+     {.l2 = 2 * MB, .llc = 300 * MB, .llc_cpus = 144, .streams = 1, .lanes = 16, .held = 8, .overlaps = 1}},
+    {"laptop", {.l2 = 1280 * KB, .llc = 12 * MB, .llc_cpus = 8, .streams = 1, .lanes = 8, .overlaps = 1}},
     {"atom", {.l2 = 2 * MB, .llc = 2 * MB, .llc_cpus = 4, .streams = 1, .lanes = 4}},
     {"graviton3", {.l2 = 1 * MB, .llc = 32 * MB, .llc_cpus = 64, .lanes = 4}},
     {"pi4", {.l2 = 1 * MB, .llc = 1 * MB, .llc_cpus = 4, .lanes = 4}},

@@ -63,7 +63,8 @@ static void place_data(bn_plan *plan, const bn_problem *p, const bn_machine *m, 
 /* ---- rows */
 
 /* How many rows go at a time. A coefficient or a sum in memory costs more than the value it is applied to, so several
- * rows share it; but the hardware prefetches one row after the other best. Two at a time are nearer to memory's order. */
+ * rows share it; but the hardware prefetches one row after the other best. Two at a time are nearer to memory's order.
+ */
 static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
     const ptrdiff_t K = plan->width, line = BN_LINE;
     const int backward = bn_second_pass(plan->op) == BN_PASS_BACKWARD;
@@ -134,7 +135,8 @@ static ptrdiff_t channels_of_group(const bn_plan *plan, const bn_problem *p, con
 
 static void plan_owners(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
     const int past = plan->apply.store == BN_STREAMED || plan->from_memory;
-    plan->way = past && p->S > BN_SHORT_PLANE && bn_second_pass(plan->op) && m->streams ? BN_OVERLAPPED : BN_OWNED;
+    plan->way = past && p->S > BN_SHORT_PLANE && bn_second_pass(plan->op) && m->streams && m->overlaps ? BN_OVERLAPPED
+                                                                                                       : BN_OWNED;
     plan->group = p->C;
     plan->unit = 1;
     if (past) {
@@ -218,7 +220,8 @@ static void place_scratch(bn_plan *plan, const bn_problem *p) {
     s->g = at += lines(tiled * number);
     s->gx = at += lines(free * number);
     s->coef = at += lines(free * number);
-    /* as many columns as there are, BN_LINE that follow, and a line from one array to the next; from a place in a page */
+    /* as many columns as there are, BN_LINE that follow, and a line from one array to the next; from a place in a page
+     */
     s->coef_step = lines(((size_t)(plan->width - plan->owned) + BN_LINE) * value);
     if (free && (bn_second_pass(plan->op) || bn_first_pass(plan->op) == BN_PASS_SUMS))
         at += arrays * s->coef_step + page;

@@ -36,29 +36,29 @@ typedef struct {
 /* Where, in bytes from a page on, a call keeps what it needs meanwhile. */
 typedef struct {
     size_t bytes;
-    size_t rooms, room_step;        /* of each member, for sums over rows */
-    size_t owners, owner_step;      /* of each owner: sums of tiles, of channels, and coefficients, one behind the other */
-    size_t tile_a, tile_b, g, gx;   /* of channels without one */
-    size_t coef, coef_step;         /* and their coefficients, one array behind the other */
-    ptrdiff_t owner_channels;       /* that an owner has at most */
+    size_t rooms, room_step;   /* of each member, for sums over rows */
+    size_t owners, owner_step; /* of each owner: sums of tiles, of channels, and coefficients, one behind the other */
+    size_t tile_a, tile_b, g, gx; /* of channels without one */
+    size_t coef, coef_step;       /* and their coefficients, one array behind the other */
+    ptrdiff_t owner_channels;     /* that an owner has at most */
 } bn_scratch;
 
 typedef struct {
     enum bn_operation op;
     int threads, class;
-    ptrdiff_t T, width;        /* tiles of each channel; columns: C, or C * fold in rows */
-    int from_memory;           /* whether what is read comes from beyond the cache */
-    int reversed;              /* the second pass goes from the end: what the first read last is still in cache */
-    ptrdiff_t block;           /* elements it takes at a time then */
+    ptrdiff_t T, width; /* tiles of each channel; columns: C, or C * fold in rows */
+    int from_memory;    /* whether what is read comes from beyond the cache */
+    int reversed;       /* the second pass goes from the end: what the first read last is still in cache */
+    ptrdiff_t block;    /* elements it takes at a time then */
     bn_pass sums, apply, overlap;
 
-    enum bn_way way;           /* of channels [0, owned); the others are tiled */
+    enum bn_way way; /* of channels [0, owned); the others are tiled */
     ptrdiff_t owned;
-    ptrdiff_t group, unit;     /* channels that go through all passes together, and whose planes are whole lines */
-    ptrdiff_t owner_items;     /* groups to be shared out */
+    ptrdiff_t group, unit; /* channels that go through all passes together, and whose planes are whole lines */
+    ptrdiff_t owner_items; /* groups to be shared out */
     int owners;
 
-    int by_columns;            /* rows of one tile: columns are shared out, and none waits before pooling */
+    int by_columns; /* rows of one tile: columns are shared out, and none waits before pooling */
     bn_shares tiles, coef, pool, elements;
     bn_scratch scratch;
 

@@ -62,9 +62,9 @@ static uintptr_t apart(uintptr_t a, uintptr_t b, uintptr_t period) {
     return (d < period - d ? d : period - d) * (PAGE / period);
 }
 
-/* As far as can be, in the low bits of addresses, from all that is loaded beside it: what is loaded for the next columns
- * would wait for what is stored to these, or both would crowd each other out of a set of L1. Rows of few lines, or of an
- * odd number, are near whatever there is. */
+/* As far as can be, in the low bits of addresses, from all that is loaded beside it: what is loaded for the next
+ * columns would wait for what is stored to these, or both would crowd each other out of a set of L1. Rows of few lines,
+ * or of an odd number, are near whatever there is. */
 char *bn_clear_of_rows(char *memory, const void *const *rows, int n, size_t bytes_of_row) {
     const uintptr_t low = bytes_of_row & (~bytes_of_row + 1), period = low < PAGE ? low : PAGE;
     uintptr_t most = 0;
@@ -110,8 +110,8 @@ static int has_backward_coef(const bn_call *call) { return call->p.grad_output.d
 static workplace owners_place(const bn_call *call, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t owner = i * plan->owners / plan->owner_items;
-    const ptrdiff_t first = share(plan->owned, first_of(plan->owner_items, (int)owner, plan->owners),
-                                  plan->owner_items, plan->way == BN_OVERLAPPED ? 1 : plan->unit);
+    const ptrdiff_t first = share(plan->owned, first_of(plan->owner_items, (int)owner, plan->owners), plan->owner_items,
+                                  plan->way == BN_OVERLAPPED ? 1 : plan->unit);
     const ptrdiff_t most = plan->scratch.owner_channels;
     workplace w = {0};
     w.tile_a = (double *)(call->scratch + plan->scratch.owners + (size_t)owner * plan->scratch.owner_step);
@@ -131,7 +131,10 @@ static workplace shared_place(const bn_call *call, const bn_member *me) {
     const bn_scratch *s = &call->plan.scratch;
     const size_t bytes_of_row = (size_t)call->plan.width * sizeof(float);
     const void *beside[] = {p->x.data, p->grad_output.data ? p->grad_output.data : p->x.data,
-                            p->grad_input.data ? p->grad_input.data : p->y.data ? p->y.data : p->x.data, NULL};
+                            p->grad_input.data ? p->grad_input.data
+                            : p->y.data        ? p->y.data
+                                               : p->x.data,
+                            NULL};
     workplace w = {0};
     w.k = call->k;
     if (call->scratch == NULL)
@@ -290,7 +293,7 @@ static void some_tiles(const bn_call *call, const workplace *at, ptrdiff_t i) {
     const ptrdiff_t t0 = share(plan->T, i / panels, strips, 1), t1 = share(plan->T, i / panels + 1, strips, 1);
     const ptrdiff_t c0 = share(ld, i % panels, panels, 16), c1 = share(ld, i % panels + 1, panels, 16);
     const ptrdiff_t begin = t0 * ld + c0;
-    const bn_tiles tiles = {t0, t1,   plan->owned + c0, plan->owned + c1, ld, at->tile_a + begin, at->tile_b + begin,
+    const bn_tiles tiles = {t0,      t1, plan->owned + c0, plan->owned + c1, ld, at->tile_a + begin, at->tile_b + begin,
                             at->room};
     if (bn_first_pass(plan->op) == BN_PASS_STATS)
         call->K->stats[call->p.layout](&call->p, &plan->sums, &tiles);

@@ -35,10 +35,24 @@ typedef struct {
 
 static const bn_tuning bn_tunings[BN_N_CLASSES] = {
     [BN_CORES] = {BN_ROW_OF_CORES},
-    [BN_SLICED] = {.serial = 65536, .serial_pool = 4096, .write_64ths = 64, .read_64ths = 64, .alone_64ths = 64,
-                   .less_64ths = 1, .own_l2 = 1, .held = 1 << 19, .run = 12 << 10, .overlap_run = 48 << 10,
-                   .group_of_cache = 4, .overlap_of_cache = 10, .sample_of_l2 = 4, .block = 16384, .far = 1 << 18,
-                   .wide = 1024, .stats_ahead = 2048, .overlap_ahead = 512},
+    [BN_SLICED] = {.serial = 65536,
+                   .serial_pool = 4096,
+                   .write_64ths = 64,
+                   .read_64ths = 64,
+                   .alone_64ths = 64,
+                   .less_64ths = 1,
+                   .own_l2 = 1,
+                   .held = 1 << 19,
+                   .run = 12 << 10,
+                   .overlap_run = 48 << 10,
+                   .group_of_cache = 4,
+                   .overlap_of_cache = 10,
+                   .sample_of_l2 = 4,
+                   .block = 16384,
+                   .far = 1 << 18,
+                   .wide = 1024,
+                   .stats_ahead = 2048,
+                   .overlap_ahead = 512},
     [BN_BOARD] = {BN_ROW_OF_CORES}, /* not measured on a board */
 };
 

@@ -10,7 +10,8 @@ from layouts import arrange
 import fastbn
 from fastbn import _kernels
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "hardswish", "silu")
+SMOOTH = ("hardswish", "silu")  # that round on their way
 SLOPE = 0.25
 
 # How far from the oracle the library may be. Outputs and variances: what it promises.
@@ -31,7 +32,7 @@ def kernels(isa=None, shared_out=False, streamed=None):
     if shared_out:
         _kernels.tune(serial=0)
     if streamed is not None:
-        _kernels.tune(stream_bytes=1 if streamed else 2**62, group_bytes=2**17)
+        _kernels.tune(cache=1 if streamed else 2**62, group=2**17)
     try:
         yield
     finally:
@@ -39,7 +40,7 @@ def kernels(isa=None, shared_out=False, streamed=None):
         if shared_out:
             _kernels.tune(serial=65536)
         if streamed is not None:
-            _kernels.tune(stream_bytes=0, group_bytes=0)
+            _kernels.tune(cache=0, group=0)
 
 
 def call(function, *args, writes=(), **kwargs):
@@ -199,7 +200,10 @@ def expect(operation, p, activation=None, add=False):
         grads = reference.backward(
             p.grad_output, x, *given, **parameters, training=training, **activation, z=z
         )
-        g, xhat = abs(grads[3]), abs(reference.normalize(x, *given, axis=p.axis))
+        # smooth activations round what reaches them, others pass it on or do not
+        smooth = activation["activation"] in SMOOTH
+        g = abs(np.asarray(p.grad_output, np.float64) if smooth else grads[3])
+        xhat = abs(reference.normalize(x, *given, axis=p.axis))
         other = reference.others(x, p.axis)
         sums = [v.sum(other) for v in (g * xhat, g)]
         bound = GRADIENT * g
@@ -211,7 +215,7 @@ def expect(operation, p, activation=None, add=False):
             reference.column(scale, x.ndim, p.axis) * bound,
             SUM * sums[0],
             SUM * sums[1],
-            ROUNDING * g,
+            (GRADIENT if smooth else ROUNDING) * g,
         )
         named = dict(zip(fastbn.BatchNormGrads._fields, zip(grads, bounds, strict=True), strict=True))
         if not add:

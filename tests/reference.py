@@ -45,6 +45,12 @@ def activate(z, activation=None, negative_slope=0.01):
         return np.clip(z, 0, 6)
     if activation == "leaky_relu":
         return np.where(z > 0, z, negative_slope * z)
+    if activation == "hardswish":
+        with np.errstate(invalid="ignore"):  # -inf * 0
+            return z * np.clip(z + 3, 0, 6) / 6
+    if activation == "silu":
+        with np.errstate(invalid="ignore"):
+            return np.where(z < -700, -0.0, z * sigmoid(z))  # 0 is the limit
     return z
 
 
@@ -56,7 +62,18 @@ def derivative(z, activation=None, negative_slope=0.01):
         return np.where((z > 0) & (z < 6), 1.0, 0.0)
     if activation == "leaky_relu":
         return np.where(z > 0, 1.0, negative_slope)
+    if activation == "hardswish":
+        return np.where(z < -3, 0.0, np.where(z <= 3, z / 3 + 0.5, 1.0))
+    if activation == "silu":
+        with np.errstate(invalid="ignore"):
+            inside = np.clip(z, -700, 700)
+            return sigmoid(inside) * (1 + inside * (1 - sigmoid(inside)))
     return np.ones_like(z)
+
+
+def sigmoid(z):
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-z))
 
 
 def preactivation(x, mean, var, weight=None, bias=None, eps=1e-5, axis=1, residual=None):

@@ -20,10 +20,10 @@ from test_isa_isolation import extensions, strangers
 
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
-SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")}
-if not X86_64:
-    SOURCES -= {"src_c/kernels_avx2.c", "src_c/kernels_avx512.c"}
 OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
+ISAS = ("baseline", "avx2", "avx512") if X86_64 else ("baseline",)
+KERNELS = {f"{OBJECTS}/kernels_{isa}.c" for isa in ISAS}
+SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} - {"src_c/kernels.c"} | KERNELS
 EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
@@ -90,13 +90,13 @@ def recorder(tmp_path_factory):
 def test_each_file_has_its_own_flags(recorder):
     recorder.touch("setup.py")
     calls = recorder.build()
-    own = {name: flags for name, flags in calls.items() if name.startswith("src_c/")}
+    own = {name: flags for name, flags in calls.items() if name in SOURCES}
     machine_flags = {name: {flag for flag in flags if flag.startswith("-m")} for name, flags in own.items()}
     expected = {name: set() for name in SOURCES}
     if X86_64:
         avx2 = {"-mavx2", "-mfma"}
         avx512 = {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"}
-        expected |= {"src_c/kernels_avx2.c": avx2, "src_c/kernels_avx512.c": avx2 | avx512}
+        expected |= {f"{OBJECTS}/kernels_avx2.c": avx2, f"{OBJECTS}/kernels_avx512.c": avx2 | avx512}
         assert {"-DFASTBN_HAVE_AVX2=1", "-DFASTBN_HAVE_AVX512=1"} <= set(own["src_c/dispatch.c"])
     assert machine_flags == expected
     demanded = {"-O3", "-std=c11", "-ffp-contract=off", "-Wall", "-Wextra"}
@@ -110,11 +110,14 @@ def test_each_file_has_its_own_flags(recorder):
 def test_what_is_built_again_when(recorder):
     recorder.build()
     assert set(recorder.build()) == set()
-    recorder.touch("src_c/kernels.inc.h")
+    recorder.touch("src_c/kernels.h")
     assert set(recorder.build()) == SOURCES | EXTENSION
-    recorder.touch("src_c/kernels_baseline.c")
-    assert set(recorder.build()) == {"src_c/kernels_baseline.c"} | EXTENSION
-    for source in ("_kernels.pyx", "_machine.pxi", "_arrays.pxi", "_partition.pxi"):
+    for source in "kernels.c", "kernels/apply.inc.h", "simd/avx2.h", "elements/f32.h":
+        recorder.touch(f"src_c/{source}")
+        assert set(recorder.build()) == KERNELS | EXTENSION, source
+    recorder.touch("src_c/plan.c")
+    assert set(recorder.build()) == {"src_c/plan.c"} | EXTENSION
+    for source in ("_kernels.pyx", "_c.pxd"):
         recorder.touch(f"fastbn/{source}")
         assert set(recorder.build()) == EXTENSION, source
     assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
@@ -232,7 +235,7 @@ def packages(tmp_path_factory):
 def test_sdist_holds_the_sources(packages):
     with tarfile.open(packages[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    sources = [*(ROOT / "src_c").iterdir(), *(ROOT / "fastbn").glob("*.p[xy][xi]")]
+    sources = [*(ROOT / "src_c").rglob("*.[ch]"), *(ROOT / "fastbn").glob("*.p[xy][xd]")]
     sources = {file.relative_to(ROOT).as_posix() for file in sources}
     assert sources | {"setup.py", "LICENSE", "fastbn/py.typed"} <= names
     assert not {name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))}

@@ -82,10 +82,10 @@ def test_streaming(isa, shared_out, shape, axis, operation, threads):
             (3.5, 2**17),
             (100, 0),
         ):
-            _kernels.tune(stream_bytes=int(tensors * p.x.nbytes) + 1, group_bytes=group)
+            _kernels.tune(cache=int(tensors * p.x.nbytes) + 1, group=group)
             found.append(run(operation, p, *fusing(operation), num_threads=threads))
     finally:
-        _kernels.tune(stream_bytes=0, group_bytes=0)
+        _kernels.tune(cache=0, group=0)
     for other in found[1:]:
         assert_same_bits(found[0], other)
 

@@ -132,12 +132,12 @@ def test_threads_of_small_stacks(isa):
 
     before = threading.stack_size(64 << 10)
     try:
-        for stream_bytes in (1, 0):
-            _kernels.tune(stream_bytes=stream_bytes)
+        for cache in (1, 0):
+            _kernels.tune(cache=cache)
             thread = threading.Thread(target=call_everything)
             thread.start()
             thread.join()
     finally:
         threading.stack_size(before)
-        _kernels.tune(stream_bytes=0)
+        _kernels.tune(cache=0)
     assert not failed

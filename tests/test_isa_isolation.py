@@ -18,7 +18,7 @@ import pytest
 from fastbn import _kernels
 
 TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
-OBJECTS = Path(__file__).parents[1] / "build/objects" / TAG / "src_c"
+OBJECTS = Path(__file__).parents[1] / "build/objects" / TAG
 MAY_HAVE = {"kernels_avx2.c": {"AVX"}, "kernels_avx512.c": {"AVX", "AVX-512"}}  # what is not here: SSE2 alone
 
 pytestmark = [

@@ -28,8 +28,32 @@ INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
 #define gradient_RELU6 gradient_clipped
 
 INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
-INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) {
-    return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy);
+INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy); }
+
+/* Howard et al. (2019): z * relu6(z + 3) / 6. At its kinks the gradient is PyTorch's. */
+INLINE vf forward_HARDSWISH(vf z, const vact *a) {
+    (void)a;
+    return vmul(z, vmul(vmin(vset1(6), vmax(vset1(0), vadd(z, vset1(3)))), vset1((real)1 / 6)));
+}
+INLINE vf gradient_HARDSWISH(vf dy, vf z, const vact *a) {
+    (void)a;
+    const vf between = vmul(dy, vfma(z, vset1((real)1 / 3), vset1((real)0.5)));
+    return vselect(vle(z, vset1(3)), vselect(vle(vset1(-3), z), between, vset1(0)), dy);
+}
+
+/* Elfwing, Uchibe and Doya (2018): z / (1 + exp(-z)). Beyond these the sigmoid is 0 or 1 but for 1e-37. */
+#define SILU_LOW  ((real)-88.25)
+#define SILU_HIGH ((real)87)
+INLINE vf forward_SILU(vf z, const vact *a) {
+    (void)a;
+    const vf low = vmax(vset1(SILU_LOW), z);
+    return vdiv(low, vadd(vset1(1), vexp(vsub(vset1(0), vmin(vset1(SILU_HIGH), low)))));
+}
+INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
+    (void)a;
+    const vf one = vset1(1), inside = vmin(vset1(SILU_HIGH), vmax(vset1(SILU_LOW), z));
+    const vf s = vdiv(one, vadd(one, vexp(vsub(vset1(0), inside))));
+    return vmul(dy, vmul(s, vfma(inside, vsub(one, s), one)));
 }
 
 /* In an instance of a kernel an activation is PLAIN (none), CLIPPED (relu, relu6) or looked up for each few vectors. */

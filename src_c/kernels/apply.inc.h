@@ -82,8 +82,8 @@ INLINE vcoef coef_of_columns(const bn_coef *k, ptrdiff_t c, vt t, int whole, int
 
 INLINE vcoef join_coef(const vcoef *a, const vcoef *b, vt t) {
     const vcoef v = {
-        vjoin(a->mean, b->mean, t),     vjoin(a->scale, b->scale, t),   vjoin(a->shift, b->shift, t),
-        vjoin(a->invstd, b->invstd, t), vjoin(a->g_mean, b->g_mean, t), vjoin(a->g_proj, b->g_proj, t),
+        vjoin(a->mean, b->mean, t),       vjoin(a->scale, b->scale, t),   vjoin(a->shift, b->shift, t),
+        vjoin(a->invstd, b->invstd, t),   vjoin(a->g_mean, b->g_mean, t), vjoin(a->g_proj, b->g_proj, t),
         vjoin(a->g_shift, b->g_shift, t),
     };
     return v;

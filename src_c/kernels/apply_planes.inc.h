@@ -3,8 +3,8 @@
 #define LONG_RUN 128 /* values from which on a run is worth being aligned */
 
 /* Values [i, end) with the same coefficients, through the cache. */
-INLINE void apply_few(const bn_problem *p, const vact *act, const vcoef *k, const cursor *a, ptrdiff_t i,
-                      ptrdiff_t end, instance of) {
+INLINE void apply_few(const bn_problem *p, const vact *act, const vcoef *k, const cursor *a, ptrdiff_t i, ptrdiff_t end,
+                      instance of) {
     of.store = BN_CACHED;
     for (; i + VL <= end; i += VL)
         apply_at(p, act, k, a, i, whole_vectors(1, 0), of);

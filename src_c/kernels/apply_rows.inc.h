@@ -7,8 +7,8 @@ INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
     return p->N == 1 ? cursor_at(p, 0, row, 0, direction) : cursor_at(p, row / p->S, row % p->S, 0, direction);
 }
 
-/* `rows` rows of the kernel's width. Streamed rows are packed ones of whole lines. Those of a packed tensor may begin at any element (`from`): then every row is
- * seen rotated, so that its vectors keep to the lines of the output. */
+/* `rows` rows of the kernel's width. Streamed rows are packed ones of whole lines. Those of a packed tensor may begin
+ * at any element (`from`): then every row is seen rotated, so that its vectors keep to the lines of the output. */
 typedef struct {
     ptrdiff_t from, rows, phase;
 } rowset;
@@ -111,7 +111,8 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
     const ptrdiff_t K = p->C * p->fold;
     const int rotate = p->packed && K % LINE == 0;
     const elem *out = of.direction == FORWARD ? p->y.data : p->grad_input.data;
-    const int whole = of.direction == FORWARD ? HELD : HELD / 2; /* vectors whose coefficients registers hold */
+    /* vectors whose coefficients registers hold; what is looked up would need these */
+    const int whole = of.act == ANY ? 0 : of.direction == FORWARD ? HELD : HELD / 2;
     const vact act = activation_of(p);
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;

@@ -82,4 +82,3 @@ INLINE real plane_shift(const elem *x, const ptrdiff_t *sample, int small) {
         m[i] = median3(widen(x[sample[i]]), widen(x[sample[i + 3]]), widen(x[sample[i + 6]]));
     return median3(m[0], m[1], m[2]);
 }
-

@@ -4,6 +4,7 @@
 #define VECTOR_REGISTER "x"
 #define VL              8
 #define HELD            0
+#define OVERLAPS        1
 typedef __m256 vf;
 typedef __m256 vm;
 typedef __m256i vt;
@@ -15,6 +16,10 @@ INLINE void vfence(void) { _mm_sfence(); }
 INLINE vf vadd(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm256_div_ps(a, b); }
+INLINE vf vscale(vf a, vf m) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(m), 23)));
+}
 INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf vfnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }

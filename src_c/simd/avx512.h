@@ -4,6 +4,7 @@
 #define VECTOR_REGISTER "v"
 #define VL              16
 #define HELD            8
+#define OVERLAPS        1
 typedef __m512 vf;
 typedef __mmask16 vm;
 typedef __mmask16 vt;
@@ -15,6 +16,10 @@ INLINE void vfence(void) { _mm_sfence(); }
 INLINE vf vadd(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vscale(vf a, vf m) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(m), 23)));
+}
 INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf vfnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }

@@ -4,6 +4,7 @@
 #define VECTOR_REGISTER "w"
 #define VL              4
 #define HELD            0
+#define OVERLAPS        0
 typedef float32x4_t vf;
 typedef uint32x4_t vm;
 typedef int vt;
@@ -15,6 +16,10 @@ INLINE void vfence(void) {}
 INLINE vf vadd(vf a, vf b) { return vaddq_f32(a, b); }
 INLINE vf vsub(vf a, vf b) { return vsubq_f32(a, b); }
 INLINE vf vmul(vf a, vf b) { return vmulq_f32(a, b); }
+INLINE vf vdiv(vf a, vf b) { return vdivq_f32(a, b); }
+INLINE vf vscale(vf a, vf m) {
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), vshlq_n_s32(vreinterpretq_s32_f32(m), 23)));
+}
 INLINE vf vfma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 INLINE vf vfnma(vf a, vf b, vf c) { return vfmsq_f32(c, a, b); }
 /* not vmaxq: it treats NaN and -0 otherwise than x86 does */

@@ -5,6 +5,7 @@
 #define VECTOR_REGISTER "x"
 #define VL              4
 #define HELD            0
+#define OVERLAPS        0
 typedef __m128 vf;
 typedef __m128 vm;
 typedef int vt;
@@ -16,6 +17,10 @@ INLINE void vfence(void) { _mm_sfence(); }
 INLINE vf vadd(vf a, vf b) { return _mm_add_ps(a, b); }
 INLINE vf vsub(vf a, vf b) { return _mm_sub_ps(a, b); }
 INLINE vf vmul(vf a, vf b) { return _mm_mul_ps(a, b); }
+INLINE vf vdiv(vf a, vf b) { return _mm_div_ps(a, b); }
+INLINE vf vscale(vf a, vf m) {
+    return _mm_castsi128_ps(_mm_add_epi32(_mm_castps_si128(a), _mm_slli_epi32(_mm_castps_si128(m), 23)));
+}
 INLINE vf vfma(vf a, vf b, vf c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 INLINE vf vfnma(vf a, vf b, vf c) { return _mm_sub_ps(c, _mm_mul_ps(a, b)); }
 INLINE vf vmax(vf a, vf b) { return _mm_max_ps(a, b); }

@@ -1,5 +1,5 @@
-/* driver.c: the C of fastbn without Python: runs the operations of one instruction set over problems from a file, through
- * plan and schedule, and writes down all they wrote.
+/* driver.c: the C of fastbn without Python: runs the operations of one instruction set over problems from a file,
+ * through plan and schedule, and writes down all they wrote.
  *
  *   driver ISA PROBLEMS RESULTS
  *
@@ -23,13 +23,26 @@
 #define MAX_THREADS 16
 
 enum { X, RESIDUAL, GRAD_OUTPUT, Y, GRAD_INPUT, GRAD_RESIDUAL, OPERANDS };
-enum { MEAN = OPERANDS, VAR, DZ, DZ_DEV, GRAD_WEIGHT, GRAD_BIAS, WEIGHT, BIAS, COEF, SCRATCH, AVERAGES, ARENAS = AVERAGES + 4 };
+enum {
+    MEAN = OPERANDS,
+    VAR,
+    DZ,
+    DZ_DEV,
+    GRAD_WEIGHT,
+    GRAD_BIAS,
+    WEIGHT,
+    BIAS,
+    COEF,
+    SCRATCH,
+    AVERAGES,
+    ARENAS = AVERAGES + 4
+};
 
 typedef struct {
     int64_t layout, activation, packed, N, C, S;
-    int64_t fixed;   /* normalize by given statistics, and the backward pass that goes with them */
-    int64_t affine;  /* weight and bias are given */
-    int64_t threads; /* of the plan */
+    int64_t fixed;        /* normalize by given statistics, and the backward pass that goes with them */
+    int64_t affine;       /* weight and bias are given */
+    int64_t threads;      /* of the plan */
     int64_t cache, group; /* bytes in place of the machine's: see bn_tuning */
     int64_t from_output;  /* the mask of the backward pass is taken from y */
     double eps, negative_slope;
@@ -37,7 +50,7 @@ typedef struct {
         int64_t length, outer, inner;
         int64_t spare;   /* floats between the end and the unreadable page */
     } operand[OPERANDS]; /* of length 0: absent */
-} header; /* then running mean and variance, weight and bias if affine, the operands read */
+} header;                /* then running mean and variance, weight and bias if affine, the operands read */
 
 static FILE *problems, *results;
 
@@ -122,8 +135,8 @@ static void operate(bn_call *call, enum bn_operation op, int threads) {
     call->scratch = NULL;
     if (op != BN_INFERENCE) /* its coefficients are made */
         call->scratch = memory(SCRATCH, (plan->scratch.bytes + 63) / 64 * 64);
-    const int64_t way[] = {plan->way,        plan->T,           plan->sums.rows, plan->apply.rows, plan->apply.store,
-                           plan->by_columns, plan->apply.period};
+    const int64_t way[] = {plan->way,         plan->T,          plan->sums.rows,   plan->apply.rows,
+                           plan->apply.store, plan->by_columns, plan->apply.period};
     write_values(way, sizeof way / sizeof *way, sizeof *way);
     /* a team may be smaller than planned */
     run_team(call, plan->threads > 2 ? plan->threads - 1 : plan->threads);
@@ -247,6 +260,7 @@ static void run(const bn_kernels *K, const header *h) {
     tuning.group = h->group;
     machine.lanes = K->lanes;
     machine.held = K->held;
+    machine.overlaps = K->overlaps;
 
     call.p.x = operand_of(h, X, read_operand(h, X));
     void *residual = read_operand(h, RESIDUAL), *grad_output = read_operand(h, GRAD_OUTPUT);

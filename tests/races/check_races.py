@@ -83,15 +83,15 @@ def test_no_races(folder):
 
 
 @pytest.mark.parametrize(
-    ("whole", "broken"),
+    ("file", "whole", "broken"),
     [
-        ("        bn_barrier()\n", "        pass\n"),
-        ("    move_away(plan, gaps(plan))  #", "    #"),
+        ("fastbn/_kernels.pyx", "    bn_barrier()\n", "    pass\n"),
+        ("src_c/schedule.c", "(size_t)owner * plan->scratch.owner_step", "0"),
     ],
     ids=["no barriers", "owners' coefficients where others' are"],
 )
-def test_races_are_found(folder, whole, broken):
-    source = folder / "fastbn" / "_partition.pxi"
+def test_races_are_found(folder, file, whole, broken):
+    source = folder / file
     text = source.read_text()
     assert whole in text
     try:
