@@ -1,5 +1,6 @@
 """recalibrate: statistics of whole data sets, of one layer and of what calls several; all or nothing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import fastbn
 from fastbn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchStats, recalibrate
 from fastbn.stand_ins import stand_ins
 
+# Programs find this fastbn, wherever they run.
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "dataset_statistics.md"
 STATE = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
@@ -550,7 +553,7 @@ def test_a_file_larger_than_memory(rng, tmp_path):
     x.flush()
     del x
     command = [sys.executable, "-W", "error", "-c", LIMITED, tmp_path / "x.npy", tmp_path / "averages.npy"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "no room for all\n"
     (tmp_path / "x.npy").unlink()
@@ -564,6 +567,7 @@ def test_a_file_larger_than_memory(rng, tmp_path):
 # The page
 
 
+@pytest.mark.slow
 def test_page(tmp_path):
     """Its programs run, one after the other, as they stand there."""
     if not PAGE.exists():
@@ -576,6 +580,6 @@ def test_page(tmp_path):
         (tmp_path / f"program{i}.py").write_text(program)
         done = subprocess.run(
             [sys.executable, "-W", "error", f"program{i}.py"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, f"{program}\n{done.stderr}"
