@@ -13,7 +13,7 @@ import numpy as np
 cimport cython
 cimport numpy as cnp
 from libc.float cimport FLT_MAX
-from libc.math cimport fabs, isfinite, sqrt
+from libc.math cimport fabs, isfinite
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
@@ -947,11 +947,12 @@ def watch_plans(bint watched):
     """Keep the plan of each call for latest_plan(), or no longer. For tests, which ask whether a path was taken."""
     global WATCHED
     WATCHED = watched
+    LATEST.threads = 0
 
 
 def latest_plan():
-    """The plan of the latest call."""
-    return told(&LATEST, &LATEST_PROBLEM)
+    """The plan of the latest call, None before there was one."""
+    return told(&LATEST, &LATEST_PROBLEM) if LATEST.threads else None
 
 
 cdef void wait_for_all(void *waited) noexcept nogil:
@@ -1505,7 +1506,7 @@ def backward_sums(grad_output, x, mean, var, count, weight, bias, eps, axis, res
 
 cdef int check_part(m, count) except -1:
     if m > count:
-        raise ValueError(f"stats are of {count} values per channel, but x, which is to be a part of these, has {m}; "
+        raise ValueError(f"stats are of {count} values per channel, but x, to be a part of these, has {m}; "
                          "pass the statistics of the whole batch, merged from all of its parts")
     return 0
 
@@ -1526,25 +1527,17 @@ cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands 
     return 0
 
 
-cdef void gradients_of_sums(const bn_call *call) noexcept:
-    """Those of the parameters, from pooled sums."""
-    cdef Py_ssize_t c
-    cdef double v
-    for c in range(call.p.C):
-        v = call.source.var[c] + call.source.eps
-        call.grad_weight[c] = <float> (call.dz_dev[c] / sqrt(v) if v > 0.0 else 0.0)
-        call.grad_bias[c] = <float> call.dz[c]
-
-
 def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
              negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15):
     """(grad_input, grad_weight, grad_bias, grad_residual), None for what is not in needs; mean and var are float64 of
-    shape (C,), over `count` values a channel. With `sums`, (dz, dz_dev, count), x is a part of those."""
+    shape (C,), over `count` values a channel. With `sums`, (dz, dz_dev, count), x is a part of those, and there are no
+    gradients of the parameters."""
     cdef bn_call call
     cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
                                         activation, negative_slope, out, num_threads)
     cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
-    cdef bint to_input = needs & NEED_INPUT, to_parameters = needs & (NEED_WEIGHT | NEED_BIAS)
+    cdef bint to_input = needs & NEED_INPUT
+    cdef bint to_parameters = sums is None and needs & (NEED_WEIGHT | NEED_BIAS)
     cdef bint to_residual = needs & NEED_RESIDUAL and (residual is not None or output is not None)
     if o.out is not None and not to_input:
         raise ValueError("out is where grad_input goes, which needs does not name; add 'input', or leave out out")
@@ -1559,7 +1552,7 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     # the gradient goes through the statistics only to the input
     call.p.fixed = not (training and to_input)
     cdef bn_operation op = BN_BACKWARD
-    if not to_parameters and call.p.fixed or sums is not None:
+    if not to_parameters and (call.p.fixed or sums is not None):
         op = BN_GRAD_INPUT
     elif not to_input and not to_residual:
         op = BN_SUMS
@@ -1575,29 +1568,27 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     if to_residual:
         o.grad_residual = writable(&call.p, None, like, o.axis)
     result = (
-        o.result() if to_input else None, grad_weight if needs & NEED_WEIGHT else None,
-        grad_bias if needs & NEED_BIAS else None, o.grad_residual if to_residual else None,
+        o.result() if to_input else None, grad_weight if to_parameters and needs & NEED_WEIGHT else None,
+        grad_bias if to_parameters and needs & NEED_BIAS else None, o.grad_residual if to_residual else None,
     )
-    if C * m == 0 and sums is None or not (to_input or to_residual or to_parameters):
+    if C * m == 0 or not (to_input or to_residual or to_parameters):
         return result
-    if C * m > 0:
-        o.take(&call)
+    o.take(&call)
     call.source.mean = take64(mean, C, "stats.mean")
     call.source.var = take64(var, C, "stats.var")
-    call.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
-    call.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
+    if to_parameters:
+        call.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
+        call.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
     call.count = <double> m
     if sums is not None:
         call.dz = take64(sums[0], C, "sums.dz")
         call.dz_dev = take64(sums[1], C, "sums.dz_dev")
         call.count = <double> count
-        gradients_of_sums(&call)
-    if C * m == 0 or sums is not None and not (to_input or to_residual):
-        return result
     plan_and_allocate(&call, op, o.threads)
     run(&call)
     o.copy_back()
     return result
+
 
 cdef double unbiasing(double count, bint unbiased) noexcept:
     """Bessel's correction."""
@@ -1609,8 +1600,10 @@ cdef void count_batch(cnp.ndarray counter) noexcept:
     memcpy(cnp.PyArray_DATA(counter), &count, sizeof(count))
 
 
-def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased):
-    """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
+def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased, exact=None, counter=None,
+                   bint skip_nonfinite=False):
+    """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0. Those of a
+    layer with what they were rounded from, and its counter."""
     cdef cnp.ndarray to_mean = running(running_mean, "running_mean"), to_var = running(running_var, "running_var")
     check_alike(to_mean, to_var)
     cdef bint float64 = cnp.PyArray_TYPE(to_mean) == cnp.NPY_FLOAT64
@@ -1634,7 +1627,14 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
         return
     take_running(&means, to_mean, C, float64, "running_mean")
     take_running(&variances, to_var, C, float64, "running_var")
+    if exact is not None and not float64:
+        means.exact = <char *> take64((<tuple> exact)[0], C, "the unrounded mean")
+        variances.exact = <char *> take64((<tuple> exact)[1], C, "the unrounded variance")
+        means.exact_stride = variances.exact_stride = sizeof(double)
     cdef const double *batch_mean = take64(mean, C, "stats.mean")
     cdef const double *batch_var = take64(var, C, "stats.var")
-    K.move_running(&means, batch_mean, NULL, 0, C, share, 1.0)
-    K.move_running(&variances, batch_var, NULL, 0, C, share, unbiasing(values, unbiased))
+    cdef const double *finite = batch_var if skip_nonfinite else NULL
+    if counter is not None:
+        count_batch(counter)
+    K.move_running(&means, batch_mean, finite, 0, C, share, 1.0)
+    K.move_running(&variances, batch_var, finite, 0, C, share, unbiasing(values, unbiased))
