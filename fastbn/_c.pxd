@@ -132,7 +132,13 @@ cdef extern from "schedule.h" nogil:
 
     void bn_do_share(const bn_call *call, const bn_member *me)
     void bn_coef_at(bn_coef *k, char *at, size_t step, bint backward)
-    char *bn_clear_of_rows(char *memory, const void **rows, int n, size_t bytes_of_row)
+
+    ctypedef struct bn_neighbour:
+        const void *at
+        size_t period
+
+    bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row)
+    char *bn_clear_of(char *memory, const bn_neighbour *beside, int n)
 
 cdef extern from "numpy/arrayobject.h":
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, int order, void *dtype, int subok)

@@ -1030,7 +1030,7 @@ cdef void run(bn_call *call) noexcept:
 # ---- coefficients of inference ------------------------------------------------------------------------------------
 
 cdef enum:
-    ROOM = 3 * 4 * (384 + 16) + 63  # bytes: of coefficients that need no allocation
+    ROOM = 7168  # bytes: of coefficients that need no allocation, and where in a page they may begin
 
 
 cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean, cnp.ndarray var, bint of_stats, weight,
@@ -1042,7 +1042,6 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean
     cdef bn_problem p
     cdef bn_source source
     cdef char *block = room
-    cdef const void *a_page = NULL  # where outputs begin, as far as can be told
     memset(&p, 0, sizeof(p))
     p.layout = BN_ROWS  # or planes, which want less
     p.C = C
@@ -1071,13 +1070,14 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean
     else:
         take32(mean, C, of_mean)
         take32(var, C, of_var)
-    if room == NULL or 3 * step + 63 > ROOM:
-        block = <char *> claim(3 * step + 63 + 4096)
+    cdef bn_neighbour rows = bn_rows_beside(NULL, <size_t> (C * p.fold) * sizeof(float))  # they may begin at a page
+    cdef size_t bytes = BN_COEF_FORWARD * step + 63 + rows.period
+    if room == NULL or bytes > ROOM:
+        block = <char *> claim(bytes)
         if block == NULL:
             raise MemoryError(f"no memory for the coefficients of {C} channels")
     cdef char *at = <char *> ((<uintptr_t> block + 63) // 64 * 64)
-    if block != room:
-        at = bn_clear_of_rows(at, &a_page, 1, <size_t> (C * p.fold) * sizeof(float))
+    at += (rows.period // 2 - <uintptr_t> at) & (rows.period - 1) & ~<uintptr_t> 63  # half way between rows
     bn_coef_at(k, at, step, False)
     if float64:
         K.coef(&p, 0, C, &source, k)

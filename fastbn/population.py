@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from _thread import get_ident
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -218,7 +218,7 @@ class _Pass:
         self.model = model
         self.settled = {} if settled is None else settled  # layers that evaluate
         self.target = target  # behind which a batch needs to go no further
-        self.thread = threading.current_thread()
+        self.thread = get_ident()
         self.pools: dict[BatchNorm, _Pool] = {}
         self.batch = 0  # its number
 
@@ -235,7 +235,7 @@ class _Pass:
     def call(
         self, layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
     ) -> Array | None:
-        if threading.current_thread() is not self.thread or not layer._has_averages():
+        if get_ident() != self.thread or not layer._has_averages():
             return None
         averages = self.settled.get(layer)
         if averages is not None:

@@ -62,18 +62,21 @@ static uintptr_t apart(uintptr_t a, uintptr_t b, uintptr_t period) {
     return (d < period - d ? d : period - d) * (PAGE / period);
 }
 
-/* As far as can be, in the low bits of addresses, from all that is loaded beside it: what is loaded for the next
- * columns would wait for what is stored to these, or both would crowd each other out of a set of L1. Rows of few lines,
- * or of an odd number, are near whatever there is. */
-char *bn_clear_of_rows(char *memory, const void *const *rows, int n, size_t bytes_of_row) {
-    const uintptr_t low = bytes_of_row & (~bytes_of_row + 1), period = low < PAGE ? low : PAGE;
+bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row) {
+    const size_t low = bytes_of_row & (~bytes_of_row + 1);
+    const bn_neighbour rows = {at, low < PAGE ? low : PAGE};
+    return rows;
+}
+
+char *bn_clear_of(char *memory, const bn_neighbour *beside, int n) {
     uintptr_t most = 0;
     char *best = memory;
-    for (char *at = memory; period > PAGE / PLACES && at < memory + PAGE; at += PAGE / PLACES) {
+    for (char *at = memory; at < memory + PAGE; at += PAGE / PLACES) {
         uintptr_t least = PAGE;
         for (int i = 0; i < n; i++) {
-            const uintptr_t d = apart((uintptr_t)at, (uintptr_t)rows[i], period);
-            least = d < least ? d : least;
+            const uintptr_t d = apart((uintptr_t)at, (uintptr_t)beside[i].at, beside[i].period);
+            if (beside[i].period > PAGE / PLACES && d < least)
+                least = d;
         }
         if (least > most) {
             most = least;
@@ -125,16 +128,12 @@ static workplace owners_place(const bn_call *call, ptrdiff_t i) {
     return w;
 }
 
-/* Of all channels without an owner; the room is this member's. */
+/* Of all channels without an owner; the room is this member's. Rows of few elements are soon gone through. */
 static workplace shared_place(const bn_call *call, const bn_member *me) {
     const bn_problem *p = &call->p;
     const bn_scratch *s = &call->plan.scratch;
-    const size_t bytes_of_row = (size_t)call->plan.width * sizeof(float);
-    const void *beside[] = {p->x.data, p->grad_output.data ? p->grad_output.data : p->x.data,
-                            p->grad_input.data ? p->grad_input.data
-                            : p->y.data        ? p->y.data
-                                               : p->x.data,
-                            NULL};
+    const size_t row = (size_t)call->plan.width * sizeof(float);
+    const int many_rows = p->layout == BN_ROWS && p->packed && p->N * p->S * p->C >= 1 << 13;
     workplace w = {0};
     w.k = call->k;
     if (call->scratch == NULL)
@@ -143,14 +142,19 @@ static workplace shared_place(const bn_call *call, const bn_member *me) {
     w.tile_b = (double *)(call->scratch + s->tile_b);
     w.g = (double *)(call->scratch + s->g);
     w.gx = (double *)(call->scratch + s->gx);
-    if (!w.k.mean && s->bytes > s->coef) {
-        char *const at = bn_clear_of_rows(call->scratch + s->coef, beside, p->layout == BN_ROWS ? 3 : 0, bytes_of_row);
-        bn_coef_at(&w.k, at, s->coef_step, has_backward_coef(call));
+    if (s->bytes > s->coef) {
+        const bn_neighbour written = bn_rows_beside(p->grad_input.data ? p->grad_input.data : p->y.data, row);
+        char *const at = call->scratch + s->coef;
+        bn_coef_at(&w.k, many_rows ? bn_clear_of(at, &written, 1) : at, s->coef_step, has_backward_coef(call));
     }
     if (p->layout == BN_ROWS && bn_first_pass(call->plan.op)) {
-        beside[3] = w.k.mean;
-        char *const room = call->scratch + s->rooms + (size_t)me->member * s->room_step;
-        w.room = (float *)bn_clear_of_rows(room, beside, w.k.mean ? 4 : 3, bytes_of_row);
+        const bn_neighbour beside[] = {
+            bn_rows_beside(p->x.data, row), bn_rows_beside(p->grad_output.data, row), {w.k.mean, PAGE},
+            {w.k.scale, PAGE},              {w.k.shift, PAGE},                        {w.k.invstd, PAGE},
+        };
+        char *const at = call->scratch + s->rooms + (size_t)me->member * s->room_step;
+        /* statistics go by neither grad_output nor coefficients */
+        w.room = (float *)(many_rows ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at);
     }
     index_by_channel(&w, call->plan.owned);
     results_to(call, &w);

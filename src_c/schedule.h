@@ -34,7 +34,16 @@ void bn_do_share(const bn_call *call, const bn_member *me);
 /* k's arrays from `at` on, so many bytes from one to the next. */
 void bn_coef_at(bn_coef *k, char *at, size_t step, int backward);
 
-/* Where in the page from `memory` on something begins that is gone through beside rows of so many bytes. */
-char *bn_clear_of_rows(char *memory, const void *const *rows, int n, size_t bytes_of_row);
+/* Something that is gone through at the same time: addresses whole periods from its own are alike. */
+typedef struct {
+    const void *at;
+    size_t period; /* bytes, a power of two */
+} bn_neighbour;
+bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row);
+
+/* Where in the page from `memory` on something begins to be as far as can be, in the low bits of addresses, from all its
+ * neighbours: what is loaded for the next columns would wait for what is stored to these, or both would crowd each other
+ * out of a set of L1. Rows of few lines, or of an odd number, are near whatever there is. */
+char *bn_clear_of(char *memory, const bn_neighbour *beside, int n);
 
 #endif

@@ -31,6 +31,13 @@
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
+/* Before a loop over a few vectors: unrolled early, or compilers keep the vectors' array in memory. */
+#if defined(__GNUC__)
+#define UNROLLED _Pragma("GCC unroll 8")
+#else
+#define UNROLLED
+#endif
+
 enum { TO_L1, TO_L2 };
 
 #if defined(__AVX512F__)

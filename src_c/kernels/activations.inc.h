@@ -5,7 +5,7 @@
 
 typedef struct {
     vf slope; /* of leaky_relu */
-    vf cap;   /* 6 for relu6; NaN for relu, which no comparison finds smaller or larger */
+    int six;  /* whether relu6 is meant where relu and relu6 have one code, as the commonest have code of their own */
 } vact;
 
 INLINE vf forward_IDENTITY(vf z, const vact *a) {
@@ -17,15 +17,20 @@ INLINE vf gradient_IDENTITY(vf dy, vf z, const vact *a) {
     return dy;
 }
 
-/* ReLU and ReLU6: one code for both, as the commonest have code of their own. */
-INLINE vf forward_clipped(vf z, const vact *a) { return vmin(a->cap, vmax(vset1(0), z)); }
-INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
-    return vselect(vor(vle(z, vset1(0)), vle(a->cap, z)), vset1(0), dy);
+INLINE vf forward_RELU(vf z, const vact *a) {
+    (void)a;
+    return vmax(vset1(0), z);
 }
-#define forward_RELU   forward_clipped
-#define gradient_RELU  gradient_clipped
-#define forward_RELU6  forward_clipped
-#define gradient_RELU6 gradient_clipped
+INLINE vf gradient_RELU(vf dy, vf z, const vact *a) {
+    (void)a;
+    return vselect(vle(z, vset1(0)), vset1(0), dy);
+}
+
+INLINE vf forward_RELU6(vf z, const vact *a) { return vmin(vset1(6), forward_RELU(z, a)); }
+INLINE vf gradient_RELU6(vf dy, vf z, const vact *a) {
+    (void)a;
+    return vselect(vor(vle(z, vset1(0)), vle(vset1(6), z)), vset1(0), dy);
+}
 
 INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
 INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy); }
@@ -60,21 +65,19 @@ INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
 enum { PLAIN, CLIPPED, ANY };
 
 INLINE vact activation_of(const bn_problem *p) {
-    const vact a = {vset1(p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
+    const vact a = {vset1(p->negative_slope), p->activation == BN_RELU6};
     return a;
 }
 
 INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) {
     if (act == CLIPPED)
-        for (int j = 0; j < n; j++)
-            z[j] = forward_clipped(z[j], a);
+        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_RELU(z[j], a);
+    if (act == CLIPPED && a->six)
+        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_RELU6(z[j], a);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
-    case BN_##code:                                                                                                    \
-        for (int j = 0; j < n; j++)                                                                                    \
-            z[j] = forward_##code(z[j], a);                                                                            \
-        break;
+    case BN_##code: UNROLLED for (int j = 0; j < n; j++) z[j] = forward_##code(z[j], a); break;
     switch (p->activation) { BN_ACTIVATIONS(CASE) }
 #undef CASE
 }
@@ -82,15 +85,13 @@ INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) 
 /* dy becomes the gradient that reaches z. */
 INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, const vf *z, vf *dy) {
     if (act == CLIPPED)
-        for (int j = 0; j < n; j++)
-            dy[j] = gradient_clipped(dy[j], z[j], a);
+        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_RELU(dy[j], z[j], a);
+    if (act == CLIPPED && a->six)
+        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_RELU6(dy[j], z[j], a);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
-    case BN_##code:                                                                                                    \
-        for (int j = 0; j < n; j++)                                                                                    \
-            dy[j] = gradient_##code(dy[j], z[j], a);                                                                   \
-        break;
+    case BN_##code: UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_##code(dy[j], z[j], a); break;
     switch (p->activation) { BN_ACTIVATIONS(CASE) }
 #undef CASE
 }

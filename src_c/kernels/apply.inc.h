@@ -121,7 +121,7 @@ INLINE batch part_of_vector(vt t) {
 INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int step, const cursor *a, ptrdiff_t i,
                       batch b, instance of, vf *v, vf *g) {
     vf d[4];
-    for (int j = 0; j < b.n; j++) {
+    UNROLLED for (int j = 0; j < b.n; j++) {
         const ptrdiff_t at = i + j * b.distance;
         d[j] = vsub(element_at(a->x + at, b.t, b.whole), k[j * step].mean);
         if (of.direction == FORWARD || of.act != PLAIN)
@@ -135,16 +135,14 @@ INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int 
     }
     pass_gradient(p, act, of.act, b.n, v, g);
     if (p->fixed)
-        for (int j = 0; j < b.n; j++)
-            v[j] = vmul(g[j], k[j * step].scale);
+        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vmul(g[j], k[j * step].scale);
     else
-        for (int j = 0; j < b.n; j++)
-            v[j] = vfma(vfma(d[j], k[j * step].g_proj, vsub(g[j], k[j * step].g_mean)), k[j * step].scale,
-                        k[j * step].g_shift);
+        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vfma(
+            vfma(d[j], k[j * step].g_proj, vsub(g[j], k[j * step].g_mean)), k[j * step].scale, k[j * step].g_shift);
 }
 
 INLINE void store_at(const cursor *a, ptrdiff_t i, batch b, instance of, const vf *v, const vf *g) {
-    for (int j = 0; j < b.n; j++) {
+    UNROLLED for (int j = 0; j < b.n; j++) {
         elem *const to = a->out + i + j * b.distance;
         if (!b.whole)
             xstore_tail(to, v[j], b.t);
@@ -154,7 +152,7 @@ INLINE void store_at(const cursor *a, ptrdiff_t i, batch b, instance of, const v
             xstore(to, v[j]);
     }
     if (of.direction == BACKWARD && a->gr)
-        for (int j = 0; j < b.n; j++) {
+        UNROLLED for (int j = 0; j < b.n; j++) {
             elem *const to = a->gr + i + j * b.distance;
             if (b.whole)
                 xstore(to, g[j]);

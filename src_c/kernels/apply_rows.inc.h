@@ -39,23 +39,22 @@ INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef 
                             int rows, int ahead, instance of) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, of.direction);
-    const ptrdiff_t next = rows * K; /* from this line of all rows to what is prefetched meanwhile */
     for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + i + v * VL;
             k[v] = coef_of_columns(coef, at < K ? at : at - K, vtail(VL), 1, of.direction);
         }
-        if (ahead)
-            for (ptrdiff_t j = next + rows * i; j < next + rows * (i + LINE); j += LINE) {
-                vprefetch(a.x + j, TO_L2);
-                if (of.direction == BACKWARD)
-                    vprefetch(a.dy + j, TO_L2);
-                if (of.store == BN_CACHED)
-                    vprefetch(a.out + j, TO_L2);
-                if (of.res && a.r)
-                    vprefetch(a.r + j, TO_L2);
-            }
+        for (int j = 0; ahead && j < rows; j++) {
+            const ptrdiff_t at = rows * K + rows * i + j * LINE;
+            vprefetch(a.x + at, TO_L2);
+            if (of.direction == BACKWARD)
+                vprefetch(a.dy + at, TO_L2);
+            if (of.store == BN_CACHED)
+                vprefetch(a.out + at, TO_L2);
+            if (of.res && a.r)
+                vprefetch(a.r + at, TO_L2);
+        }
         for (int v = 0; v < LINE / VL; v++)
             apply_at(p, act, &k[v], &a, i + v * VL, whole_vectors(rows, distance), of);
     }

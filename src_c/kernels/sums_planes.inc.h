@@ -4,7 +4,7 @@
 INLINE void sum_at(const bn_problem *p, const vact *act, const vcoef *k, const cursor *a, ptrdiff_t i, batch b,
                    instance of, vf *g_sum, vf *gx_sum) {
     vf d[4], z[4], g[4];
-    for (int j = 0; j < b.n; j++) {
+    UNROLLED for (int j = 0; j < b.n; j++) {
         const ptrdiff_t at = i + j * b.distance;
         d[j] = vsub(element_at(a->x + at, b.t, b.whole), k->mean);
         if (!b.whole)
@@ -14,7 +14,7 @@ INLINE void sum_at(const bn_problem *p, const vact *act, const vcoef *k, const c
             z[j] = z_at(p, k, a, at, d[j], b.t, b.whole, of);
     }
     pass_gradient(p, act, of.act, b.n, z, g);
-    for (int j = 0; j < b.n; j++) {
+    UNROLLED for (int j = 0; j < b.n; j++) {
         g_sum[j] = vadd(g_sum[j], g[j]);
         gx_sum[j] = vfma(g[j], vmul(d[j], k->invstd), gx_sum[j]);
     }

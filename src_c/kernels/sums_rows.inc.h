@@ -3,15 +3,15 @@
 /* As add_rows does; with `ahead`, the next so many rows are prefetched. */
 INLINE void sum_some_rows(const bn_problem *p, const vact *act, const bn_coef *coef, const cursor *a, int rows,
                           int ahead, ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, instance of) {
-    const ptrdiff_t K = p->C * p->fold, next = rows * K;
+    const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
     ptrdiff_t i = 0;
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(coef, c + i, tail, 1, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
-        for (ptrdiff_t j = next + rows * i; ahead && j < next + rows * (i + VL); j += LINE) {
-            vprefetch(a->x + j, TO_L2);
-            vprefetch(a->dy + j, TO_L2);
+        for (int j = 0; ahead && j < rows * VL; j += LINE) {
+            vprefetch(a->x + rows * (K + i) + j, TO_L2);
+            vprefetch(a->dy + rows * (K + i) + j, TO_L2);
         }
         for (int r = 0; r < rows; r++)
             sum_at(p, act, &k, a, r * K + c + i, whole_vectors(1, 0), of, &s, &q);
