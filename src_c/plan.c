@@ -90,8 +90,11 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
     if (plan->apply.store == BN_STREAMED && !whole_lines)
         plan->apply.store = BN_CACHED; /* lines are shared; memory's order is what is left */
     else if (plan->apply.store == BN_STREAMED) {
-        plan->apply.rows = K >= t->wide ? 4 : 1;
-        plan->why_rows = K >= t->wide ? "coefficients of rows this wide crowd L1" : "memory's order is fastest";
+        /* rows this wide have coefficients that crowd L1; those of the backward pass cost more than order, too, where
+         * what is read comes from the cache */
+        plan->apply.rows = K >= t->wide || (backward && !plan->from_memory) ? 4 : 1;
+        plan->why_rows = plan->apply.rows == 4 ? "coefficients cost more than memory's order gains"
+                                               : "memory's order is fastest";
     } else if (p->pitch && !plan->from_memory) {
         plan->apply.rows = far && wide_vectors && K * operands <= 2 * t->wide ? 2 : 4;
         plan->apply.ahead = far ? plan->apply.rows * K : 0;

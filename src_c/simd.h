@@ -17,6 +17,7 @@
  *   vscale(a, m)    a * 2^k, where the low bits of m as an integer are those of k, and the result is a normal number
  *   vexp(a)         e^a within 2 ulp, from -87 to 88.25; a NaN gives anything
  *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
+ *   vaddress(p)     p in a register: not to be computed anew, nor from what is near it
  *   vprefetch(p, cache)   the line of p to that cache, and no fault wherever p points
  */
 #ifndef FASTBN_SIMD_H

@@ -118,14 +118,34 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
         break;                                                                                                         \
     default: body(ANY, MAYBE);                                                                                         \
     }
-/* The gradient does not look at a residual where there is no activation. */
-#define SPECIALIZE_GRADIENT(p, body)                                                                                   \
+/* Sums look at no residual where there is no activation. */
+#define SPECIALIZE_SUMS(p, body)                                                                                       \
     switch ((p)->activation) {                                                                                         \
     case BN_IDENTITY: body(PLAIN, 0); break;                                                                           \
     case BN_RELU:                                                                                                      \
     case BN_RELU6:                                                                                                     \
         if ((p)->residual.data) {                                                                                      \
             body(CLIPPED, 1);                                                                                          \
+        } else {                                                                                                       \
+            body(CLIPPED, 0);                                                                                          \
+        }                                                                                                              \
+        break;                                                                                                         \
+    default: body(ANY, MAYBE);                                                                                         \
+    }
+/* The backward pass: with a residual or its gradient, one of them or both; what is rarer is looked up. */
+#define SPECIALIZE_BACKWARD(p, body)                                                                                   \
+    switch ((p)->fixed ? BN_N_ACTIVATIONS : (p)->activation) {                                                         \
+    case BN_IDENTITY:                                                                                                  \
+        if ((p)->residual.data || (p)->grad_residual.data) {                                                           \
+            body(PLAIN, MAYBE);                                                                                        \
+        } else {                                                                                                       \
+            body(PLAIN, 0);                                                                                            \
+        }                                                                                                              \
+        break;                                                                                                         \
+    case BN_RELU:                                                                                                      \
+    case BN_RELU6:                                                                                                     \
+        if ((p)->residual.data || (p)->grad_residual.data) {                                                           \
+            body(CLIPPED, MAYBE);                                                                                      \
         } else {                                                                                                       \
             body(CLIPPED, 0);                                                                                          \
         }                                                                                                              \

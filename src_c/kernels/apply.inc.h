@@ -43,7 +43,7 @@ INLINE void move(cursor *a, ptrdiff_t x, ptrdiff_t r, ptrdiff_t dy, ptrdiff_t ou
         a->dy += dy;
     if (a->out)
         a->out += out;
-    if (of.direction == BACKWARD && a->gr)
+    if (of.direction == BACKWARD && of.res && a->gr)
         a->gr += gr;
 }
 
@@ -134,7 +134,7 @@ INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int 
         return;
     }
     pass_gradient(p, act, of.act, b.n, v, g);
-    if (p->fixed)
+    if (of.act == ANY && p->fixed)
         UNROLLED for (int j = 0; j < b.n; j++) v[j] = vmul(g[j], k[j * step].scale);
     else
         UNROLLED for (int j = 0; j < b.n; j++) v[j] = vfma(
@@ -151,7 +151,7 @@ INLINE void store_at(const cursor *a, ptrdiff_t i, batch b, instance of, const v
         else
             xstore(to, v[j]);
     }
-    if (of.direction == BACKWARD && a->gr)
+    if (of.direction == BACKWARD && of.res && a->gr)
         UNROLLED for (int j = 0; j < b.n; j++) {
             elem *const to = a->gr + i + j * b.distance;
             if (b.whole)

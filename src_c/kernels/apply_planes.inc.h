@@ -120,4 +120,4 @@ INLINE void apply_planes(const bn_problem *problem, const bn_coef *coefficients,
 #define APPLY_STREAMED_planes_BACKWARD(act, res) APPLY_AS(planes, BACKWARD, act, res, BN_STREAMED)
 #define APPLY_CACHED_planes_BACKWARD(act, res)   APPLY_AS(planes, BACKWARD, act, res, BN_CACHED)
 APPLY(planes, FORWARD, SPECIALIZE, forward_planes)
-APPLY(planes, BACKWARD, SPECIALIZE_GRADIENT, backward_planes)
+APPLY(planes, BACKWARD, SPECIALIZE_BACKWARD, backward_planes)

@@ -32,6 +32,21 @@ INLINE void apply_part(const bn_problem *p, const vact *act, const bn_coef *coef
     }
 }
 
+/* Offset i, with addresses that compilers do not know to be sums: they would keep the sums for all lines in registers,
+ * those of vectors too. */
+INLINE cursor held_at(const cursor *a, ptrdiff_t i, instance of) {
+    cursor b = *a;
+    b.x = vaddress(a->x + i);
+    b.out = (elem *)vaddress(a->out + i);
+    if (of.direction == BACKWARD)
+        b.dy = vaddress(a->dy + i);
+    if (of.res)
+        b.r = vaddress(a->r ? a->r + i : a->x + i);
+    return b;
+}
+
+#define NARROW 320 /* columns: eight rows of two operands are 20 KB, which L1 holds */
+
 /* Several rows at a time, at one distance in every operand: coefficients in memory cost more than what they are
  * applied to. With `ahead`, the next so many rows are prefetched in the order of memory, which several rows at once
  * hide from the hardware. */
@@ -45,15 +60,18 @@ INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef 
             const ptrdiff_t at = b->phase + i + v * VL;
             k[v] = coef_of_columns(coef, at < K ? at : at - K, vtail(VL), 1, of.direction);
         }
-        for (int j = 0; ahead && j < rows; j++) {
-            const ptrdiff_t at = rows * K + rows * i + j * LINE;
-            vprefetch(a.x + at, TO_L2);
-            if (of.direction == BACKWARD)
-                vprefetch(a.dy + at, TO_L2);
-            if (of.store == BN_CACHED)
-                vprefetch(a.out + at, TO_L2);
-            if (of.res && a.r)
-                vprefetch(a.r + at, TO_L2);
+        if (ahead) {
+            const cursor next = held_at(&a, rows * (K + i), of);
+            const int cache = K <= NARROW ? TO_L1 : TO_L2;
+            UNROLLED for (int j = 0; j < rows; j++) {
+                vprefetch(next.x + j * LINE, cache);
+                if (of.direction == BACKWARD)
+                    vprefetch(next.dy + j * LINE, cache);
+                if (of.store == BN_CACHED)
+                    vprefetch(next.out + j * LINE, cache);
+                if (of.res)
+                    vprefetch(next.r + j * LINE, cache);
+            }
         }
         for (int v = 0; v < LINE / VL; v++)
             apply_at(p, act, &k[v], &a, i + v * VL, whole_vectors(rows, distance), of);
@@ -155,4 +173,4 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
 #define APPLY_STREAMED_rows_BACKWARD(act, res) APPLY_AS(rows, BACKWARD, act, res, BN_STREAMED)
 #define APPLY_CACHED_rows_BACKWARD(act, res)   APPLY_AS(rows, BACKWARD, act, res, BN_CACHED)
 APPLY(rows, FORWARD, SPECIALIZE, forward_rows)
-APPLY(rows, BACKWARD, SPECIALIZE_GRADIENT, backward_rows)
+APPLY(rows, BACKWARD, SPECIALIZE_BACKWARD, backward_rows)

@@ -142,4 +142,4 @@ INLINE void overlap(const bn_problem *problem, const bn_coef *coefficients, cons
 #define OVERLAPPED_FORWARD(act, res)  overlap(p, k, how, done, to, (instance){FORWARD, act, res, BN_STREAMED})
 #define OVERLAPPED_BACKWARD(act, res) overlap(p, k, how, done, to, (instance){BACKWARD, act, res, BN_STREAMED})
 OVERLAPPED(FORWARD, SPECIALIZE, forward_and_stats)
-OVERLAPPED(BACKWARD, SPECIALIZE_GRADIENT, backward_and_sums)
+OVERLAPPED(BACKWARD, SPECIALIZE_BACKWARD, backward_and_sums)

@@ -31,7 +31,7 @@ INLINE void add_rows(const elem *x, ptrdiff_t stride, int rows, int first, int l
         load_group(a, c, first, &sum, &sq);
         if (ahead && (rows > 1 || c % LINE == 0))
             for (int j = 0; j < rows * VL; j += LINE)
-                vprefetch(x + ahead + rows * c + j, TO_L2);
+                vprefetch(x + ahead + rows * c + j, rows > 1 && cols <= NARROW ? TO_L1 : TO_L2);
         for (int r = 0; r < rows; r++) {
             const vf d = vsub(xload(x + r * stride + c), k);
             sum = vadd(sum, d);

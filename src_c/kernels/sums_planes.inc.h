@@ -138,5 +138,5 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, const bn_pass *
 #define SUMS_AS(layout, act, res) sum_##layout(p, k, how, to, (instance){BACKWARD, act, res, BN_CACHED})
 #define SUMS_planes(act, res)     SUMS_AS(planes, act, res)
 static void sums_planes(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to) {
-    SPECIALIZE_GRADIENT(p, SUMS_planes);
+    SPECIALIZE_SUMS(p, SUMS_planes);
 }

@@ -1,22 +1,37 @@
 /* sums_rows.inc.h: each tile's sums for the backward pass, of rows. */
 
+/* n columns on. Compilers would make every address from a base and an index, and keep them all; those that are moved
+ * take fewer registers. */
+INLINE void move_on(cursor *a, ptrdiff_t n, instance of) {
+    a->x = vaddress(a->x + n);
+    a->dy = vaddress(a->dy + n);
+    if (of.res && a->r)
+        a->r += n;
+}
+
 /* As add_rows does; with `ahead`, the next so many rows are prefetched. */
 INLINE void sum_some_rows(const bn_problem *p, const vact *act, const bn_coef *coef, const cursor *a, int rows,
                           int ahead, ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, instance of) {
     const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
+    cursor here = *a, next = *a;
     ptrdiff_t i = 0;
+    move_on(&here, c, of);
+    move_on(&next, rows * K, of);
     for (; i + VL <= cols; i += VL) {
         const vcoef k = coef_of_columns(coef, c + i, tail, 1, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         for (int j = 0; ahead && j < rows * VL; j += LINE) {
-            vprefetch(a->x + rows * (K + i) + j, TO_L2);
-            vprefetch(a->dy + rows * (K + i) + j, TO_L2);
+            vprefetch(next.x + j, cols <= NARROW ? TO_L1 : TO_L2);
+            vprefetch(next.dy + j, cols <= NARROW ? TO_L1 : TO_L2);
         }
         for (int r = 0; r < rows; r++)
-            sum_at(p, act, &k, a, r * K + c + i, whole_vectors(1, 0), of, &s, &q);
+            sum_at(p, act, &k, &here, r * K, whole_vectors(1, 0), of, &s, &q);
         vstore(sum + i, s);
         vstore(sq + i, q);
+        move_on(&here, VL, of);
+        if (ahead)
+            move_on(&next, rows * VL, of);
     }
     if (i < cols) {
         const vcoef k = coef_of_columns(coef, c + i, tail, 0, BACKWARD);
@@ -73,5 +88,5 @@ INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, con
 
 #define SUMS_rows(act, res) SUMS_AS(rows, act, res)
 static void sums_rows(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to) {
-    SPECIALIZE_GRADIENT(p, SUMS_rows);
+    SPECIALIZE_SUMS(p, SUMS_rows);
 }
