@@ -5,7 +5,7 @@
 
 typedef struct {
     vf slope; /* of leaky_relu */
-    int six;  /* whether relu6 is meant where relu and relu6 have one code, as the commonest have code of their own */
+    vf cap;   /* 6 for relu6; NaN for relu, which nothing is larger or smaller than: one code for both */
 } vact;
 
 INLINE vf forward_IDENTITY(vf z, const vact *a) {
@@ -17,20 +17,14 @@ INLINE vf gradient_IDENTITY(vf dy, vf z, const vact *a) {
     return dy;
 }
 
-INLINE vf forward_RELU(vf z, const vact *a) {
-    (void)a;
-    return vmax(vset1(0), z);
+INLINE vf forward_clipped(vf z, const vact *a) { return vmin(a->cap, vmax(vset1(0), z)); }
+INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
+    return vselect(vor(vle(z, vset1(0)), vle(a->cap, z)), vset1(0), dy);
 }
-INLINE vf gradient_RELU(vf dy, vf z, const vact *a) {
-    (void)a;
-    return vselect(vle(z, vset1(0)), vset1(0), dy);
-}
-
-INLINE vf forward_RELU6(vf z, const vact *a) { return vmin(vset1(6), forward_RELU(z, a)); }
-INLINE vf gradient_RELU6(vf dy, vf z, const vact *a) {
-    (void)a;
-    return vselect(vor(vle(z, vset1(0)), vle(vset1(6), z)), vset1(0), dy);
-}
+#define forward_RELU   forward_clipped
+#define gradient_RELU  gradient_clipped
+#define forward_RELU6  forward_clipped
+#define gradient_RELU6 gradient_clipped
 
 INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
 INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy); }
@@ -65,15 +59,13 @@ INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
 enum { PLAIN, CLIPPED, ANY };
 
 INLINE vact activation_of(const bn_problem *p) {
-    const vact a = {vset1(p->negative_slope), p->activation == BN_RELU6};
+    const vact a = {vset1(p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
     return a;
 }
 
 INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) {
     if (act == CLIPPED)
-        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_RELU(z[j], a);
-    if (act == CLIPPED && a->six)
-        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_RELU6(z[j], a);
+        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_clipped(z[j], a);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
@@ -85,9 +77,7 @@ INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) 
 /* dy becomes the gradient that reaches z. */
 INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, const vf *z, vf *dy) {
     if (act == CLIPPED)
-        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_RELU(dy[j], z[j], a);
-    if (act == CLIPPED && a->six)
-        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_RELU6(dy[j], z[j], a);
+        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_clipped(dy[j], z[j], a);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
