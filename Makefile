@@ -8,7 +8,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
-C_SOURCES = $(wildcard src_c/*.[ch] bench/*.cpp) $(C_PROGRAMS)
+C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
 .PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers \
@@ -55,7 +55,7 @@ lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
 	@set -e; for cc in gcc clang; do \
 	    if command -v $$cc >/dev/null; then \
 	        echo "== $$cc -Wall -Wextra -Werror"; \
-	        $$cc -std=c11 -Wall -Wextra -Werror -fopenmp -fsyntax-only $(PYTHON_INCLUDE) $(C_PROGRAMS); \
+	        $$cc -std=c11 -Wall -Wextra -Werror -fopenmp -fsyntax-only -Isrc_c $(PYTHON_INCLUDE) $(C_PROGRAMS); \
 	        CC=$$cc CFLAGS=-Werror $(PY) setup.py --quiet build_ext -t build/lint-$$cc -b build/lint-$$cc >build/lint-$$cc.log; \
 	    else echo "== $$cc is not installed: its warnings were NOT checked"; fi; \
 	done

@@ -20,8 +20,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled with
-# them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
+# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled
+# with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
@@ -131,7 +131,7 @@ class BuildKernels(build_ext):
         return True
 
     def chosen(self, isas):
-        """The instruction sets to build: all, or for a quick development build those that FASTBN_BUILD_ISAS names."""
+        """The instruction sets to build: all, or, to be quick, those that FASTBN_BUILD_ISAS names."""
         names = os.environ.get("FASTBN_BUILD_ISAS", "").split()
         unknown = [name for name in names if name not in isas]
         if unknown:
@@ -142,7 +142,7 @@ class BuildKernels(build_ext):
         return names or list(isas)
 
     def kernels_for(self, isa):
-        """A file that makes the kernels' source that of one instruction set: symbols and objects are told apart by it."""
+        """A file that makes the kernels' source that of one instruction set, and tells its symbols apart."""
         return self.write(f"kernels_{isa}.c", f'#define FASTBN_ISA {isa}\n#include "kernels.c"\n')
 
     def compile_own(self, source, flags, ext):

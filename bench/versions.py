@@ -1,12 +1,12 @@
-"""The kernels of this checkout beside those of another one, built in place: time here / time there, by row and family.
+"""The kernels of this checkout beside those of another one, built in place: time here / time there.
 
     python bench/versions.py ../before
     python bench/versions.py ../before --chain
 
-Both are loaded into one process and take turns on the same arrays, because where arrays happen to lie in memory matters
-more than most changes. Hot rows call again and again on the same arrays. In chain rows x is written before, the call is
-made, and y is read after, each with memory of its own, more than the last-level cache in all; what is timed is the call
-and the reading. The families are operation x layout.
+Both are loaded into one process and take turns on the same arrays, because where arrays happen to lie in
+memory matters more than most changes. Hot rows call again and again on the same arrays. In chain rows x is
+written before, the call is made, and y is read after, each with memory of its own, more than the last-level
+cache in all; what is timed is the call and the reading. The families are operation x layout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from fastbn import _kernels
 
 OPERATIONS = ("inference", "inference+relu", "training", "training+relu", "backward", "backward+relu")
 # arrays of 0.5 to 13 MB: layers of networks at batch 8
-CHAIN_SHAPES = [(8, 64, 16, 16), (8, 96, 28, 28), (8, 64, 40, 40), (8, 256, 20, 20), (8, 128, 40, 40), (8, 256, 40, 40)]
+CHAIN_SHAPES = [
+    (8, 64, 16, 16),
+    (8, 96, 28, 28),
+    (8, 64, 40, 40),
+    (8, 256, 20, 20),
+    (8, 128, 40, 40),
+    (8, 256, 40, 40),
+]
 CHAIN_BYTES = 200 << 20  # of all arrays of a chain row
 
 
@@ -45,7 +52,9 @@ def kernels_of(checkout: Path) -> Any:
 class Row:
     """One operation on one shape, with so many sets of arrays, and how each version is called on them."""
 
-    def __init__(self, shape: tuple[int, ...], layout: str, operation: str, threads: int, chain: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], layout: str, operation: str, threads: int, chain: bool
+    ) -> None:
         self.name, _, activation = operation.partition("+")
         self.label = f"{'x'.join(map(str, shape)):18} {layout} {operation:15}"
         self.family = f"{operation} {layout}"
@@ -68,9 +77,7 @@ class Row:
             if self.name == "inference":
                 kernels.normalize(x, mean, var, False, weight, bias, eps, *rest, y, threads, None)
             elif self.name == "training":
-                kernels.forward(
-                    x, weight, bias, eps, *rest, y, threads, mean, var, 0.1, True, False
-                )
+                kernels.forward(x, weight, bias, eps, *rest, y, threads, mean, var, 0.1, True, False)
             else:
                 kernels.backward(g, x, *stats, weight, bias, eps, True, *rest, y, threads)
 
@@ -98,7 +105,9 @@ def rows(chain: bool, threads: int, only: list[str] | None, shapes: list[str] | 
             continue
         for layout in ("nchw", "nhwc") if len(shape) > 2 and math.prod(shape[2:]) > 1 else ("nchw",):
             for operation in only or OPERATIONS:
-                if math.prod(shape) > shape[1] or "inference" in operation:  # no training on one value a channel
+                if (
+                    math.prod(shape) > shape[1] or "inference" in operation
+                ):  # no training on one value a channel
                     yield Row(shape, layout, operation, threads, chain)
 
 

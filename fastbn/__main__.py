@@ -2,6 +2,7 @@
 
 python -m fastbn info [--json]
 python -m fastbn bench [--shape 32x64x56x56 ...] [--threads 1 4 ...] [--seconds 0.5] [--json]
+python -m fastbn plan 32x256x56x56 [--op training] [--layout nhwc] [--threads 2] [--machine zen5] [--json]
 python -m fastbn --version
 
 `fastbn` alone says the same where fastbn is installed.
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn import baseline
+from fastbn import _kernels, baseline
 from fastbn.config import show_config
 from fastbn.threads import MAX_THREADS
 
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if args.command == "bench":
             _bench(args, show_config("dicts"))
+        elif args.command == "plan":
+            _plan(args)
         elif args.json:
             print(json.dumps(show_config("dicts"), indent=2))
         else:
@@ -75,7 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", nargs="+", type=_threads, metavar="N", help="default: 1 and what fastbn takes by itself"
     )
     bench.add_argument("--seconds", type=_seconds, default=0.5, help="for each row (default: %(default)s)")
-    for command in (info, bench):
+    plan = commands.add_parser("plan", help="how an operation goes over its arrays, and why")
+    plan.add_argument("shape", type=_shape, metavar="NxCx...", help="channels second, such as 32x256x56x56")
+    plan.add_argument("--op", default="training", choices=_PLANNED, help="default: %(default)s")
+    plan.add_argument("--layout", default="nchw", choices=("nchw", "nhwc"), help="default: %(default)s")
+    plan.add_argument("--threads", type=_threads, metavar="N", help="default: what fastbn takes by itself")
+    plan.add_argument("--machine", choices=_kernels.machines(), help="in place of this one")
+    plan.add_argument("--residual", action="store_true", help="with a residual")
+    for command in (info, bench, plan):
         command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -118,6 +128,60 @@ def _check_memory(shapes: Iterable[Shape]) -> None:
                 f"--shape {'x'.join(map(str, shape))} takes {needed / 2**30:,.1f} GiB of memory, and this "
                 f"machine has {available / 2**30:,.1f} GiB; give a smaller one"
             )
+
+
+_PLANNED = ("inference", "stats", "training", "sums", "backward", "grad_input")
+
+_WAYS = {
+    "elementwise": "elements are shared out",
+    "owned": "each group of channels has an owner, who takes it through both passes",
+    "overlapped": "owners of channels; the second pass of a group in one loop with the first of the next",
+    "tiled": "tiles are shared out, then channels, then elements",
+}
+
+
+def _plan(args: argparse.Namespace) -> None:
+    n, c, *spatial = args.shape
+    last = args.layout == "nhwc" and bool(spatial)
+    order = (n, *spatial, c) if last else args.shape
+    threads = args.threads or fastbn.get_num_threads()
+    plan = _kernels.plan(
+        order, args.op, axis=-1 if last else 1, threads=threads, residual=args.residual, machine=args.machine
+    )
+    if args.json:
+        print(json.dumps(plan, indent=2))
+        return
+    print("\n".join(_told(plan, args.machine or "this one")))
+
+
+def _told(plan: dict[str, Any], machine: str) -> Iterator[str]:
+    """A plan in words, a line each."""
+    why = plan["why"]
+    yield f"{plan['operation']} in {plan['layout']}: N {plan['N']}, C {plan['C']}, S {plan['S']}"
+    yield f"machine   {machine}, by the thresholds of {plan['class']!r}; {plan['threads']} threads"
+    yield f"way       {_WAYS[plan['way']]}: {why['way']}"
+    if plan["sums"]:
+        folded = f", {plan['fold']} rows folded into one" if plan["fold"] > 1 else ""
+        yield f"tiles     {plan['tiles']} of each channel{folded}"
+    if plan["owned"]:
+        yield f"owners    {plan['groups']} shares of {plan['owned']} channels, {plan['group']} at a time"
+    if plan["owned"] < plan["C"]:
+        shares = ", ".join(f"{count} of {name}" for name, count in plan["shares"].items())
+        yield f"shares    {shares}{'; by columns' if plan['by_columns'] else ''}"
+    for name in ("sums", "apply", "overlap"):
+        how = plan[name]
+        if how:
+            told = [f"{how['rows']} rows at a time"] if how["rows"] else []
+            told += [f"coefficients of {how['period']} vectors in registers"] if how["period"] else []
+            told += ["sample by sample"] if how["by_batch"] else []
+            told += [f"prefetches {how['ahead']} elements ahead"] if how["ahead"] else ["prefetches nothing"]
+            told += [f"stores {how['store']}"] if name != "sums" else []
+            told += ["from the end"] if name == "apply" and plan["reversed"] else []
+            yield f"{name:9} {', '.join(told)}"
+    if plan["apply"]:
+        yield f"because   {why['rows']}"
+    yield f"data      from {'memory' if plan['from_memory'] else 'the cache'}: {why['store']}"
+    yield f"scratch   {plan['scratch']:,} bytes"
 
 
 def _bench(args: argparse.Namespace, config: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 # cython: language_level=3, cdivision=True, freethreading_compatible=True
-"""The kernels as Python calls them: arguments are checked, arrays become the operands of a problem, and a plan for it is
-carried out by a team of threads without the GIL.
+"""The kernels as Python calls them: arguments are checked, arrays become the operands of a problem, and a plan for it
+is carried out by a team of threads without the GIL.
 
 Which thread does what never changes a result: see src_c/schedule.c.
 """
@@ -313,6 +313,8 @@ def forget_sharing():
     bn_lock()
     bn_backoff_forget()
     bn_unlock()
+
+
 # ---- checks of arguments ------------------------------------------------------------------------------------------
 
 cdef list ACTIVATIONS = [  # by code
@@ -1033,8 +1035,8 @@ cdef enum:
     ROOM = 7168  # bytes: of coefficients that need no allocation, and where in a page they may begin
 
 
-cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean, cnp.ndarray var, bint of_stats, weight,
-                          bias, double eps) except NULL:
+cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean, cnp.ndarray var, bint of_stats,
+                          weight, bias, double eps) except NULL:
     """Coefficients from checked vectors: running statistics of float32 or float64, or those of a BatchStats.
 
     They are in `room`, of ROOM bytes, if that is not NULL and is enough; otherwise in memory to be freed.
@@ -1483,8 +1485,8 @@ cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight
 
 def backward_sums(grad_output, x, mean, var, count, weight, bias, eps, axis, residual, output, activation,
                   negative_slope, num_threads):
-    """The sums of dz and of dz * (x - mean) over x, a part of the `count` values a channel that mean and var are of, and
-    how many values a channel x has."""
+    """The sums of dz and of dz * (x - mean) over x, a part of the `count` values a channel that mean and var are of,
+    and how many values a channel x has."""
     cdef bn_call call
     cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
                                         activation, negative_slope, None, num_threads)
@@ -1518,8 +1520,8 @@ cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands 
     if not training:
         raise ValueError("sums are for training=True, gradients by fixed statistics need none; leave out sums")
     if sums[2] != count:
-        raise ValueError(f"sums are of {sums[2]} values per channel, but stats of {count}; pass both of the whole batch, "
-                         "merged from all of its parts")
+        raise ValueError(f"sums are of {sums[2]} values per channel, but stats of {count}; pass both of the whole "
+                         "batch, merged from all of its parts")
     check_part(m, count)
     if o.out is not None:
         check_clear(o.out, "out", sums[0], "sums.dz")

@@ -86,6 +86,7 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
     }
 
     plan->apply.rows = 1;
+    plan->why_rows = "memory's order is fastest";
     const int whole_lines = p->packed && K % line == 0;
     if (plan->apply.store == BN_STREAMED && !whole_lines)
         plan->apply.store = BN_CACHED; /* lines are shared; memory's order is what is left */
@@ -93,8 +94,8 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
         /* rows this wide have coefficients that crowd L1; those of the backward pass cost more than order, too, where
          * what is read comes from the cache */
         plan->apply.rows = K >= t->wide || (backward && !plan->from_memory) ? 4 : 1;
-        plan->why_rows = plan->apply.rows == 4 ? "coefficients cost more than memory's order gains"
-                                               : "memory's order is fastest";
+        plan->why_rows =
+            plan->apply.rows == 4 ? "coefficients cost more than memory's order gains" : "memory's order is fastest";
     } else if (p->pitch && !plan->from_memory) {
         plan->apply.rows = far && wide_vectors && K * operands <= 2 * t->wide ? 2 : 4;
         plan->apply.ahead = far ? plan->apply.rows * K : 0;
@@ -235,7 +236,7 @@ void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, cons
                   int threads) {
     const bn_plan empty = {.op = op, .threads = threads, .class = m->class, .block = t->block, .why_rows = ""};
     *plan = empty;
-    plan->T = number_of_tiles(p);
+    plan->T = bn_first_pass(op) ? number_of_tiles(p) : 0;
     plan->width = p->C * p->fold;
     place_data(plan, p, m, t);
     plan->way = bn_first_pass(op) ? BN_TILED : BN_ELEMENTWISE;
@@ -258,10 +259,12 @@ void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, cons
         }
         plan->by_columns = one_tile && !plan->owned;
     }
+    plan->elements = share_elements(plan, p);
+    if (op == BN_INFERENCE) /* which has its coefficients, and wants to be quick about small calls */
+        return;
     plan->reversed = bn_first_pass(op) && bn_second_pass(op);
     plan->tiles = share_tiles(plan);
     plan->coef = share_channels(plan, p, p->C - plan->owned, t);
     plan->pool = share_channels(plan, p, plan->T * plan->width, t);
-    plan->elements = share_elements(plan, p);
     place_scratch(plan, p);
 }

@@ -149,8 +149,12 @@ static workplace shared_place(const bn_call *call, const bn_member *me) {
     }
     if (p->layout == BN_ROWS && bn_first_pass(call->plan.op)) {
         const bn_neighbour beside[] = {
-            bn_rows_beside(p->x.data, row), bn_rows_beside(p->grad_output.data, row), {w.k.mean, PAGE},
-            {w.k.scale, PAGE},              {w.k.shift, PAGE},                        {w.k.invstd, PAGE},
+            bn_rows_beside(p->x.data, row),
+            bn_rows_beside(p->grad_output.data, row),
+            {w.k.mean, PAGE},
+            {w.k.scale, PAGE},
+            {w.k.shift, PAGE},
+            {w.k.invstd, PAGE},
         };
         char *const at = call->scratch + s->rooms + (size_t)me->member * s->room_step;
         /* statistics go by neither grad_output nor coefficients */

@@ -41,9 +41,9 @@ typedef struct {
 } bn_neighbour;
 bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row);
 
-/* Where in the page from `memory` on something begins to be as far as can be, in the low bits of addresses, from all its
- * neighbours: what is loaded for the next columns would wait for what is stored to these, or both would crowd each other
- * out of a set of L1. Rows of few lines, or of an odd number, are near whatever there is. */
+/* Where in the page from `memory` on something begins to be as far as can be, in the low bits of addresses, from all
+ * its neighbours: what is loaded for the next columns would wait for what is stored to these, or both would crowd each
+ * other out of a set of L1. Rows of few lines, or of an odd number, are near whatever there is. */
 char *bn_clear_of(char *memory, const bn_neighbour *beside, int n);
 
 #endif

@@ -20,6 +20,7 @@ VARIANCE = 2e-6  # of the variance
 MEAN = 1e-6  # of the deviation
 ROUNDING = 6e-8  # of a float32
 GRADIENT = 5e-7  # of the gradient that reaches it
+SMOOTH_GRADIENT = 1e-6  # the same behind a smooth activation, whose derivative has an exponential in it
 SUM = 2e-6  # of the sum of the absolute values of its terms
 
 
@@ -223,7 +224,7 @@ def expect(operation, p, activation=None, add=False):
         xhat = abs(reference.normalize(x, *given, axis=p.axis))
         other = reference.others(x, p.axis)
         sums = [v.sum(other) for v in (g * xhat, g)]
-        bound = GRADIENT * g
+        bound = (SMOOTH_GRADIENT if smooth else GRADIENT) * g
         if training and count:
             means = [reference.column(v, x.ndim, p.axis) / count for v in sums]
             bound = bound + SUM * (xhat * means[0] + means[1])
@@ -232,7 +233,7 @@ def expect(operation, p, activation=None, add=False):
             reference.column(scale, x.ndim, p.axis) * bound,
             SUM * sums[0],
             SUM * sums[1],
-            (GRADIENT if smooth else ROUNDING) * g,
+            (SMOOTH_GRADIENT if smooth else ROUNDING) * g,
         )
         named = dict(zip(fastbn.BatchNormGrads._fields, zip(grads, bounds, strict=True), strict=True))
         if not add:

@@ -10,7 +10,17 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import LAYOUTS
-from operations import ACTIVATIONS, SMOOTH, SLOPE, SUM, assert_same_bits, assert_within, call, kernels, problem
+from operations import (
+    ACTIVATIONS,
+    SLOPE,
+    SMOOTH,
+    SUM,
+    assert_same_bits,
+    assert_within,
+    call,
+    kernels,
+    problem,
+)
 from test_forward import KINKS, both_axes
 from test_properties import search
 
