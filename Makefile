@@ -11,7 +11,7 @@ C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
 C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
-.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format bench bench-peers \
+.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format dev bench bench-peers \
     bench-scaling sanitize wheel build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -89,6 +89,9 @@ wheel: $(VENV)/test.stamp ## build the sdist, and the wheel from the sdist, into
 	@ls -l dist
 
 # ---- what the targets above stand on
+
+dev: $(VENV)/python.stamp ## build for one instruction set alone, to try a change: make dev ISA=avx2
+	FASTBN_BUILD_ISAS=$(if $(filter baseline,$(ISA)),none,$(ISA)) $(PY) setup.py --quiet build_ext --inplace
 
 build: $(VENV)/python.stamp
 	@mkdir -p build
