@@ -343,9 +343,9 @@ class _Ranks:
         _check_in_step(rows[:, :_HEADER])
         self._find_sharers(rows)
         rows, rest = rows[:, _HEADER:], vector[_FIRST:]
+        if self._is_mpi and self.size * vector.nbytes > _GATHERED:
+            return _unpacked(self._reduced(vector, type(part)), type(part))
         if self.size > _FEW:
-            if self._is_mpi and self.size * vector.nbytes > _GATHERED:
-                return _unpacked(self._reduced(vector, type(part)), type(part))
             rows, rest = rows[:, :0], vector
         if rest.size:
             rows = np.concatenate([rows, self._gather(rest)], axis=1)

@@ -38,6 +38,19 @@ def test_programs(size):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_example():
+    """Four ranks train to the weights that one process gets from whole batches."""
+    pytest.importorskip("sklearn", reason="the examples need the extra [demo]")
+    program = ROOT / "examples" / "mpi_train.py"
+    if not program.exists():
+        pytest.skip("the tests were copied without examples/")
+    done = mpiexec(4, program, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"[0-9.]+% of the test digits", done.stdout)[0].partition("%")[0]) > 90
+    assert float(re.search(r"the same to (\S+)", done.stdout)[1]) < 1e-5
+
+
 @pytest.mark.parametrize(("program", "sign"), [("raises", "RuntimeError: done for"), ("killed", "signal 9")])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_rank_that_ends_ends_all(size, program, sign):
@@ -70,3 +83,19 @@ def test_threads_of_ranks_on_cpus_of_their_own():
     done = mpiexec(2, PROGRAMS, "threads_bound")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")[:-1]) == ["rank 0: 1", "rank 1: 2"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_guide(size, tmp_path):
+    """Every program of docs/many_machines.md."""
+    page = ROOT / "docs" / "many_machines.md"
+    if not page.exists():
+        pytest.skip("the tests were copied without docs/")
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == 2
+    checks = ["assert np.isfinite(y).all()\n", "assert abs(bn.running_mean - 100).max() < 0.1\n"]
+    for program, check in zip(programs, checks, strict=True):
+        path = tmp_path / "program.py"
+        path.write_text(program + check, encoding="utf-8")
+        done = mpiexec(size, path)
+        assert done.returncode == 0, done.stderr
