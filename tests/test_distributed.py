@@ -1,7 +1,11 @@
 """Merging over ranks, and the layer that does so: here the ranks are threads, in test_mpi.py processes."""
 
 import copy
+import inspect
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -473,7 +477,7 @@ def test_options_that_it_cannot_have():
 
 
 def test_no_mpi(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     layer = SyncBatchNorm(5)
     assert layer.eval()(np.ones((2, 5), np.float32)).shape == (2, 5)
     with pytest.raises(ImportError, match="pip install mpi4py mpich, or pass comm="):
@@ -482,3 +486,34 @@ def test_no_mpi(monkeypatch):
 
 def test_it_is_found_without_an_import_of_its_own():
     assert fastbn.distributed.SyncBatchNorm is SyncBatchNorm
+
+
+GLOO = """
+import sys
+import torch
+
+import fastbn
+
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2
+)
+"""
+
+
+@pytest.mark.slow
+def test_gloo(tmp_path):
+    """By the class that the docstring of all_merge has."""
+    pytest.importorskip("torch", reason="needs the extra [torch]")
+    docstring = inspect.cleandoc(all_merge.__doc__)
+    example = docstring[docstring.index("    class Group:") : docstring.index("\nReturns\n")]
+    program = f"{GLOO}{textwrap.dedent(example)}\n" + textwrap.dedent(
+        """
+        part = fastbn.GradSums([int(sys.argv[2])], [2.0], 1 + int(sys.argv[2]))
+        assert fastbn.distributed.all_merge(part, Group()) == fastbn.GradSums([1], [4], 3)
+        """
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "store")]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE) for rank in range(2)]
+    for rank in ranks:
+        _, told = rank.communicate(timeout=120)
+        assert rank.returncode == 0, told.decode()
