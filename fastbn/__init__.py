@@ -35,6 +35,7 @@ from fastbn.functional import (
     BatchNormGrads,
     batch_norm,
     batch_norm_backward,
+    batch_norm_backward_sums,
     batch_norm_forward,
     batch_stats,
     update_running,
@@ -42,7 +43,7 @@ from fastbn.functional import (
 from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.outputs import empty_output_cache, set_output_cache
 from fastbn.population import recalibrate
-from fastbn.statistics import BatchStats
+from fastbn.statistics import BatchStats, GradSums
 from fastbn.threads import get_num_threads, set_num_threads
 from fastbn.variants import Renorm
 
@@ -59,10 +60,12 @@ __all__ = [
     "BatchNormGrads",
     "BatchStats",
     "FrozenBatchNorm",
+    "GradSums",
     "Renorm",
     "adapt",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_sums",
     "batch_norm_forward",
     "batch_stats",
     "empty_output_cache",

@@ -9,16 +9,17 @@ import numpy as np
 
 from fastbn import _kernels, variants
 from fastbn.frozen import FrozenBatchNorm
-from fastbn.functional import batch_norm_backward
+from fastbn.functional import _NEEDS, _needed, batch_norm_backward
 from fastbn.stand_ins import stand_ins, stood_in
 from fastbn.statistics import BatchStats, _read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
     from fastbn.functional import Array, BatchNormGrads
+    from fastbn.statistics import GradSums
     from fastbn.variants import Renorm
 
     Float64 = NDArray[np.float64]
@@ -340,7 +341,15 @@ class BatchNorm:
                 stacklevel=4 if self.virtual_batch_size is None and self.renorm is None else 5,
             )
 
-    def backward(self, grad_output: Array, *, num_threads: int | None = None) -> BatchNormGrads:
+    def backward(
+        self,
+        grad_output: Array,
+        *,
+        sums: GradSums | None = None,
+        output: Array | None = None,
+        needs: Collection[str] = _NEEDS,
+        num_threads: int | None = None,
+    ) -> BatchNormGrads:
         """Gradients of the latest call, from the gradient of its result.
 
         A call that normalized by the batch is differentiated through the batch's mean and variance; one that
@@ -353,13 +362,18 @@ class BatchNorm:
         Parameters
         ----------
         grad_output : float32 ndarray of the shape of the call's `x`
+        sums : GradSums, optional
+        output : float32 ndarray of the shape of the call's `x`, optional
+            The result of the call.
+        needs : collection of str
+            Which gradients to return. For these three see :func:`fastbn.batch_norm_backward`.
         num_threads : int, optional
             See :func:`fastbn.batch_norm`.
 
         Returns
         -------
         named tuple of grad_input, grad_weight, grad_bias, grad_residual
-            As :func:`fastbn.batch_norm_backward` gives them.
+            As :func:`fastbn.batch_norm_backward` gives them; grad_residual None where the call had none.
 
         Raises
         ------
@@ -367,7 +381,8 @@ class BatchNorm:
             If there was no call since the state was last reset or loaded, or since the latest ``backward``;
             or if the call's `out` was its `x`.
         ValueError, TypeError
-            If `grad_output` is not float32 or does not have the shape of `x`.
+            If `grad_output` is not float32 or does not have the shape of `x`, or as
+            :func:`fastbn.batch_norm_backward`.
         """
         if self._saved[0] is None:
             raise RuntimeError(
@@ -384,10 +399,18 @@ class BatchNorm:
                 "call the layer without out= or with an array of its own"
             )
         if gradients is not None:
+            if sums is not None:
+                raise ValueError(
+                    "sums are of one batch and its statistics, of which virtual_batch_size and renorm make "
+                    "others; leave out sums"
+                )
+            needed = _needed(needs)
             grads = gradients(grad_output, x, residual, num_threads)
             self._saved[0] = None
-            return grads
+            return grads._make(grad if needed >> i & 1 else None for i, grad in enumerate(grads))
         training = stats is not None
+        if output is not None and residual is None:  # whose gradient it would stand for
+            needs = [name for name in needs if name != "residual"]
         if stats is None:
             mean, var = (_read_only(np.array(average, np.float64)) for average in self._averages())
             stats = BatchStats._wrap(mean, var, x.size // self.num_features)  # with variances below 0, too
@@ -404,6 +427,9 @@ class BatchNorm:
             activation=self.activation,
             negative_slope=self.negative_slope,
             num_threads=num_threads,
+            sums=sums,
+            output=output,
+            needs=needs,
         )
         self._saved[0] = None  # or gradients of another call might be taken for those of this one
         return grads
