@@ -9,7 +9,7 @@ import numpy as np
 
 from fastbn import _kernels, variants
 from fastbn.frozen import FrozenBatchNorm
-from fastbn.functional import _NEEDS, _needed, batch_norm_backward
+from fastbn.functional import _NEEDS, BatchNormGrads, _needed, batch_norm_backward
 from fastbn.stand_ins import stand_ins, stood_in
 from fastbn.statistics import BatchStats, _read_only
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from fastbn.functional import Array, BatchNormGrads
+    from fastbn.functional import Array
     from fastbn.statistics import GradSums
     from fastbn.variants import Renorm
 
@@ -407,7 +407,7 @@ class BatchNorm:
             needed = _needed(needs)
             grads = gradients(grad_output, x, residual, num_threads)
             self._saved[0] = None
-            return grads._make(grad if needed >> i & 1 else None for i, grad in enumerate(grads))
+            return BatchNormGrads(*(grad if needed >> i & 1 else None for i, grad in enumerate(grads)))
         training = stats is not None
         if output is not None and residual is None:  # whose gradient it would stand for
             needs = [name for name in needs if name != "residual"]
