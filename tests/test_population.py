@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastbn
 from fastbn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchStats, recalibrate
@@ -146,6 +148,26 @@ def test_evaluation_takes_what_float32_averages_have_lost(rng):
     mean, var, count = reference.batch_stats(x)
     expected = reference.normalize(x, mean, var * count / (count - 1), 0)
     np.testing.assert_allclose(layer(x), expected, atol=2e-6 * np.abs(expected).max())
+
+
+@given(
+    ends=st.lists(st.integers(0, 40), max_size=8),
+    seed=st.integers(0, 9),
+    offset=st.sampled_from([0, 1e3, -1e5]),
+    unbiased=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_cut_and_order_do_not_matter(ends, seed, offset, unbiased):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((40, 3, 2)) + offset).astype(np.float32)
+    parts = np.split(x, sorted(ends))
+    rng.shuffle(parts)
+    whole, cut = BatchNorm1d(3, unbiased=unbiased), BatchNorm1d(3, unbiased=unbiased)
+    expected, stats = recalibrate(whole, [x]), recalibrate(cut, parts)
+    assert stats.count == expected.count == 80
+    assert distance(stats, expected) < 1e-6
+    np.testing.assert_allclose(cut.running_mean, whole.running_mean, rtol=2e-7, atol=1e-6)
+    np.testing.assert_allclose(cut.running_var, whole.running_var, rtol=1e-6)
 
 
 def test_empty_batches_and_single_rows(rng):
@@ -546,6 +568,7 @@ np.save(sys.argv[2], [bn.running_mean, bn.running_var])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
 def test_a_file_larger_than_memory(rng, tmp_path):
     x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1000, 16, 64, 64))  # 262 MB
