@@ -292,7 +292,7 @@ class BatchNorm:
         return y
 
     def _to_move(self) -> tuple[Any, Any, tuple[Float64, Float64] | None, Any, float]:
-        """What a batch moves, each None where it is not moved: averages, what they were rounded from, counter;
+        """What a batch moves, each None if it does not: averages, what they were rounded from, counter;
         and the weight of the batch."""
         running_mean, running_var = self.running_mean, self.running_var
         if self.training and not self.track_running_stats:
