@@ -11,6 +11,7 @@ docs/claims.md tells what came out.
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -167,14 +168,16 @@ def variance_shift(trained, calibrated, x):
 
 
 def try_dropout(data, seed, *, shares, epochs):
-    for share in shares:
+    def trained(hidden, *behind):
         rng = np.random.default_rng(seed)
-        plain = perceptron(lambda features: [ReLU(), Dropout(share, rng)], rng)  # noqa: B023
-        *layers, last = perceptron(before(BatchNorm), rng).layers
-        behind = Chain(*layers, Dropout(share, rng), last)
-        between = perceptron(lambda features: [BatchNorm(features), ReLU(), Dropout(share, rng)], rng)  # noqa: B023
-        for network in plain, behind, between:
-            train(network, data, rng, epochs=epochs)
+        *layers, last = perceptron(hidden, rng).layers
+        return train(Chain(*layers, *behind, last), data, rng, epochs=epochs)
+
+    for share in shares:
+        dropout = partial(Dropout, share, np.random.default_rng((seed, 1)))  # each with other draws
+        plain = trained(lambda features, dropout=dropout: [ReLU(), dropout()])
+        behind = trained(before(BatchNorm), dropout())
+        between = trained(lambda features, dropout=dropout: [BatchNorm(features), ReLU(), dropout()])
         calibrated = recalibrated(between, data[0])
         wrong = {
             "dropout, no batch norm at all": plain,

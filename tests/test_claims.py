@@ -171,6 +171,14 @@ def test_dropout_raises_the_variance_as_it_must(claims, data, share):
     assert (expected == 1) == (share == 0)
 
 
+def test_dropping_nothing_changes_nothing(claims, data):
+    errors = claims.collect(claims.try_dropout(data, 3, shares=(0,), epochs=1))["test error"]
+    assert errors["dropout between batch norms"] == errors["dropout behind all batch norms"]
+    assert errors["dropout, no batch norm at all"][0][0] == claims.trained_error(
+        claims.before(None), data, 3, epochs=1
+    )
+
+
 def test_errors_of_statistics(claims):
     x = np.random.default_rng(0).normal(5, 2, (4, 3)).astype(np.float32)
     assert claims.statistics_error(x, np.arange(4), 4) == (0, 0)
