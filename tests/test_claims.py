@@ -136,6 +136,26 @@ def test_gradient_through_blocks_that_do_nothing(claims, data, norm):
     np.testing.assert_array_equal(lengths(claims.Chain), [0, 0, 0, 0, 1])
 
 
+@pytest.mark.parametrize(
+    ("norm", "block", "scale", "growth"),
+    [
+        ("plain", "Chain", 1, 1),  # what He weights are for
+        ("plain", "Chain", 0.7, 0.7),
+        ("plain", "Skip", 1, 2**0.5),  # two variances add up in each block
+        # Of a ReLU's mean square batch norm leaves the variance, 1 - 1 / pi of it, and divides by its root.
+        ("batch norm", "Chain", 1, (1 - 1 / np.pi) ** -0.5),
+        ("batch norm", "Chain", 0.7, (1 - 1 / np.pi) ** -0.5),
+    ],
+)
+def test_growth_of_gradients(claims, data, norm, block, scale, growth):
+    x, _, labels, _ = data
+    rng = np.random.default_rng(0)
+    lengths = claims.gradient_lengths(
+        claims.NORMS[norm], getattr(claims, block), scale, 40, x[:256], labels[:256], rng
+    )
+    assert (lengths[10] / lengths[40]) ** (1 / 30) == pytest.approx(growth, rel=0.02)
+
+
 def hidden_with_dropout(claims, share, rng):
     return lambda features: [claims.BatchNorm(features), claims.ReLU(), claims.Dropout(share, rng)]
 
