@@ -39,6 +39,13 @@ LIMIT = 256 * 1024  # bytes of a body
 BLANK = [[0] * 8] * 8
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Products this small gain nothing from more threads, and lose much where other work keeps CPUs busy."""
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def data():
     """Training and test images, training and test labels."""
@@ -70,7 +77,6 @@ def test_convolution():
             np.testing.assert_allclose(result[..., feature], expected)
 
 
-@threadpool_limits.wrap(limits=1, user_api="blas")  # products this small gain nothing from more threads
 def test_gradients_are_those_of_the_loss(data):
     """By central differences: along the gradient of a parameter the slope is the gradient's length."""
     images, _, labels, _ = data
