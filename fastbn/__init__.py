@@ -44,7 +44,7 @@ from fastbn.statistics import BatchStats
 from fastbn.threads import get_num_threads, set_num_threads
 
 if _TYPE_CHECKING:
-    from fastbn import interop
+    from fastbn import interop, torch
 
 __version__ = "0.1.0"
 
@@ -75,8 +75,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "interop":  # when it is first asked for
+    if name in ("interop", "torch"):  # when it is first asked for
         from importlib import import_module
 
-        return import_module("fastbn.interop")
+        return import_module(f"fastbn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
