@@ -1,8 +1,8 @@
 """Batch norm of tensors: by fastbn's kernels where they take a call as it is, otherwise by PyTorch itself.
 
-Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels take
-is an allow-list, in :func:`why_not`; they see the tensors' memory as NumPy arrays, and what they return is as
-PyTorch's would be: same strides, same gradients, same statistics.
+Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels
+take is an allow-list, in :func:`why_not`; they see the memory of the tensors as NumPy arrays, and what they
+return is as PyTorch's would be: same strides, same gradients, same statistics.
 """
 
 # TorchScript compiles `composite` and what it calls, and cannot read annotations that are strings.
@@ -27,15 +27,15 @@ from torch.utils._device import DeviceContext
 
 from fastbn import _kernels
 
-# What the kernels have today: (dtype of input and output, dtype of parameters and statistics), and activations.
+# What the kernels have: (dtype of input and output, dtype of parameters and statistics), and activations.
 _DTYPES = {(torch.float32, torch.float32)}
 _FUSED = (None, "relu", "relu6", "leaky_relu")
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
-# A tensor is plain if nothing but these classes and dispatch keys is at work: none that is sparse, nested, on another
-# device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference mode cannot be
-# saved for a backward pass.
+# A tensor is plain if it is of these classes and has these dispatch keys: then it is not sparse, nested, on
+# another device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference
+# mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
 _plain = torch.empty(0, device="cpu")
 with torch.inference_mode():
@@ -43,7 +43,7 @@ with torch.inference_mode():
 _KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
 _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
 
-# From so many bytes on an output is in memory that fastbn keeps and hands out again: as fastbn.outputs has it.
+# From so many bytes on an output is in memory that fastbn keeps and hands out again, see fastbn.outputs.
 _KEPT_FROM = 1 << 18
 
 
@@ -86,8 +86,8 @@ def batch_norm(
     mask : Tensor of bool, or None
         Which positions are real. Of the shape of `input` without its channels, or one that broadcasts to it.
         Statistics and averages are those of the True positions; the output is computed everywhere. What is at
-        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and nothing
-        moves.
+        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and no
+        average moves.
 
     Returns
     -------
@@ -107,8 +107,8 @@ def batch_norm(
     Notes
     -----
     Unlike PyTorch, a backward pass in evaluation mode uses the running statistics of the forward pass, also
-    where they have moved since. The tensors that are saved for the backward pass are `input`, `weight`, and with
-    an activation `bias` and `residual`; changing one in place in between raises PyTorch's error.
+    where they have moved since. Saved for the backward pass are `input`, `weight`, and with an activation
+    `bias` and `residual`; changing one of these in place in between raises PyTorch's error.
     """
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
@@ -176,6 +176,8 @@ def composite(
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    if activation is None:
+        return z
     if activation == "relu":
         z = F.relu(z)
     elif activation == "relu6":
@@ -308,14 +310,14 @@ def _memory_format(t: Tensor) -> torch.memory_format:
 
 
 def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
-    """A tensor to write a result like `t` into; None where the array that a kernel makes is as good."""
+    """A tensor to write a result for `t` into; None where the array that a kernel makes is as good."""
     if t.nbytes >= _KEPT_FROM and t.is_contiguous(memory_format=memory_format):
         return None
     return torch.empty_like(t, memory_format=memory_format)
 
 
 def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
-    """A new array of the kernels as a tensor, which is the base of its memory, and so may be changed in place."""
+    """A new array of the kernels as a tensor, which is no view and so may be changed in place."""
     t = torch.from_numpy(array)
     if 1 in array.shape:  # a stride that means nothing, and that NumPy and PyTorch choose differently
         t.resize_(array.shape, memory_format=memory_format)
@@ -338,7 +340,7 @@ class _Exported:
 
 
 def _array(t: Tensor | None) -> Any:
-    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves its storage resizable, as FSDP needs it."""
+    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves it resizable, as FSDP needs it."""
     return None if t is None else np.from_dlpack(_Exported(t))
 
 
@@ -497,11 +499,12 @@ def _masked(
     eps: float,
     mask: Tensor,
 ) -> Tensor:
-    """Batch norm with the statistics of the True positions, in float64; selects and never multiplies by the mask."""
+    """Batch norm with the statistics of the True positions, in float64. Selects, never multiplies."""
     real = _mask_like(mask, input)
     column = [1] * input.dim()
     column[1] = -1
-    others = [0] + list(range(2, input.dim()))
+    others = list(range(input.dim()))
+    others.pop(1)
     x = input.double()
     count = int(real.sum())
     if not training:

@@ -1,4 +1,4 @@
-"""One of two processes that train under DistributedDataParallel: ddp_rank.py RANK FOLDER; test_ddp.py starts both."""
+"""One of two processes that train under DistributedDataParallel: python -m ddp_rank RANK FOLDER."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Outputs, gradients and running statistics of fastbn.torch.batch_norm: against PyTorch in float64, and like PyTorch."""
+"""fastbn.torch.batch_norm: outputs, gradients, running statistics: near PyTorch in float64, like its own."""
 
 import copy
 
@@ -198,7 +198,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @both_modes
 def test_strides(kernels_called, shape, layout, training):
-    """Outputs and gradients have the strides that PyTorch gives them, so that a `view` behind them works alike."""
+    """Outputs and gradients have the strides that PyTorch gives them, so that a `view` works alike."""
     weight, bias, *running = parameters(shape[1])
     results = []
     for function in composite, ours.batch_norm:
@@ -399,7 +399,7 @@ def test_outputs_are_in_kept_memory():
 
 
 def test_inputs_stay_resizable():
-    """FSDP gives the memory of parameters back by resizing their storages, which Tensor.numpy() would forbid."""
+    """FSDP gives back the memory of parameters by resizing it, which Tensor.numpy() would forbid for good."""
     weight, bias, *running = parameters(5)
     x, residual, grad = (normal(4, 5, 6, seed=s) for s in range(3))
     y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
