@@ -139,7 +139,7 @@ def batch_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return _BatchNorm.apply(input, weight, bias, residual, options)
+                return _apply(input, weight, bias, residual, options)
             return _forward(input, weight, bias, residual, *options, False)[0]
         except (TypeError, ValueError):
             # What the kernels refuse and PyTorch may take, such as running statistics that share memory or
@@ -233,7 +233,7 @@ def why_not(
             return f"{name} is {_kind(vector)}"
         if (dtype, vector.dtype) not in _DTYPES:
             return f"input is of {dtype}, {name} of {vector.dtype}"
-        if vector.dim() != 1 or len(vector) != C:
+        if vector.dim() != 1 or vector.numel() != C:
             return f"{name} has shape {tuple(vector.shape)}, for {C} channels"
     if (dtype, torch.float32) not in _DTYPES and (dtype, dtype) not in _DTYPES:
         return f"input is of {dtype}"
@@ -449,6 +449,10 @@ class _BatchNorm(torch.autograd.Function):
             grad_output if of_residual else None,
             None,
         )
+
+
+# Past autograd.Function.apply, which unwraps what is left over of torch.func: nothing plain.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
