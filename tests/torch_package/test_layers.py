@@ -318,6 +318,18 @@ def test_traced_and_exported_programs_are_pytorchs(kernels_called):
         torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training):
+    """Nothing in the way to PyTorch's operations makes Dynamo break the graph."""
+    torch.compiler.reset()
+    net = Net().train(training)
+    theirs = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = normal(2, 3, 8, 8)
+    torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert_alike(net, theirs)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_network():
     scripted, net = torch.jit.script(Net().eval()), Net().eval()
