@@ -17,7 +17,6 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
-    _to_dlpack_versioned,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -42,6 +41,9 @@ with torch.inference_mode():
     _plain_in_inference = torch.empty(0, device="cpu")
 _KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
 _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
+
+# Both must know DLPack's first stable version.
+_DLPACK = hasattr(torch._C, "_to_dlpack_versioned") and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
 
 # From so many bytes on an output is in memory that fastbn keeps and hands out again, see fastbn.outputs.
 _KEPT_FROM = 1 << 18
@@ -330,7 +332,7 @@ class _Exported:
     __slots__ = ("capsule",)
 
     def __init__(self, t: Tensor) -> None:
-        self.capsule = _to_dlpack_versioned(t)
+        self.capsule = torch._C._to_dlpack_versioned(t)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self.capsule
@@ -340,8 +342,10 @@ class _Exported:
 
 
 def _array(t: Tensor | None) -> Any:
-    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves it resizable, as FSDP needs it."""
-    return None if t is None else np.from_dlpack(_Exported(t))
+    """The memory of a plain tensor. Unlike Tensor.numpy(), DLPack leaves it resizable, as FSDP needs it."""
+    if t is None:
+        return None
+    return np.from_dlpack(_Exported(t)) if _DLPACK else t.detach().numpy()
 
 
 def _forward(

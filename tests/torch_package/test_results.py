@@ -408,6 +408,21 @@ def test_inputs_stay_resizable():
         assert t.untyped_storage().resizable()
 
 
+def test_without_dlpack(monkeypatch, kernels_called):
+    """As with a NumPy or a PyTorch of before it."""
+    results = []
+    for dlpack in True, False:
+        monkeypatch.setattr("fastbn.torch.functional._DLPACK", dlpack)
+        weight, bias, *running = parameters(5)
+        x, residual = (normal(4, 5, 6, seed=s).requires_grad_() for s in range(2))
+        y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
+        y.backward(normal(4, 5, 6, seed=2))
+        results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 2
+
+
 # Masks.
 
 
