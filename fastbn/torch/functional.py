@@ -133,20 +133,25 @@ def batch_norm(
         mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
     ):
-        options = (running_mean, running_var, training, momentum, eps, activation, negative_slope)
+        wants_grad = torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
         try:
-            if torch.is_grad_enabled() and (
-                input.requires_grad
-                or (weight is not None and weight.requires_grad)
-                or (bias is not None and bias.requires_grad)
-                or (residual is not None and residual.requires_grad)
-            ):
-                return _apply(input, weight, bias, residual, options)
-            return _forward(input, weight, bias, residual, *options, False)[0]
+            done = _forward(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+                negative_slope, wants_grad,
+            )  # fmt: skip
         except (TypeError, ValueError):
             # What the kernels refuse and PyTorch may take, such as running statistics that share memory or
             # are below -eps. They check before they write.
             pass
+        else:
+            if not wants_grad:
+                return done[0]
+            return _apply(input, weight, bias, residual, (done, training, eps, activation, negative_slope))
     return composite(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
         negative_slope, mask,
@@ -305,7 +310,7 @@ def _memory_format(t: Tensor) -> torch.memory_format:
     shape = t.shape
     least = 0
     for d in (1, *range(ndim - 1, 1, -1), 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
+        if strides[d] < least:
             return torch.contiguous_format
         least = strides[d] * shape[d]
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
@@ -350,19 +355,19 @@ def _array(t: Tensor | None) -> Any:
 
 def _forward(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
     want_stats: bool,
 ) -> tuple[Tensor, Any, Any, int]:
-    """The output, and in training the statistics of the batch: mean, variance, count."""
+    """The output, and if wanted mean, variance and count of what it was normalized with, in float64."""
     memory_format = torch.contiguous_format if input.is_contiguous() else _memory_format(input)
     y = _room_for(input, memory_format)
     out = _array(y)
@@ -391,11 +396,13 @@ def _forward(
         array = _kernels.normalize(
             x, mean, var, False, w, b, eps, 1, r, activation, negative_slope, out, threads, None
         )
+        if want_stats:  # copies: the running statistics may move before the backward pass
+            mean, var = mean.astype(np.float64), var.astype(np.float64)
     return _as_tensor(array, memory_format) if y is None else y, mean, var, count
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The kernels with their gradient."""
+    """The gradient of what `_forward` has done."""
 
     @staticmethod
     def forward(
@@ -404,20 +411,14 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        options: tuple[Any, ...],
+        call: tuple[Any, ...],
     ) -> Tensor:
-        running_mean, running_var, training, momentum, eps, activation, negative_slope = options
-        y, mean, var, count = _forward(
-            input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation,
-            negative_slope, True,
-        )  # fmt: skip
-        if not training:  # what was normalized with, whatever becomes of the running statistics
-            mean, var = mean.astype(np.float64), var.astype(np.float64)
+        (y, *stats), training, eps, activation, negative_slope = call
         if activation is None:
             bias = residual = None  # without a kink to find again they do not matter
         ctx.save_for_backward(input, weight, bias, residual)
         ctx.set_materialize_grads(False)
-        ctx.call = mean, var, count, training, eps, activation, negative_slope
+        ctx.call = (*stats, training, eps, activation, negative_slope)
         return y
 
     @staticmethod
@@ -466,7 +467,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     create_graph = torch.is_grad_enabled()
     running = (None, None)
     if not training:
-        dtype = input.dtype if weight is None else weight.dtype
+        dtype = next(parameter for dtype, parameter in _DTYPES if dtype is input.dtype)
         running = torch.from_numpy(mean).to(dtype), torch.from_numpy(var).to(dtype)
     with torch.enable_grad():
         # Aliases, so that the hooks of the tensors themselves are not called once more.

@@ -55,13 +55,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            batches = self.num_batches_tracked
+            if batches is not None:
+                batches.add_(1)
                 if self.momentum is None:
-                    factor = 1.0 / float(self.num_batches_tracked)
-        bn_training = self.training or (self.running_mean is None and self.running_var is None)
-        running_mean = self.running_mean if not self.training or self.track_running_stats else None
-        running_var = self.running_var if not self.training or self.track_running_stats else None
+                    factor = 1.0 / float(batches)
+        running_mean, running_var = self.running_mean, self.running_var
+        bn_training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean, running_var = None, None
         if not torch.jit.is_scripting():
             return batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,

@@ -386,6 +386,22 @@ def test_saved_tensors_go_through_hooks():
     assert x.grad is not None
 
 
+def test_error_of_a_hook_is_not_taken_for_one_of_the_kernels():
+    """Which would mean a second call, by PyTorch, and statistics that move twice."""
+
+    def pack(t):
+        raise ValueError("no room")
+
+    layer, theirs = layers()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        pytest.raises(ValueError, match="no room"),
+    ):
+        layer(normal(4, 5, 3, 2).requires_grad_())
+    theirs(normal(4, 5, 3, 2))
+    torch.testing.assert_close(layer.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
+
+
 # Trap 12: modes that watch or replace operations.
 
 
