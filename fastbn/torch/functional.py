@@ -36,11 +36,10 @@ ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 # another device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference
 # mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
-_plain = torch.empty(0, device="cpu")
+with torch.inference_mode(False):
+    _KEYS_WITH_GRAD = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode():
-    _plain_in_inference = torch.empty(0, device="cpu")
-_KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
-_KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
+    _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 
 # Both must know DLPack's first stable version.
 _DLPACK = hasattr(torch._C, "_to_dlpack_versioned") and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
@@ -117,17 +116,9 @@ def batch_norm(
         mask = None  # evaluation takes no statistics
     if activation not in _FUSED:
         z = batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
             mask=mask,
-        )
+        )  # fmt: skip
         return activate(z, activation, negative_slope)
     if (
         mask is None
@@ -376,22 +367,9 @@ def _forward(
     threads = torch.get_num_threads()
     if training:
         array, mean, var, count = _kernels.forward(
-            x,
-            w,
-            b,
-            eps,
-            1,
-            r,
-            activation,
-            negative_slope,
-            out,
-            threads,
-            mean,
-            var,
-            momentum,
-            True,
+            x, w, b, eps, 1, r, activation, negative_slope, out, threads, mean, var, momentum, True,
             want_stats,
-        )
+        )  # fmt: skip
     else:
         array = _kernels.normalize(
             x, mean, var, False, w, b, eps, 1, r, activation, negative_slope, out, threads, None
@@ -477,18 +455,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
                 leaves[2] = input.new_zeros(input.shape[1], requires_grad=True)
             if ctx.needs_input_grad[3]:
                 leaves[3] = torch.zeros_like(input, requires_grad=True)
-        y = composite(
-            leaves[0],
-            *running,
-            leaves[1],
-            leaves[2],
-            training,
-            0.0,
-            eps,
-            leaves[3],
-            activation,
-            negative_slope,
-        )
+        input, weight, bias, residual = leaves
+        y = composite(input, *running, weight, bias, training, 0.0, eps, residual, activation, negative_slope)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad_output, create_graph=create_graph)
     grads: list[Tensor | None] = [None] * 5

@@ -92,12 +92,36 @@ def _leaf(module: Any, *args: Any) -> Any:
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` by fastbn: (N, C) and (N, C, L)."""
+    """``torch.nn.BatchNorm1d`` by fastbn, of (N, C) and (N, C, L).
+
+    Parameters, state and errors are PyTorch's. What comes on top is the same for 1d, 2d and 3d:
+
+    Parameters
+    ----------
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
+        Applied last.
+    negative_slope : float
+        Of "leaky_relu".
+
+    Raises
+    ------
+    ValueError
+        If `activation` is none of these.
+
+    Notes
+    -----
+    A call may have a `residual`, which is added before the activation, and a `mask` of what is real:
+    ``layer(input, residual, mask)``, see :func:`fastbn.torch.batch_norm`. Functions of PyTorch that fold a
+    batch norm into a convolution, or exchange it for another, know nothing of an activation: there, keep it
+    in a module of its own.
+
+    A scripted layer is made of PyTorch's own operations, as is one that is traced, exported or compiled.
+    """
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` by fastbn: (N, C, H, W)."""
+    """``torch.nn.BatchNorm2d`` by fastbn, of (N, C, H, W), with the options of :class:`BatchNorm1d`."""
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` by fastbn: (N, C, D, H, W)."""
+    """``torch.nn.BatchNorm3d`` by fastbn, of (N, C, D, H, W), with the options of :class:`BatchNorm1d`."""

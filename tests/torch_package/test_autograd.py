@@ -590,6 +590,20 @@ def test_input_is_not_kept_without_gradient(kernels_called, way):
     assert len(kernels_called) == 2
 
 
+def test_imported_in_inference_mode():
+    """What is plain does not depend on where the package was first imported."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from fastbn.torch import functional
+
+    spec = spec_from_file_location("another_functional", functional.__file__)
+    module = module_from_spec(spec)
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+    x = normal(4, 5, 3).requires_grad_()
+    assert module.why_not(x, None, None, None, None, True, None) is None
+
+
 def test_inference_tensors_elsewhere():
     """They cannot be saved for a backward pass: PyTorch's error, before the statistics move."""
     with torch.inference_mode():
