@@ -48,7 +48,7 @@ from fastbn.threads import get_num_threads, set_num_threads
 from fastbn.variants import Renorm
 
 if _TYPE_CHECKING:
-    from fastbn import distributed, interop
+    if name in ("distributed", "interop", "torch"):  # when it is first asked for
 
 __version__ = "0.1.0"
 
@@ -85,7 +85,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
+<<<<<<< HEAD
     if name in ("distributed", "interop"):  # when it is first asked for
+=======
+    if name in ("interop", "torch"):  # when it is first asked for
+>>>>>>> w-tcore
         from importlib import import_module
 
         return import_module(f"fastbn.{name}")

@@ -91,7 +91,6 @@ cdef extern from "plan.h" nogil:
         bn_pass sums, apply, overlap
         bn_way way
         Py_ssize_t owned, group, unit, owner_items
-        int owners
         bn_shares tiles, coef, pool, elements
         bn_scratch scratch
         const char *why_way

@@ -156,7 +156,6 @@ static void plan_owners(bn_plan *plan, const bn_problem *p, const bn_machine *m,
         plan->owner_items = (plan->owner_items + plan->threads - 1) / plan->threads * plan->threads;
     }
     plan->owner_items = min_z(plan->owned, plan->owner_items);
-    plan->owners = (int)min_z(plan->threads, plan->owner_items);
     plan->apply.ahead = plan->group * p->x.inner;
     plan->why_way = plan->way == BN_OVERLAPPED ? "from memory: reading and writing go on at once"
                                                : "a channel is read once from beyond its owner's cache";
@@ -212,12 +211,11 @@ static void place_scratch(bn_plan *plan, const bn_problem *p) {
     if (p->layout == BN_ROWS && bn_first_pass(plan->op))
         at += (size_t)plan->threads * s->room_step;
     if (plan->owned) {
-        const ptrdiff_t items = (plan->owner_items + plan->owners - 1) / plan->owners;
-        s->owner_channels = min_z(plan->owned, items * (plan->owned / plan->owner_items + plan->unit));
+        s->owner_channels = min_z(plan->owned, plan->owned / plan->owner_items + plan->unit);
         const size_t most = (size_t)s->owner_channels;
         s->owner_step = lines(2 * ((size_t)plan->T + 1) * most * number) + arrays * lines(most * value) + apart;
         s->owners = at;
-        at += (size_t)plan->owners * s->owner_step;
+        at += (size_t)plan->threads * s->owner_step;
     }
     s->tile_a = at;
     s->tile_b = at += lines(tiled * number);

@@ -36,11 +36,11 @@ typedef struct {
 /* Where, in bytes from a page on, a call keeps what it needs meanwhile. */
 typedef struct {
     size_t bytes;
-    size_t rooms, room_step;   /* of each member, for sums over rows */
-    size_t owners, owner_step; /* of each owner: sums of tiles, of channels, and coefficients, one behind the other */
+    size_t rooms, room_step;      /* of each member, for sums over rows */
+    size_t owners, owner_step;    /* of each member: sums of tiles, of channels, and coefficients, of owned channels */
     size_t tile_a, tile_b, g, gx; /* of channels without one */
     size_t coef, coef_step;       /* and their coefficients, one array behind the other */
-    ptrdiff_t owner_channels;     /* that an owner has at most */
+    ptrdiff_t owner_channels;     /* that one share of them has at most */
 } bn_scratch;
 
 typedef struct {
@@ -56,7 +56,6 @@ typedef struct {
     ptrdiff_t owned;
     ptrdiff_t group, unit; /* channels that go through all passes together, and whose planes are whole lines */
     ptrdiff_t owner_items; /* groups to be shared out */
-    int owners;
 
     int by_columns; /* rows of one tile: columns are shared out, and none waits before pooling */
     bn_shares tiles, coef, pool, elements;

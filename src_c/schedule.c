@@ -109,20 +109,22 @@ static void results_to(const bn_call *call, workplace *w) {
 
 static int has_backward_coef(const bn_call *call) { return call->p.grad_output.data != NULL; }
 
-/* Of the owner of item i. */
-static workplace owners_place(const bn_call *call, ptrdiff_t i) {
-    const bn_plan *plan = &call->plan;
-    const ptrdiff_t owner = i * plan->owners / plan->owner_items;
-    const ptrdiff_t first = share(plan->owned, first_of(plan->owner_items, (int)owner, plan->owners), plan->owner_items,
-                                  plan->way == BN_OVERLAPPED ? 1 : plan->unit);
-    const ptrdiff_t most = plan->scratch.owner_channels;
+/* A member's own, for one share of the owned channels after the other; not indexed by channel yet. */
+static workplace own_place(const bn_call *call, const bn_member *me) {
+    const bn_scratch *s = &call->plan.scratch;
+    const ptrdiff_t most = s->owner_channels;
     workplace w = {0};
-    w.tile_a = (double *)(call->scratch + plan->scratch.owners + (size_t)owner * plan->scratch.owner_step);
-    w.tile_b = w.tile_a + plan->T * most;
-    w.g = w.tile_b + plan->T * most;
+    w.tile_a = (double *)(call->scratch + s->owners + (size_t)me->member * s->owner_step);
+    w.tile_b = w.tile_a + call->plan.T * most;
+    w.g = w.tile_b + call->plan.T * most;
     w.gx = w.g + most;
     char *const coef = (char *)(((uintptr_t)(w.gx + most) + 63) / 64 * 64);
     bn_coef_at(&w.k, coef, ((size_t)most * sizeof(float) + 63) / 64 * 64, has_backward_coef(call));
+    return w;
+}
+
+static workplace for_channels_from(const bn_call *call, const workplace *own, ptrdiff_t first) {
+    workplace w = *own;
     index_by_channel(&w, first);
     results_to(call, &w);
     return w;
@@ -241,26 +243,24 @@ static void second_pass(const bn_call *call, const workplace *at, ptrdiff_t c0, 
         apply(call, &at->k, &call->plan.apply, (n * p->C + c0) * p->S, (n * p->C + c1) * p->S);
 }
 
-static void owned_group(const bn_call *call, const workplace *unused, ptrdiff_t i) {
+static void owned_group(const bn_call *call, const workplace *own, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, plan->unit);
     const ptrdiff_t c1 = share(plan->owned, i + 1, plan->owner_items, plan->unit);
-    (void)unused;
+    const workplace at = for_channels_from(call, own, c0);
     if (c0 == c1)
         return;
-    const workplace at = owners_place(call, i);
     first_pass(call, &at, c0, c1, -1);
     if (bn_second_pass(plan->op))
         second_pass(call, &at, c0, c1);
 }
 
 /* The second pass of each group of channels in one loop with the first pass of the next. */
-static void overlapped_groups(const bn_call *call, const workplace *unused, ptrdiff_t i) {
+static void overlapped_groups(const bn_call *call, const workplace *own, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t end = share(plan->owned, i + 1, plan->owner_items, 1);
     ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, 1), c1 = min_z(c0 + plan->group, end);
-    (void)unused;
-    const workplace at = owners_place(call, i);
+    const workplace at = for_channels_from(call, own, c0);
     first_pass(call, &at, c0, c1, -1);
     while (c0 < end) {
         const ptrdiff_t c2 = min_z(c1 + plan->group, end);
@@ -371,8 +371,10 @@ void bn_do_share(const bn_call *call, const bn_member *me) {
         for_each(call, me, &at, plan->elements.items, some_elements);
         return;
     }
-    if (plan->owned)
-        for_each(call, me, NULL, plan->owner_items, plan->way == BN_OVERLAPPED ? overlapped_groups : owned_group);
+    if (plan->owned) {
+        const workplace own = own_place(call, me);
+        for_each(call, me, &own, plan->owner_items, plan->way == BN_OVERLAPPED ? overlapped_groups : owned_group);
+    }
     if (plan->owned < call->p.C)
         tiled_channels(call, me);
 }

@@ -1,0 +1,127 @@
+"""BatchNorm1d, 2d and 3d: torch.nn's layers, whose forward calls fastbn's batch norm."""
+
+# TorchScript compiles `forward`. It cannot read annotations that are strings, and of two conditions in one
+# `if` it compiles the second even where the first is false for good.
+# ruff: noqa: SIM102
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from fastbn.torch.functional import batch_norm, check_activation, composite
+
+
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """What the three have in common beyond torch.nn's.
+
+    All state is torch.nn's, and options that it lacks have their defaults in the class: an instance of
+    torch.nn's becomes one of these by its `__class__` alone, and back.
+    """
+
+    __constants__ = [  # noqa: RUF012
+        *torch.nn.modules.batchnorm._BatchNorm.__constants__, "activation", "negative_slope",
+    ]  # fmt: skip
+
+    activation: str | None = None
+    negative_slope: float = 0.01
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """``activation(batch_norm(input) + residual)``; see :func:`fastbn.torch.batch_norm`."""
+        if not torch.jit.is_scripting():
+            if isinstance(input, Proxy):
+                return _leaf(self, input, residual, mask)
+        # From here on as torch.nn's own forward decides.
+        self._check_input_dim(input)
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            batches = self.num_batches_tracked
+            if batches is not None:
+                batches.add_(1)
+                if self.momentum is None:
+                    factor = 1.0 / float(batches)
+        running_mean, running_var = self.running_mean, self.running_var
+        bn_training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean, running_var = None, None
+        if not torch.jit.is_scripting():
+            return batch_norm(
+                input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
+                residual=residual, activation=self.activation, negative_slope=self.negative_slope, mask=mask,
+            )  # fmt: skip
+        return composite(
+            input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
+            residual, self.activation, self.negative_slope, mask,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text
+
+
+def _leaf(module: Any, *args: Any) -> Any:
+    """A call of the module in the graph that torch.fx traces, as of torch.nn's own layers, not its inside."""
+    tracer = args[0].tracer
+    while args[-1] is None:
+        args = args[:-1]
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` by fastbn, of (N, C) and (N, C, L).
+
+    Parameters, state and errors are PyTorch's. What comes on top is the same for 1d, 2d and 3d:
+
+    Parameters
+    ----------
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
+        Applied last.
+    negative_slope : float
+        Of "leaky_relu".
+
+    Raises
+    ------
+    ValueError
+        If `activation` is none of these.
+
+    Notes
+    -----
+    A call may have a `residual`, which is added before the activation, and a `mask` of what is real:
+    ``layer(input, residual, mask)``, see :func:`fastbn.torch.batch_norm`. Functions of PyTorch that fold a
+    batch norm into a convolution, or exchange it for another, know nothing of an activation: there, keep it
+    in a module of its own.
+
+    A scripted layer is made of PyTorch's own operations, as is one that is traced, exported or compiled.
+    """
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` by fastbn, of (N, C, H, W), with the options of :class:`BatchNorm1d`."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` by fastbn, of (N, C, D, H, W), with the options of :class:`BatchNorm1d`."""
