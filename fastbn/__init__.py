@@ -48,7 +48,7 @@ from fastbn.threads import get_num_threads, set_num_threads
 from fastbn.variants import Renorm
 
 if _TYPE_CHECKING:
-    if name in ("distributed", "interop", "torch"):  # when it is first asked for
+    from fastbn import distributed, interop
 
 __version__ = "0.1.0"
 
@@ -85,11 +85,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-<<<<<<< HEAD
-    if name in ("distributed", "interop"):  # when it is first asked for
-=======
-    if name in ("interop", "torch"):  # when it is first asked for
->>>>>>> w-tcore
+    if name in ("distributed", "interop", "torch"):  # when it is first asked for
         from importlib import import_module
 
         return import_module(f"fastbn.{name}")
