@@ -431,6 +431,19 @@ def test_what_cannot_be_written_is_told_before_the_first_batch_is_through(rng, n
     assert_states_equal(network.states(), before)
 
 
+def test_what_became_read_only_meanwhile(rng):
+    network, batches = Network(rng), cut(rows(rng))
+    before = network.states()
+
+    def model(x):
+        network(x)
+        network.layers[2].running_var.setflags(write=False)
+
+    with pytest.raises(ValueError, match="running_var of the layer is read-only"):
+        recalibrate(model, batches)
+    assert_states_equal(network.states(), before)
+
+
 def test_a_bad_batch(rng):
     layer = BatchNorm1d(4)
     x = rng.standard_normal((50, 4), np.float32)
