@@ -166,10 +166,7 @@ class _Pool:
     FAN_IN = 16  # of the tree by which they are merged, so that a million batches are rounded five times
 
     def __init__(self, layer: BatchNorm) -> None:
-        for name in "running_mean", "running_var", "num_batches_tracked":
-            array = getattr(layer, name)
-            if array is not None and not array.flags.writeable:
-                raise ValueError(f"{name} of the layer is read-only; give the layer a writable copy first")
+        _check_writable(layer)  # now, not after hours
         self.parts: list[BatchStats] = []
         self.calls = 0
         self.batches = 0
@@ -188,6 +185,13 @@ class _Pool:
 
     def total(self) -> BatchStats:
         return _merged(self.parts)
+
+
+def _check_writable(layer: BatchNorm) -> None:
+    for name in "running_mean", "running_var", "num_batches_tracked":
+        array = getattr(layer, name)
+        if array is not None and not array.flags.writeable:
+            raise ValueError(f"{name} of the layer is read-only; give the layer a writable copy first")
 
 
 def _merged(parts: list[BatchStats]) -> BatchStats:
@@ -314,6 +318,7 @@ def _write(pools: dict[BatchNorm, _Pool]) -> None:
     places: list[Any] = []
     values: list[Any] = []
     for layer, averages in made.items():
+        _check_writable(layer)
         places += layer.running_mean, layer.running_var
         values += averages.mean, averages.var
         if layer.num_batches_tracked is not None:

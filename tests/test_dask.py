@@ -13,6 +13,7 @@ import reference
 
 import fastbn
 
+SOURCE = str(Path(fastbn.__file__).resolve().parents[1])
 PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "dask_statistics.py"
 
 
@@ -50,15 +51,51 @@ def test_each_chunk_is_made_of_its_number(program):
     assert not np.array_equal(program.make_chunk(1), program.make_chunk(2))
 
 
+# Computes statistics while a worker is killed, and again; prints whether both are the same to the bit.
+KILLING = """
+import os, signal, time
+from distributed import Client, LocalCluster
+import dask_statistics
+
+def main():
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0"}
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
+        stats = dask_statistics.statistics(dask_statistics.make_array(8))
+        (first, _), _ = client.run(dask_statistics.peak_memory).values()
+        future = client.compute(stats)
+        while not any(client.processing().values()):
+            time.sleep(0.01)
+        os.kill(first, signal.SIGKILL)
+        print("pending" if not future.done() else "done")
+        print(future.result() == stats.compute())
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(program, tmp_path):
+    (tmp_path / "killing.py").write_text(KILLING)
+    done = subprocess.run(
+        [sys.executable, "killing.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([SOURCE, str(PROGRAM.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "pending\nTrue\n", done.stderr
+
+
 @pytest.mark.slow
 def test_an_array_that_workers_cannot_hold(program, tmp_path):
     """1 GB by two processes that may take 0.4 GB each; the program compares with one process itself."""
-    source = str(Path(fastbn.__file__).resolve().parents[1])
     command = [sys.executable, "-W", "error", PROGRAM, "--gigabytes", "1", "--worker-gigabytes", "0.4"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": source},
+        env=os.environ | {"PYTHONPATH": SOURCE},
         capture_output=True,
         text=True,
         timeout=300,

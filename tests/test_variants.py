@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -640,3 +642,34 @@ def test_renorm_without_averages(rng):
     layer.running_mean = layer.running_var = None
     with pytest.raises(ValueError, match="renorm needs running averages"):
         layer(batch(rng))
+
+
+# The page
+
+
+def test_page():
+    page = Path(__file__).resolve().parents[1] / "docs" / "training_variants.md"
+    if not page.exists():
+        pytest.skip("the tests were copied without docs/")
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "sizes"), [(1000, 300, [250] * 4), (10, 3, [3, 3, 2, 2]), (1000, 128, [125] * 8)]
+)
+def test_the_sizes_that_the_page_tells(rng, rows, size, sizes):
+    x = rng.standard_normal((rows, C), np.float32)
+    plain = BatchNorm1d(C)
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    assert np.array_equal(
+        BatchNorm1d(C, virtual_batch_size=size)(x), np.concatenate([plain(p) for p in parts])
+    )
+
+
+def test_the_sizes_that_the_page_tells_of_tabnet():
+    torch = pytest.importorskip("torch")
+    for rows, size, sizes in (1000, 300, [250] * 4), (10, 3, [3, 3, 3, 1]):
+        assert [len(chunk) for chunk in torch.zeros(rows, 1).chunk(math.ceil(rows / size))] == sizes
