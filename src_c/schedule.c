@@ -2,26 +2,15 @@
  *
  * Which of them does what never changes a result: tiles, and the order in which they are pooled, depend on shape and
  * memory layout alone. */
-#include <stdint.h>
-
-#include "schedule.h"
 #include "tiles.h"
+#include "workplace.h"
 
-/* What some channels are worked on with: their sums, or those of one owner. All but the tiles are indexed by channel,
- * so that the arrays of an owner begin before its memory does, where nothing is touched. */
-typedef struct {
-    double *tile_a, *tile_b;
-    double *mean, *var, *g, *gx;
-    bn_coef k;
-    float *room;
-} workplace;
-
-typedef void (*item)(const bn_call *call, const workplace *at, ptrdiff_t i);
+typedef void (*item)(const bn_call *call, const bn_workplace *at, ptrdiff_t i);
 
 static ptrdiff_t first_of(ptrdiff_t items, int i, int n) { return (items * i + n - 1) / n; }
 
 /* This member's share of the items: the first members may have one more. */
-static void for_each(const bn_call *call, const bn_member *me, const workplace *at, ptrdiff_t items, item work) {
+static void for_each(const bn_call *call, const bn_member *me, const bn_workplace *at, ptrdiff_t items, item work) {
     for (ptrdiff_t i = first_of(items, me->member, me->team); i < first_of(items, me->member + 1, me->team); i++)
         work(call, at, i);
 }
@@ -36,140 +25,9 @@ static ptrdiff_t share(ptrdiff_t total, ptrdiff_t i, ptrdiff_t n, ptrdiff_t unit
     return i == n ? total : part(total, i, n) / unit * unit;
 }
 
-void bn_coef_at(bn_coef *k, char *at, size_t step, int backward) {
-    const bn_coef none = {0};
-    *k = none;
-    k->mean = (float *)at;
-    k->scale = (float *)(at + step);
-    k->shift = (float *)(at + 2 * step);
-    if (backward) {
-        k->invstd = (float *)(at + 3 * step);
-        k->offset = (float *)(at + 4 * step);
-        k->g_mean = (float *)(at + 5 * step);
-        k->g_proj = (float *)(at + 6 * step);
-        k->g_shift = (float *)(at + 7 * step);
-    }
-}
-
-/* ---- where things are */
-
-#define PAGE   ((uintptr_t)4096) /* addresses whole pages apart are alike to a load that comes after a store */
-#define PLACES 8                 /* to choose from */
-
-/* How far two addresses are from each other in their low bits: half a page if half a period. */
-static uintptr_t apart(uintptr_t a, uintptr_t b, uintptr_t period) {
-    const uintptr_t d = (a - b) & (period - 1);
-    return (d < period - d ? d : period - d) * (PAGE / period);
-}
-
-bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row) {
-    const size_t low = bytes_of_row & (~bytes_of_row + 1);
-    const bn_neighbour rows = {at, low < PAGE ? low : PAGE};
-    return rows;
-}
-
-char *bn_clear_of(char *memory, const bn_neighbour *beside, int n) {
-    uintptr_t most = 0;
-    char *best = memory;
-    for (char *at = memory; at < memory + PAGE; at += PAGE / PLACES) {
-        uintptr_t least = PAGE;
-        for (int i = 0; i < n; i++) {
-            const uintptr_t d = apart((uintptr_t)at, (uintptr_t)beside[i].at, beside[i].period);
-            if (beside[i].period > PAGE / PLACES && d < least)
-                least = d;
-        }
-        if (least > most) {
-            most = least;
-            best = at;
-        }
-    }
-    return best;
-}
-
-/* The array that begins at channel `first`, as if it began at channel 0. */
-static void *from_channel(void *array, ptrdiff_t first, size_t size) {
-    return (void *)((uintptr_t)array - (uintptr_t)first * size);
-}
-
-static void index_by_channel(workplace *w, ptrdiff_t first) {
-    float **const arrays[] = {&w->k.mean,   &w->k.scale,  &w->k.shift,  &w->k.invstd,
-                              &w->k.offset, &w->k.g_mean, &w->k.g_proj, &w->k.g_shift};
-    for (int i = 0; i < BN_COEF_BACKWARD; i++)
-        if (*arrays[i])
-            *arrays[i] = from_channel(*arrays[i], first, sizeof(float));
-    w->g = from_channel(w->g, first, sizeof(double));
-    w->gx = from_channel(w->gx, first, sizeof(double));
-}
-
-/* Statistics and sums go to their caller, or where they are needed meanwhile. */
-static void results_to(const bn_call *call, workplace *w) {
-    w->mean = call->mean ? call->mean : w->g; /* which the forward pass has no other use for */
-    w->var = call->var ? call->var : w->gx;
-}
-
-static int has_backward_coef(const bn_call *call) { return call->p.grad_output.data != NULL; }
-
-/* A member's own, for one share of the owned channels after the other; not indexed by channel yet. */
-static workplace own_place(const bn_call *call, const bn_member *me) {
-    const bn_scratch *s = &call->plan.scratch;
-    const ptrdiff_t most = s->owner_channels;
-    workplace w = {0};
-    w.tile_a = (double *)(call->scratch + s->owners + (size_t)me->member * s->owner_step);
-    w.tile_b = w.tile_a + call->plan.T * most;
-    w.g = w.tile_b + call->plan.T * most;
-    w.gx = w.g + most;
-    char *const coef = (char *)(((uintptr_t)(w.gx + most) + 63) / 64 * 64);
-    bn_coef_at(&w.k, coef, ((size_t)most * sizeof(float) + 63) / 64 * 64, has_backward_coef(call));
-    return w;
-}
-
-static workplace for_channels_from(const bn_call *call, const workplace *own, ptrdiff_t first) {
-    workplace w = *own;
-    index_by_channel(&w, first);
-    results_to(call, &w);
-    return w;
-}
-
-/* Of all channels without an owner; the room is this member's. Rows of few elements are soon gone through. */
-static workplace shared_place(const bn_call *call, const bn_member *me) {
-    const bn_problem *p = &call->p;
-    const bn_scratch *s = &call->plan.scratch;
-    const size_t row = (size_t)call->plan.width * sizeof(float);
-    const int many_rows = p->layout == BN_ROWS && p->packed && p->N * p->S * p->C >= 1 << 13;
-    workplace w = {0};
-    w.k = call->k;
-    if (call->scratch == NULL)
-        return w;
-    w.tile_a = (double *)(call->scratch + s->tile_a);
-    w.tile_b = (double *)(call->scratch + s->tile_b);
-    w.g = (double *)(call->scratch + s->g);
-    w.gx = (double *)(call->scratch + s->gx);
-    if (s->bytes > s->coef) {
-        const bn_neighbour written = bn_rows_beside(p->grad_input.data ? p->grad_input.data : p->y.data, row);
-        char *const at = call->scratch + s->coef;
-        bn_coef_at(&w.k, many_rows ? bn_clear_of(at, &written, 1) : at, s->coef_step, has_backward_coef(call));
-    }
-    if (p->layout == BN_ROWS && bn_first_pass(call->plan.op)) {
-        const bn_neighbour beside[] = {
-            bn_rows_beside(p->x.data, row),
-            bn_rows_beside(p->grad_output.data, row),
-            {w.k.mean, PAGE},
-            {w.k.scale, PAGE},
-            {w.k.shift, PAGE},
-            {w.k.invstd, PAGE},
-        };
-        char *const at = call->scratch + s->rooms + (size_t)me->member * s->room_step;
-        /* statistics go by neither grad_output nor coefficients */
-        w.room = (float *)(many_rows ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at);
-    }
-    index_by_channel(&w, call->plan.owned);
-    results_to(call, &w);
-    return w;
-}
-
 /* ---- the passes over some channels */
 
-static void make_coef(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
+static void make_coef(const bn_call *call, const bn_workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
     bn_source from = call->source;
     if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
         from.mean = at->mean;
@@ -179,7 +37,7 @@ static void make_coef(const bn_call *call, const workplace *at, ptrdiff_t c0, pt
 }
 
 /* From the tiles of channels [c0, c1) to all that needs them. */
-static void finish_first_pass(const bn_call *call, const workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
+static void finish_first_pass(const bn_call *call, const bn_workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
                               ptrdiff_t c1) {
     if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
         call->K->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
@@ -207,7 +65,7 @@ static void finish_first_pass(const bn_call *call, const workplace *at, const bn
 
 /* Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many channels from `done`
  * on, unless that is negative. */
-static void first_pass(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1, ptrdiff_t done) {
+static void first_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0, ptrdiff_t c1, ptrdiff_t done) {
     const bn_kernels *K = call->K;
     const bn_problem *p = &call->p;
     const bn_plan *plan = &call->plan;
@@ -237,17 +95,17 @@ static void apply(const bn_call *call, const bn_coef *k, const bn_pass *how, ptr
 
 /* ---- channels with an owner */
 
-static void second_pass(const bn_call *call, const workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
+static void second_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0, ptrdiff_t c1) {
     const bn_problem *p = &call->p;
     for (ptrdiff_t n = p->N - 1; n >= 0; n--)
         apply(call, &at->k, &call->plan.apply, (n * p->C + c0) * p->S, (n * p->C + c1) * p->S);
 }
 
-static void owned_group(const bn_call *call, const workplace *own, ptrdiff_t i) {
+static void owned_group(const bn_call *call, const bn_workplace *own, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, plan->unit);
     const ptrdiff_t c1 = share(plan->owned, i + 1, plan->owner_items, plan->unit);
-    const workplace at = for_channels_from(call, own, c0);
+    const bn_workplace at = bn_for_channels_from(call, own, c0);
     if (c0 == c1)
         return;
     first_pass(call, &at, c0, c1, -1);
@@ -256,11 +114,11 @@ static void owned_group(const bn_call *call, const workplace *own, ptrdiff_t i) 
 }
 
 /* The second pass of each group of channels in one loop with the first pass of the next. */
-static void overlapped_groups(const bn_call *call, const workplace *own, ptrdiff_t i) {
+static void overlapped_groups(const bn_call *call, const bn_workplace *own, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t end = share(plan->owned, i + 1, plan->owner_items, 1);
     ptrdiff_t c0 = share(plan->owned, i, plan->owner_items, 1), c1 = min_z(c0 + plan->group, end);
-    const workplace at = for_channels_from(call, own, c0);
+    const bn_workplace at = bn_for_channels_from(call, own, c0);
     first_pass(call, &at, c0, c1, -1);
     while (c0 < end) {
         const ptrdiff_t c2 = min_z(c1 + plan->group, end);
@@ -275,14 +133,14 @@ static void overlapped_groups(const bn_call *call, const workplace *own, ptrdiff
 
 /* ---- channels without one: tiles are shared out, then channels, then elements */
 
-static void columns_of_one_tile(const bn_call *call, const workplace *at, ptrdiff_t i) {
+static void columns_of_one_tile(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const ptrdiff_t c0 = share(call->plan.width, i, call->plan.tiles.items, 16);
     const ptrdiff_t c1 = share(call->plan.width, i + 1, call->plan.tiles.items, 16);
     if (c0 < c1)
         first_pass(call, at, c0, c1, -1);
 }
 
-static void coef_of_channels(const bn_call *call, const workplace *at, ptrdiff_t i) {
+static void coef_of_channels(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const ptrdiff_t first = call->plan.owned, C = call->p.C - first, items = call->plan.coef.items;
     const ptrdiff_t c0 = first + share(C, i, items, 16), c1 = first + share(C, i + 1, items, 16);
     make_coef(call, at, c0, c1);
@@ -295,7 +153,7 @@ static void coef_of_channels(const bn_call *call, const workplace *at, ptrdiff_t
     call->K->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
 }
 
-static void some_tiles(const bn_call *call, const workplace *at, ptrdiff_t i) {
+static void some_tiles(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t panels = plan->tiles.panels, strips = plan->tiles.items / panels, ld = plan->width - plan->owned;
     const ptrdiff_t t0 = share(plan->T, i / panels, strips, 1), t1 = share(plan->T, i / panels + 1, strips, 1);
@@ -309,7 +167,7 @@ static void some_tiles(const bn_call *call, const workplace *at, ptrdiff_t i) {
         call->K->sums[call->p.layout](&call->p, &at->k, &plan->sums, &tiles);
 }
 
-static void pool_channels(const bn_call *call, const workplace *at, ptrdiff_t i) {
+static void pool_channels(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const ptrdiff_t first = plan->owned, C = call->p.C - first;
     const ptrdiff_t c0 = first + share(C, i, plan->pool.items, 16), c1 = first + share(C, i + 1, plan->pool.items, 16);
@@ -319,7 +177,7 @@ static void pool_channels(const bn_call *call, const workplace *at, ptrdiff_t i)
 }
 
 /* All elements are shared out, or (behind owned channels) those of one sample. */
-static void some_elements(const bn_call *call, const workplace *at, ptrdiff_t i) {
+static void some_elements(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
     const bn_problem *p = &call->p;
     const ptrdiff_t pieces = plan->owned ? plan->elements.panels : plan->elements.items;
@@ -342,7 +200,7 @@ static void some_elements(const bn_call *call, const workplace *at, ptrdiff_t i)
 
 static void tiled_channels(const bn_call *call, const bn_member *me) {
     const bn_plan *plan = &call->plan;
-    const workplace at = shared_place(call, me);
+    const bn_workplace at = bn_shared_place(call, me);
     if (plan->by_columns)
         for_each(call, me, &at, plan->tiles.items, columns_of_one_tile);
     else {
@@ -363,7 +221,7 @@ static void tiled_channels(const bn_call *call, const bn_member *me) {
 void bn_do_share(const bn_call *call, const bn_member *me) {
     const bn_plan *plan = &call->plan;
     if (plan->way == BN_ELEMENTWISE) {
-        const workplace at = shared_place(call, me);
+        const bn_workplace at = bn_shared_place(call, me);
         if (plan->op == BN_GRAD_INPUT) {
             for_each(call, me, &at, plan->coef.items, coef_of_channels);
             wait_for_all(me);
@@ -372,7 +230,7 @@ void bn_do_share(const bn_call *call, const bn_member *me) {
         return;
     }
     if (plan->owned) {
-        const workplace own = own_place(call, me);
+        const bn_workplace own = bn_own_place(call, me);
         for_each(call, me, &own, plan->owner_items, plan->way == BN_OVERLAPPED ? overlapped_groups : owned_group);
     }
     if (plan->owned < call->p.C)

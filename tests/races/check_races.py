@@ -86,7 +86,7 @@ def test_no_races(folder):
     ("file", "whole", "broken"),
     [
         ("fastbn/_kernels.pyx", "    bn_barrier()\n", "    pass\n"),
-        ("src_c/schedule.c", "(size_t)me->member * s->owner_step", "0"),
+        ("src_c/workplace.c", "(size_t)me->member * s->owner_step", "0"),
     ],
     ids=["no barriers", "owners' coefficients where others' are"],
 )
