@@ -6,7 +6,8 @@ import numpy as np
 from numpy import float32
 from numpy.typing import NDArray
 
-Running: TypeAlias = NDArray[float32] | NDArray[np.float64]
+from fastbn.typing import Activation, Running
+
 Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 openmp: int | None
@@ -27,7 +28,7 @@ def would_share(elements: int) -> bool: ...
 def most_at_work() -> int: ...
 def forget_sharing() -> None: ...
 def openmp_library() -> str | None: ...
-def check_activation(activation: str | None, negative_slope: float) -> None: ...
+def check_activation(activation: Activation | None, negative_slope: float) -> None: ...
 def check_momentum(momentum: float) -> float: ...
 def check_input(x: NDArray[float32], axis: int, ranks: tuple[int, ...] | None, num_features: int) -> None: ...
 def check_eps(eps: float) -> float: ...
@@ -36,7 +37,7 @@ def whole(value: int, name: str, limits: str) -> int: ...
 class Frozen:
     num_features: int
     axis: int
-    activation: str | None
+    activation: Activation | None
     eps: float
     negative_slope: float
     def __call__(
@@ -61,7 +62,7 @@ def forward(
     eps: float,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
@@ -84,7 +85,7 @@ def normalize(
     eps: float,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
@@ -106,7 +107,7 @@ def backward(
     training: bool,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from fastbn import _kernels
 from fastbn.statistics import BatchStats
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float32]
+    from fastbn.typing import Activation, Array, Running
 
 
 class BatchNormGrads(NamedTuple):
@@ -29,8 +25,8 @@ _new_tuple = tuple.__new__  # at half the cost of BatchNormGrads(*grads)
 
 def batch_norm(
     x: Array,
-    running_mean: _kernels.Running | None,
-    running_var: _kernels.Running | None,
+    running_mean: Running | None,
+    running_var: Running | None,
     weight: Array | None = None,
     bias: Array | None = None,
     training: bool = False,
@@ -40,7 +36,7 @@ def batch_norm(
     axis: int = 1,
     unbiased: bool = True,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -153,7 +149,7 @@ def batch_norm_forward(
     stats: BatchStats | None = None,
     axis: int = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -203,7 +199,7 @@ def batch_norm_backward(
     training: bool = True,
     axis: int = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -244,8 +240,8 @@ def batch_norm_backward(
 
 
 def update_running(
-    running_mean: _kernels.Running,
-    running_var: _kernels.Running,
+    running_mean: Running,
+    running_var: Running,
     stats: BatchStats,
     momentum: float = 0.1,
     *,
@@ -285,9 +281,7 @@ def _check_stats(stats: BatchStats) -> None:
         raise TypeError(f"stats must be a BatchStats, got {type(stats).__name__}")
 
 
-def _check_both_absent(
-    running_mean: _kernels.Running | None, running_var: _kernels.Running | None, training: bool
-) -> None:
+def _check_both_absent(running_mean: Running | None, running_var: Running | None, training: bool) -> None:
     if running_mean is not None or running_var is not None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(

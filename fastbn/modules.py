@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
 
-    from fastbn.functional import Array, BatchNormGrads
+    from fastbn.functional import BatchNormGrads
+    from fastbn.typing import Activation, Array, Running
 
     Float64 = NDArray[np.float64]
 
@@ -132,7 +134,7 @@ class BatchNorm:
         bias: bool = True,
         axis: int = 1,
         unbiased: bool = True,
-        activation: str | None = None,
+        activation: Activation | None = None,
         negative_slope: float = 0.01,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -181,12 +183,12 @@ class BatchNorm:
         if self.bias is not None:
             self.bias.fill(0)
 
-    def train(self, mode: bool = True) -> BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Go to training mode, or with False to evaluation mode; returns the layer itself."""
         self.training = bool(mode)
         return self
 
-    def eval(self) -> BatchNorm:
+    def eval(self) -> Self:
         """Go to evaluation mode; returns the layer itself."""
         return self.train(False)
 
@@ -280,7 +282,7 @@ class BatchNorm:
             )
         return self.running_mean is not None
 
-    def _averages(self) -> tuple[_kernels.Running, _kernels.Running]:
+    def _averages(self) -> tuple[Running, Running]:
         """The running averages: float32, or float64 where rounding has taken what matters."""
         mean, var, exact = self.running_mean, self.running_var, self._exact
         if exact is not None:
@@ -508,7 +510,7 @@ def _set_axis(layer: BatchNorm, value: int) -> int:
     return _kernels.whole(value, "axis", "number a dimension")
 
 
-def _set_activation(layer: BatchNorm, value: str | None) -> str | None:
+def _set_activation(layer: BatchNorm, value: Activation | None) -> Activation | None:
     _kernels.check_activation(value, 0.0)
     return value
 

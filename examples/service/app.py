@@ -10,23 +10,29 @@ the NumPy baseline in the place of fastbn. From this folder, with workers and wi
 
 import math
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import metric_files
 import network
 import numpy as np
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from protocol import READ_SECONDS
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
 import fastbn
+
+Message = dict[str, Any]  # of ASGI, as are these
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_IMAGES = 64
 MAX_BODY = 256 * 1024  # bytes; MAX_IMAGES written with eight digits and spaces are half of it
@@ -44,7 +50,8 @@ Image = Annotated[list[Row], Field(min_length=8, max_length=8)]
 Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
-class Question(BaseModel, extra="forbid"):
+class Question(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     images: Images
 
 
@@ -61,10 +68,10 @@ class BodyLimit:
     for the body, such as 404, the connection is closed: what is left of the body is not read.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: Application) -> None:
         self.app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -72,7 +79,7 @@ class BodyLimit:
         unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         received, deadline = 0, anyio.current_time() + READ_SECONDS
 
-        async def limited_receive():
+        async def limited_receive() -> Message:
             nonlocal received, unread
             with anyio.CancelScope(deadline=deadline if unread else math.inf) as waiting:
                 message = await receive()
@@ -84,7 +91,7 @@ class BodyLimit:
                 raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
             return message
 
-        async def closing_send(message):
+        async def closing_send(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -105,7 +112,7 @@ instrumentator.expose(app, dependencies=[Depends(metric_files.hold, scope="funct
 
 
 @app.exception_handler(RequestValidationError)
-async def refuse(request, error):
+async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first thing that is wrong, and where. (The whole list may be long, and holds NaN, not JSON.)"""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
@@ -130,5 +137,5 @@ async def healthz() -> dict[str, str]:
 
 
 @app.get("/", include_in_schema=False)
-async def page():
+async def page() -> FileResponse:
     return FileResponse(Path(__file__).with_name("index.html"))

@@ -11,13 +11,17 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from network import BRIGHTEST, WEIGHTS, Network, columns, conv2d, linear, mean_pool, softmax
+from network import BRIGHTEST, WEIGHTS, Network, Weights, columns, conv2d, linear, mean_pool, softmax
+from numpy.typing import NDArray
 from rich.progress import track
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from threadpoolctl import threadpool_limits
 
 import fastbn
+from fastbn.typing import Array
+
+Labels = NDArray[np.int64]
 
 BATCH = 64
 RATE = np.float32(0.05)
@@ -27,8 +31,8 @@ MOMENTUM = np.float32(0.9)
 class TrainedNetwork:
     """The network of network.py as it learns. After `backward`, `gradients` has those of `parameters`."""
 
-    def __init__(self, rng):
-        def he(*shape):  # initial weights of He et al.
+    def __init__(self, rng: np.random.Generator) -> None:
+        def he(*shape: int) -> Array:  # initial weights of He et al.
             return rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(np.float32)
 
         self.norms = [fastbn.BatchNorm2d(c, axis=-1, activation="relu") for c in (16, 32)]
@@ -41,23 +45,23 @@ class TrainedNetwork:
         for i, norm in enumerate(self.norms, 1):
             self.parameters |= {f"bn{i}.weight": norm.weight, f"bn{i}.bias": norm.bias}
 
-    def forward(self, images):
+    def forward(self, images: Array) -> Array:
         """Probabilities (N, 10) of images (N, 8, 8), normalized by the statistics of the batch."""
         x = images[..., None] / BRIGHTEST
-        self.inputs = []
+        self.inputs: list[Array] = []
         for i, norm in enumerate(self.norms, 1):
             self.inputs.append(x)
             x = norm(conv2d(x, self.parameters[f"conv{i}.weight"]))
         self.pooled = mean_pool(x)
         return softmax(linear(self.pooled, self.parameters["linear.weight"], self.parameters["linear.bias"]))
 
-    def backward(self, probabilities, labels):
+    def backward(self, probabilities: Array, labels: Labels) -> None:
         """Gradients of the mean cross-entropy of what `forward` gave."""
-        grad = (probabilities - np.eye(10, dtype=np.float32)[labels]) / np.float32(len(labels))
+        grad: Array = (probabilities - np.eye(10, dtype=np.float32)[labels]) / np.float32(len(labels))
         self.gradients = {"linear.weight": grad.T @ self.pooled, "linear.bias": grad.sum(0)}
         n, h, w, _ = self.inputs[-1].shape
-        grad = (grad @ self.parameters["linear.weight"]).reshape(n, h // 2, w // 2, -1) / 4
-        grad = grad.repeat(2, axis=1).repeat(2, axis=2)  # each pixel had a fourth of its mean
+        grad = np.matmul(grad, self.parameters["linear.weight"]) / 4  # each pixel had a fourth of its mean
+        grad = grad.reshape(n, h // 2, w // 2, -1).repeat(2, axis=1).repeat(2, axis=2)
         for i in (2, 1):
             grads = self.norms[i - 1].backward(grad)
             self.gradients |= {f"bn{i}.weight": grads.grad_weight, f"bn{i}.bias": grads.grad_bias}
@@ -68,7 +72,7 @@ class TrainedNetwork:
             if i > 1:  # the gradient of a convolution is one with the filters turned round
                 grad = conv2d(grad, weight[:, :, ::-1, ::-1].swapaxes(0, 1))
 
-    def weights(self):
+    def weights(self) -> Weights:
         """All that inference needs, running averages included, under PyTorch's names."""
         norms = {
             f"bn{i}.{name}": array
@@ -78,15 +82,18 @@ class TrainedNetwork:
         return self.parameters | norms
 
 
-def load_data():
+def load_data() -> tuple[Array, Array, Labels, Labels]:
     """Training and test images (N, 8, 8) with values from 0 to 16, training and test labels."""
     digits = load_digits()
     images = digits.images.astype(np.float32)
-    return train_test_split(images, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+    split: tuple[Array, Array, Labels, Labels] = train_test_split(
+        images, digits.target, test_size=0.25, random_state=0, stratify=digits.target
+    )
+    return split
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")  # batches this small gain nothing from more threads
-def train(images, labels, epochs):
+def train(images: Array, labels: Labels, epochs: int) -> Weights:
     """Weights after so many epochs, the rate falling from RATE to 0 in half a cosine."""
     fastbn.set_num_threads(1)
     rng = np.random.default_rng(0)
@@ -107,12 +114,12 @@ def train(images, labels, epochs):
     return network.weights()
 
 
-def accuracy(weights, images, labels):
+def accuracy(weights: Weights, images: Array, labels: Labels) -> float:
     probabilities, _ = Network(weights)(images)
-    return (probabilities.argmax(1) == labels).mean()
+    return float((probabilities.argmax(1) == labels).mean())
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="the .npz file to write")
