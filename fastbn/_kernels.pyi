@@ -5,10 +5,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy import float32
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from fastbn.typing import Activation, Running
 
-Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+_Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 openmp: int | None
 
@@ -34,6 +35,7 @@ def check_input(x: NDArray[float32], axis: int, ranks: tuple[int, ...] | None, n
 def check_eps(eps: float) -> float: ...
 def whole(value: int, name: str, limits: str) -> int: ...
 
+@disjoint_base
 class Frozen:
     num_features: int
     axis: int
@@ -71,7 +73,7 @@ def forward(
     momentum: float,
     unbiased: bool,
     want_stats: bool,  # else mean and var are None, which batch_norm drops
-    exact: Float64Pair | None = None,
+    exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
@@ -90,11 +92,11 @@ def normalize(
     out: NDArray[float32] | None,
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
-    exact: Float64Pair | None = None,
+    exact: _Float64Pair | None = None,
 ) -> NDArray[float32]: ...
 def unrounded(
-    mean: NDArray[float32], var: NDArray[float32], exact: Float64Pair, eps: float
-) -> Float64Pair | None: ...
+    mean: NDArray[float32], var: NDArray[float32], exact: _Float64Pair, eps: float
+) -> _Float64Pair | None: ...
 def backward(
     grad_output: NDArray[float32],
     x: NDArray[float32],
