@@ -29,16 +29,11 @@ html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_context = {
-    "github_user": "fastbn",
-    "github_repo": "fastbn",
-    "github_version": "main",
-    "doc_path": "docs",
-}
 html_theme_options = {
     "github_url": "https://github.com/fastbn/fastbn",
-    "use_edit_page_button": True,
     "header_links_before_dropdown": 8,
+    "navbar_align": "left",
+    "navbar_persistent": ["search-button"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
     "footer_start": ["copyright"],
