@@ -105,7 +105,8 @@ wheel: $(VENV)/release.stamp ## build sdist and wheel as they are published, int
 	rm -rf dist build/dist build/wheel
 	$(PY) -m build --sdist --no-isolation --outdir dist >build/sdist.log
 	$(PIP) wheel --no-build-isolation --no-index --no-deps --wheel-dir build/dist dist/*.tar.gz
-	@if [ "$$(uname)" = Linux ]; then $(PY) .ci/repair_wheel build/dist/*.whl dist && $(PY) -m auditwheel show dist/*.whl; \
+	@if [ "$$(uname)" = Linux ]; then $(PY) .ci/repair_wheel build/dist/*.whl dist && \
+	    0PY) -m auditwheel show dist/*.whl; \
 	else cp build/dist/*.whl dist; fi
 	$(PY) -m twine check --strict dist/*
 	check-wheel-contents dist/*.whl
