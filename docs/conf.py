@@ -23,7 +23,6 @@ nitpick_ignore = [("py:func", "numpy.show_config")]
 autodoc_typehints = "none"  # the docstrings have the types, with shapes
 autodoc_default_options = {"inherited-members": "BatchNorm, OpRun, tuple, object"}
 numpydoc_show_class_members = False  # the template of classes lists them
-doctest_global_setup = "import numpy as np\nimport fastbn"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "fastbn"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import fastbn
@@ -81,7 +80,7 @@ def test_programs_run(page, tmp_path):
 
 @pytest.mark.parametrize("page", sorted(SESSIONS))
 def test_sessions_answer_as_shown(page):
-    names = {"np": np, "fastbn": fastbn, "__name__": page}
+    names = {"__name__": page}
     for session in SESSIONS[page]:
         test = doctest.DocTestParser().get_doctest(session, names, page, page, 0)
         runner = doctest.DocTestRunner()
@@ -173,3 +172,9 @@ def test_workers_times_threads_are_the_cpus():
     assert "CPUQuota=200%" in unit
     assert re.search(r'WEB_CONCURRENCY, value: "2".*\n.*FASTBN_NUM_THREADS, value: "1"', kubernetes)
     assert 'requests: { cpu: "2"' in kubernetes
+
+
+@whole
+def test_the_citation_has_the_version_of_the_package():
+    citation = ROOT / "CITATION.cff"
+    assert re.search(r"^version: (.*)$", citation.read_text(), re.MULTILINE)[1] == fastbn.__version__
