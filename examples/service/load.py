@@ -1,4 +1,4 @@
-"""Load the service on loopback by wrk, with fastbn and with the NumPy baseline.
+"""Load the service on loopback by wrk, with batch norm by fastbn and by NumPy.
 
 Two services run under gunicorn and are loaded in turns, so that a slow moment of the machine hits them alike.
 Every answer is compared with the digits that the NumPy network reads. The exit status is 1 if one was wrong
@@ -108,11 +108,15 @@ def kill_worker(process: Process) -> None:
     os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)
 
 
-def batch_norm_microseconds(address: str) -> float:
+def batch_norm_microseconds(address: str, by: str = "fastbn") -> float:
     """The mean of a request, since the service started."""
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     total, count = (
-        next(float(line.split()[1]) for line in lines if line.startswith(f"batch_norm_seconds_{part} "))
+        next(
+            float(line.split()[1])
+            for line in lines
+            if line.startswith(f'batch_norm_seconds_{part}{{by="{by}"}} ')
+        )
         for part in ("sum", "count")
     )
     return 1e6 * total / count
@@ -150,7 +154,7 @@ def main() -> None:
                     f"{run['answers'] / run['seconds']:.0f}",
                     f"{1e3 * run['p50']:.1f} ms",
                     f"{1e3 * run['p99']:.1f} ms",
-                    f"{batch_norm_microseconds(address):.0f} µs",
+                    f"{batch_norm_microseconds(address, name):.0f} µs",
                     *(str(run[count]) for count in ("connection_errors", "server_errors", "wrong")),
                 )
     Console().print(table)

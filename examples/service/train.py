@@ -11,7 +11,21 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from network import BRIGHTEST, WEIGHTS, Network, Weights, columns, conv2d, linear, mean_pool, softmax
+from network import (
+    BRIGHTEST,
+    CHANNELS,
+    GROWTH,
+    SQUEEZED,
+    WEIGHTS,
+    Network,
+    Weights,
+    columns,
+    conv1x1,
+    conv3x3,
+    linear,
+    mean_pool,
+    softmax,
+)
 from numpy.typing import NDArray
 from rich.progress import track
 from sklearn.datasets import load_digits
@@ -35,49 +49,83 @@ class TrainedNetwork:
         def he(*shape: int) -> Array:  # initial weights of He et al.
             return rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape).astype(np.float32)
 
-        self.norms = [fastbn.BatchNorm2d(c, axis=-1, activation="relu") for c in (16, 32)]
-        self.parameters = {
-            "conv1.weight": he(16, 1, 3, 3),
-            "conv2.weight": he(32, 16, 3, 3),
-            "linear.weight": he(10, 32 * 4 * 4),
+        def norm(channels: int) -> fastbn.BatchNorm2d:
+            return fastbn.BatchNorm2d(channels, axis=-1, activation="relu")
+
+        self.norms: dict[str, fastbn.BatchNorm2d] = {}
+        self.parameters: Weights = {"first.weight": he(CHANNELS[0], 1, 3, 3)}
+        for i, channels in enumerate(CHANNELS[:-1]):
+            self.norms |= {f"layer{i}.norm1": norm(channels), f"layer{i}.norm2": norm(SQUEEZED)}
+            self.parameters[f"layer{i}.conv1.weight"] = he(SQUEEZED, channels, 1, 1)
+            self.parameters[f"layer{i}.conv2.weight"] = he(GROWTH, SQUEEZED, 3, 3)
+        self.norms["norm"] = norm(CHANNELS[-1])
+        for name, each in self.norms.items():
+            self.parameters |= {f"{name}.weight": each.weight, f"{name}.bias": each.bias}
+        self.parameters |= {
+            "linear.weight": he(10, 4 * CHANNELS[-1]),
             "linear.bias": np.zeros(10, np.float32),
         }
-        for i, norm in enumerate(self.norms, 1):
-            self.parameters |= {f"bn{i}.weight": norm.weight, f"bn{i}.bias": norm.bias}
 
     def forward(self, images: Array) -> Array:
         """Probabilities (N, 10) of images (N, 8, 8), normalized by the statistics of the batch."""
-        x = images[..., None] / BRIGHTEST
-        self.inputs: list[Array] = []
-        for i, norm in enumerate(self.norms, 1):
-            self.inputs.append(x)
-            x = norm(conv2d(x, self.parameters[f"conv{i}.weight"]))
-        self.pooled = mean_pool(x)
+        self.images = images[..., None] / BRIGHTEST
+        features = np.empty((*images.shape, CHANNELS[-1]), np.float32)
+        features[..., : CHANNELS[0]] = conv3x3(self.images, self.parameters["first.weight"])
+        self.inputs: Weights = {}  # of the convolutions
+        for i, channels in enumerate(CHANNELS[:-1]):
+            conv1, conv2 = f"layer{i}.conv1", f"layer{i}.conv2"
+            x = self.inputs[conv1] = self.norms[f"layer{i}.norm1"](features[..., :channels])
+            x = conv1x1(x, self.parameters[f"{conv1}.weight"], 0)
+            x = self.inputs[conv2] = self.norms[f"layer{i}.norm2"](x)
+            features[..., channels : channels + GROWTH] = conv3x3(x, self.parameters[f"{conv2}.weight"])
+        self.pooled = mean_pool(self.norms["norm"](features))
         return softmax(linear(self.pooled, self.parameters["linear.weight"], self.parameters["linear.bias"]))
 
     def backward(self, probabilities: Array, labels: Labels) -> None:
         """Gradients of the mean cross-entropy of what `forward` gave."""
         grad: Array = (probabilities - np.eye(10, dtype=np.float32)[labels]) / np.float32(len(labels))
         self.gradients = {"linear.weight": grad.T @ self.pooled, "linear.bias": grad.sum(0)}
-        n, h, w, _ = self.inputs[-1].shape
-        grad = np.matmul(grad, self.parameters["linear.weight"]) / 4  # each pixel had a fourth of its mean
-        grad = grad.reshape(n, h // 2, w // 2, -1).repeat(2, axis=1).repeat(2, axis=2)
-        for i in (2, 1):
-            grads = self.norms[i - 1].backward(grad)
-            self.gradients |= {f"bn{i}.weight": grads.grad_weight, f"bn{i}.bias": grads.grad_bias}
-            grad = grads.grad_input
-            weight, x = self.parameters[f"conv{i}.weight"], self.inputs[i - 1]
-            by_column = grad.reshape(-1, len(weight)).T @ columns(x)
-            self.gradients[f"conv{i}.weight"] = by_column.reshape(weight.shape)
-            if i > 1:  # the gradient of a convolution is one with the filters turned round
-                grad = conv2d(grad, weight[:, :, ::-1, ::-1].swapaxes(0, 1))
+        n, h, w, _ = self.images.shape
+        grad = (
+            np.matmul(grad, self.parameters["linear.weight"]) / 16
+        )  # each pixel had a sixteenth of its mean
+        grad = grad.reshape(n, h // 4, w // 4, -1).repeat(4, axis=1).repeat(4, axis=2)
+        grads = self.norm_backward("norm", grad)  # of all features; what each layer reads adds to it
+        for i, channels in reversed([*enumerate(CHANNELS[:-1])]):
+            grad = grads[..., channels : channels + GROWTH]
+            grad = self.conv3x3_backward(f"layer{i}.conv2", grad)
+            grad = self.norm_backward(f"layer{i}.norm2", grad)
+            grad = self.conv1x1_backward(f"layer{i}.conv1", grad)
+            grads[..., :channels] += self.norm_backward(f"layer{i}.norm1", grad)
+        by_column = grads[..., : CHANNELS[0]].reshape(n * h * w, -1).T @ columns(self.images)
+        self.gradients["first.weight"] = by_column.reshape(-1, 1, 3, 3)
+
+    def norm_backward(self, name: str, grad: Array) -> Array:
+        grads = self.norms[name].backward(grad)
+        self.gradients |= {f"{name}.weight": grads.grad_weight, f"{name}.bias": grads.grad_bias}
+        return grads.grad_input
+
+    def conv1x1_backward(self, name: str, grad: Array) -> Array:
+        x, weight = self.inputs[name], self.parameters[f"{name}.weight"]
+        features, c, _, _ = weight.shape
+        by_channel = grad.reshape(-1, features).T @ x.reshape(-1, c)
+        self.gradients[f"{name}.weight"] = by_channel[:, :, None, None]
+        return conv1x1(grad, weight.swapaxes(0, 1), 0)
+
+    def conv3x3_backward(self, name: str, grad: Array) -> Array:
+        x, weight = self.inputs[name], self.parameters[f"{name}.weight"]
+        features, c, _, _ = weight.shape
+        by_column = grad.reshape(-1, features).T @ columns(x)
+        self.gradients[f"{name}.weight"] = by_column.reshape(features, 3, 3, c).transpose(0, 3, 1, 2)
+        # A convolution too, with the filters turned round.
+        return conv3x3(grad, weight[:, :, ::-1, ::-1].swapaxes(0, 1))
 
     def weights(self) -> Weights:
         """All that inference needs, running averages included, under PyTorch's names."""
         norms = {
-            f"bn{i}.{name}": array
-            for i, norm in enumerate(self.norms, 1)
-            for name, array in norm.state_dict().items()
+            f"{name}.{part}": array
+            for name, norm in self.norms.items()
+            for part, array in norm.state_dict().items()
         }
         return self.parameters | norms
 
