@@ -11,8 +11,8 @@ C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
 C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
-.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format dev bench bench-peers \
-    bench-scaling sanitize wheel build torch emulators chromium tsan wrk
+.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format dev bench \
+    bench-peers bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -45,7 +45,9 @@ test-service: $(VENV)/service.stamp build ## test the reference service, under l
 test-races: $(VENV)/test.stamp tsan ## look for data races between the threads of the kernels (clang, ThreadSanitizer)
 	$(PY) -m pytest tests/races/check_races.py
 
-lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
+# gcc compiles everything, because some of its warnings need that, with objects of its own, as its flags are others; of
+# clang it is the syntax. What gcc has built is what the stub of the kernels is compared with.
+lint: $(VENV)/lint.stamp ## check style, types, and C warnings (gcc and clang)
 	ruff check
 	ruff format --check
 	cython-lint fastbn
@@ -56,9 +58,17 @@ lint: $(VENV)/lint.stamp ## check style, types and C warnings (gcc and clang)
 	    if command -v $$cc >/dev/null; then \
 	        echo "== $$cc -Wall -Wextra -Werror"; \
 	        $$cc -std=c11 -Wall -Wextra -Werror -fopenmp -fsyntax-only -Isrc_c $(PYTHON_INCLUDE) $(C_PROGRAMS); \
-	        CC=$$cc CFLAGS=-Werror $(PY) setup.py --quiet build_ext -t build/lint-$$cc -b build/lint-$$cc >build/lint-$$cc.log; \
 	    else echo "== $$cc is not installed: its warnings were NOT checked"; fi; \
 	done
+	@if command -v clang >/dev/null; then \
+	    CC=clang LDSHARED=true CFLAGS="-Werror -fsyntax-only" \
+	    $(PY) setup.py --quiet build_ext -t build/lint-clang -b build/lint-clang >build/lint-clang.log; fi
+	@if command -v gcc >/dev/null; then \
+	    CC=gcc CFLAGS=-Werror \
+	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log && \
+	    cd build/lint && echo "fastbn._kernels.__(test|.*_cython)__" | \
+	    $(PY) -m mypy.stubtest --mypy-config-file ../../pyproject.toml --allowlist /dev/stdin fastbn._kernels; \
+	else echo "== Without gcc the stub of the kernels was NOT checked"; fi
 
 format: $(VENV)/lint.stamp ## rewrite Python and C in the project's style
 	ruff check --fix
@@ -84,9 +94,34 @@ sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and U
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 1200 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
 
-wheel: $(VENV)/test.stamp ## build the sdist, and the wheel from the sdist, into dist/
-	$(PY) -m build
+docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and broken links are errors
+	rm -rf build/docs docs/reference/generated
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees docs build/docs
+	$(PY) -m sphinx --quiet --fail-on-warning --builder doctest --doctree-dir build/doctrees docs build/doctest
+	@echo "Open build/docs/index.html"
+
+# The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one.
+wheel: $(VENV)/release.stamp ## build sdist and wheel as they are published, into dist/, and check them
+	rm -rf dist build/dist build/wheel
+	$(PY) -m build --sdist --no-isolation --outdir dist >build/sdist.log
+	$(PIP) wheel --no-build-isolation --no-index --no-deps --wheel-dir build/dist dist/*.tar.gz
+	@if [ "$$(uname)" = Linux ]; then $(PY) .ci/repair_wheel build/dist/*.whl dist && \
+	    $(PY) -m auditwheel show dist/*.whl; \
+	else cp build/dist/*.whl dist; fi
+	$(PY) -m twine check --strict dist/*
+	check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip --quiet --disable-pip-version-check install dist/*.whl
+	cd build/wheel && bin/python -m fastbn info && bin/python -m fastbn bench --shape 8x64x28x28 64x256 --seconds 0.05
 	@ls -l dist
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' fastbn/__init__.py)
+release: ## everything that a release takes, but for pushing the tag
+	@test -z "$$(git status --porcelain)" || { echo "There are changes that are not committed"; exit 1; }
+	@grep -q '^## $(VERSION) ' CHANGELOG.md || { echo "CHANGELOG.md has no section '## $(VERSION) (date)'"; exit 1; }
+	@! git rev-parse --quiet --verify refs/tags/v$(VERSION) || { echo "The tag v$(VERSION) exists already"; exit 1; }
+	$(MAKE) lint test docs wheel
+	@echo "fastbn $(VERSION) is ready. A tag publishes it: git tag -s v$(VERSION) && git push origin v$(VERSION)"
 
 # ---- what the targets above stand on
 
@@ -123,6 +158,12 @@ wrk:
 torch:
 	@$(MAKE) --no-print-directory $(VENV)/interop.stamp || \
 	    echo "PyTorch, Keras and ONNX could not be installed: the tests that judge fastbn by them will be SKIPPED"
+
+# Tools alone, which need nothing of fastbn built.
+$(VENV)/lint.stamp $(VENV)/release.stamp: $(VENV)/python.stamp
+	@echo "Installing the tools of make $(basename $(notdir $@)) into $(VENV)"
+	@$(PIP) install --group $(basename $(notdir $@))
+	@touch $@
 
 # .venv/test.stamp and the like: this checkout is installed there, in place, with the extra of that name.
 $(VENV)/%.stamp: $(VENV)/python.stamp

@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # draws into files, needs no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,6 +26,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import fastbn
+from fastbn.typing import Array
+
+Labels = NDArray[np.int64]
+Data = tuple[Array, Array, Labels, Labels]  # training and test images, training and test labels
+Gradients = list[tuple[Array, Array]]  # (parameter, gradient)
+Results = dict[tuple[bool, float, float], list[float]]  # accuracies by (batch norm, rate, scale)
 
 RATES = (0.01, 0.1, 1, 3, 10)
 SCALES = (0.1, 1, 10)  # of the initial weights, times He initialization
@@ -32,17 +39,19 @@ BATCH = 64
 
 
 class Linear:
-    def __init__(self, inputs, outputs, scale, rng, bias=True):
+    def __init__(
+        self, inputs: int, outputs: int, scale: float, rng: np.random.Generator, bias: bool = True
+    ) -> None:
         he = scale * np.sqrt(2 / inputs)
         self.weight = rng.normal(0, he, (inputs, outputs)).astype(np.float32)
         self.bias = np.zeros(outputs, np.float32) if bias else None
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self.x = x
         y = x @ self.weight
         return y if self.bias is None else y + self.bias
 
-    def backward(self, grad):
+    def backward(self, grad: Array) -> Array:
         self.gradients = [(self.weight, self.x.T @ grad)]
         if self.bias is not None:
             self.gradients.append((self.bias, grad.sum(0)))
@@ -50,26 +59,26 @@ class Linear:
 
 
 class ReLU:
-    gradients = ()
+    gradients: Gradients = []  # noqa: RUF012
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         self.y = np.maximum(x, 0)
         return self.y
 
-    def backward(self, grad):
+    def backward(self, grad: Array) -> Array:
         return grad * (self.y > 0)
 
 
 class BatchNormReLU:
     """Batch norm and ReLU, each way in one call of fastbn."""
 
-    def __init__(self, features):
+    def __init__(self, features: int) -> None:
         self.bn = fastbn.BatchNorm1d(features, activation="relu")
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         return self.bn(x)
 
-    def backward(self, grad):
+    def backward(self, grad: Array) -> Array:
         grads = self.bn.backward(grad)
         self.gradients = [(self.bn.weight, grads.grad_weight), (self.bn.bias, grads.grad_bias)]
         return grads.grad_input
@@ -78,35 +87,37 @@ class BatchNormReLU:
 class Perceptron:
     """Linear layers with ReLU between them, and with batch norm before each ReLU where it is wanted."""
 
-    def __init__(self, widths, batch_norm, scale, rng):
-        self.layers = []
+    def __init__(
+        self, widths: tuple[int, ...], batch_norm: bool, scale: float, rng: np.random.Generator
+    ) -> None:
+        self.layers: list[Linear | ReLU | BatchNormReLU] = []
         for inputs, outputs in pairwise(widths[:-1]):
             # Batch norm subtracts any bias of the layer before it, and brings its own.
             self.layers.append(Linear(inputs, outputs, scale, rng, bias=not batch_norm))
             self.layers.append(BatchNormReLU(outputs) if batch_norm else ReLU())
         self.layers.append(Linear(widths[-2], widths[-1], scale, rng))
 
-    def set_mode(self, training):
+    def set_mode(self, training: bool) -> None:
         for layer in self.layers:
             if isinstance(layer, BatchNormReLU):
                 layer.bn.train(training)
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         for layer in self.layers:
             x = layer.forward(x)
         return x
 
-    def backward(self, grad):
+    def backward(self, grad: Array) -> Array:
         for layer in reversed(self.layers):
             grad = layer.backward(grad)
         return grad
 
-    def gradients(self):
+    def gradients(self) -> Gradients:
         """(parameter, gradient) of every layer, after `backward`."""
         return [pair for layer in self.layers for pair in layer.gradients]
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: Array, labels: Labels) -> tuple[np.float32, Array]:
     """Mean cross-entropy of the softmax, and its gradient with respect to `logits`."""
     rows = np.arange(len(labels))
     shifted = logits - logits.max(1, keepdims=True)
@@ -118,22 +129,23 @@ def cross_entropy(logits, labels):
     return loss, grad / np.float32(len(labels))
 
 
-def accuracy(network, x, labels):
+def accuracy(network: Perceptron, x: Array, labels: Labels) -> float:
     """Share of right answers with running averages in place of the batch's statistics."""
     network.set_mode(training=False)
-    right = (network.forward(x).argmax(1) == labels).mean()
+    right = float((network.forward(x).argmax(1) == labels).mean())
     network.set_mode(training=True)
     return right
 
 
-def load_data():
+def load_data() -> Data:
     """Training and test images, training and test labels; three digits of four are for training."""
     x, labels = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32)
-    return train_test_split(x, labels, test_size=0.25, random_state=0, stratify=labels)
+    data: Data = train_test_split(x, labels, test_size=0.25, random_state=0, stratify=labels)
+    return data
 
 
-def train(data, batch_norm, rate, scale, epochs):
+def train(data: Data, batch_norm: bool, rate: float, scale: float, epochs: int) -> list[float]:
     """Train one network; returns its accuracy on the test images before the first epoch and after each."""
     x, x_test, labels, labels_test = data
     rng = np.random.default_rng(0)  # the same weights and batches for every network of these widths
@@ -151,7 +163,7 @@ def train(data, batch_norm, rate, scale, epochs):
     return accuracies
 
 
-def print_table(console, results, epochs):
+def print_table(console: Console, results: Results, epochs: int) -> None:
     table = Table(
         title=f"Test accuracy after {epochs} epochs, without and with batch norm (BN)",
         caption="10% is guessing: learning has not begun, or steps too long have killed all ReLUs",
@@ -171,7 +183,7 @@ def print_table(console, results, epochs):
     console.print(table)
 
 
-def draw(path, results):
+def draw(path: Path, results: Results) -> None:
     """A panel for each learning rate and scale, with both networks in it."""
     figure, panels = plt.subplots(
         len(SCALES), len(RATES), figsize=(16, 9), sharex=True, sharey=True, layout="constrained"
@@ -194,7 +206,7 @@ def draw(path, results):
     figure.savefig(path, dpi=100)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the picture")
     parser.add_argument("--quick", action="store_true", help="two epochs")
@@ -205,7 +217,10 @@ def main():
     data = load_data()
     runs = [(batch_norm, rate, scale) for scale in SCALES for rate in RATES for batch_norm in (False, True)]
     with np.errstate(all="ignore"):  # where numbers overflow it shows in the accuracy
-        results = {run: train(data, *run, epochs) for run in track(runs, "training")}
+        results = {
+            (batch_norm, rate, scale): train(data, batch_norm, rate, scale, epochs)
+            for batch_norm, rate, scale in track(runs, "training")
+        }
 
     print_table(console, results, epochs)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ picture.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -27,17 +28,18 @@ from sklearn.datasets import load_sample_images
 
 import fastbn
 from fastbn import baseline
+from fastbn.typing import Array
 
 CHANNELS = 16
 
 
-def load_photographs():
+def load_photographs() -> Array:
     """Two photographs of scikit-learn as an array of shape (2, 3, 427, 640), values from 0 to 1."""
     images = np.stack(load_sample_images().images).astype(np.float32) / 255
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def random_crops(photographs, count, size, rng):
+def random_crops(photographs: Array, count: int, size: int, rng: np.random.Generator) -> Array:
     """A training batch as image networks get it: squares from anywhere, every other one mirrored."""
     _, _, height, width = photographs.shape
     crops = []
@@ -48,12 +50,12 @@ def random_crops(photographs, count, size, rng):
     return np.stack(crops)
 
 
-def make_filters(rng):
+def make_filters(rng: np.random.Generator) -> tuple[Array, list[str]]:
     """Weights (16, 3, 3, 3) and names: eight filters for edges and colours, eight random ones (He)."""
-    grey = np.float32([0.299, 0.587, 0.114])
-    vertical = np.float32([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
-    rising = np.float32([[0, 1, 2], [-1, 0, 1], [-2, -1, 0]])
-    laplace = np.float32([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    grey = np.array([0.299, 0.587, 0.114], np.float32)
+    vertical = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32)
+    rising = np.array([[0, 1, 2], [-1, 0, 1], [-2, -1, 0]], np.float32)
+    laplace = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)
     blur = np.full((3, 3), 1 / 9, np.float32)
     by_hand = {  # name: (weight of red, green and blue, spatial filter)
         "vertical edges": (grey, vertical),
@@ -62,8 +64,8 @@ def make_filters(rng):
         "falling diagonals": (grey, rising[:, ::-1]),
         "spots": (grey, -laplace),
         "brightness": (grey, blur),
-        "red - green": (np.float32([1, -1, 0]), blur),
-        "blue - yellow": (np.float32([-0.5, -0.5, 1]), blur),
+        "red - green": (np.array([1, -1, 0], np.float32), blur),
+        "blue - yellow": (np.array([-0.5, -0.5, 1], np.float32), blur),
     }
     drawn = CHANNELS - len(by_hand)
     random = rng.normal(0, np.sqrt(2 / 27), (drawn, 3, 3, 3)).astype(np.float32)
@@ -71,7 +73,7 @@ def make_filters(rng):
     return np.concatenate([filters, random]), [*by_hand, *(f"random {i + 1}" for i in range(drawn))]
 
 
-def conv2d(images, filters):
+def conv2d(images: Array, filters: Array) -> Array:
     """3x3 convolution, padding 1: the patches under the filter become columns of one matrix per image."""
     n, c, height, width = images.shape
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
@@ -80,9 +82,11 @@ def conv2d(images, filters):
     return (filters.reshape(len(filters), -1) @ columns).reshape(n, len(filters), height, width)
 
 
-def race(description, contestants, rounds):
+def race(
+    description: str, contestants: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of each contestant in each round; they take turns, so that a slow moment hits them alike."""
-    seconds = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in track(range(-3, rounds), description):
         for name, run in contestants.items():
             start = perf_counter()
@@ -92,7 +96,9 @@ def race(description, contestants, rounds):
     return seconds
 
 
-def add_result(table, mode, x, seconds, difference):
+def add_result(
+    table: Table, mode: str, x: Array, seconds: dict[str, list[float]], difference: np.float32
+) -> None:
     fast, plain = (1e3 * median(seconds[name]) for name in ("fastbn", "NumPy"))
     shape = "x".join(map(str, x.shape))
     table.add_row(
@@ -100,7 +106,7 @@ def add_result(table, mode, x, seconds, difference):
     )
 
 
-def draw(path, photographs, maps, names, before, after):
+def draw(path: Path, photographs: Array, maps: Array, names: list[str], before: Array, after: Array) -> None:
     """The photographs beside their feature maps; below, the spread of each channel before and after."""
     figure = plt.figure(figsize=(20, 12), layout="constrained")
     *rows, bottom = figure.subfigures(3, 1, height_ratios=[3, 3, 3.2], hspace=0.02)
@@ -146,7 +152,7 @@ def draw(path, photographs, maps, names, before, after):
     figure.savefig(path, dpi=100)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the picture")
     parser.add_argument("--quick", action="store_true", help="small batch, few rounds")

@@ -22,6 +22,16 @@ if _short_spin:
     _os.environ["GOMP_SPINCOUNT"] = "3000"
 try:
     from fastbn import _kernels as _kernels
+except ImportError as _error:
+    # A wheel brings a runtime for machines that have none. It keeps the name by which others are known, so
+    # that whatever asks for OpenMP later finds it, and a process has one pool of threads.
+    _runtime = _os.path.join(_os.path.dirname(__file__), "_openmp", "libgomp.so.1")
+    if "libgomp.so.1" not in str(_error) or not _os.path.exists(_runtime):
+        raise
+    import ctypes as _ctypes
+
+    _ctypes.CDLL(_runtime)
+    from fastbn import _kernels as _kernels
 finally:
     if _short_spin:
         del _os.environ["GOMP_SPINCOUNT"]

@@ -5,10 +5,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy import float32
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
-Running: TypeAlias = NDArray[float32] | NDArray[np.float64]
-Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
-Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+from fastbn.typing import Activation, Running
+
+_Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+_Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
 
 openmp: int | None
 
@@ -28,16 +30,17 @@ def would_share(elements: int) -> bool: ...
 def most_at_work() -> int: ...
 def forget_sharing() -> None: ...
 def openmp_library() -> str | None: ...
-def check_activation(activation: str | None, negative_slope: float) -> None: ...
+def check_activation(activation: Activation | None, negative_slope: float) -> None: ...
 def check_momentum(momentum: float) -> float: ...
 def check_input(x: NDArray[float32], axis: int, ranks: tuple[int, ...] | None, num_features: int) -> None: ...
 def check_eps(eps: float) -> float: ...
 def whole(value: int, name: str, limits: str) -> int: ...
 
+@disjoint_base
 class Frozen:
     num_features: int
     axis: int
-    activation: str | None
+    activation: Activation | None
     eps: float
     negative_slope: float
     def __call__(
@@ -62,7 +65,7 @@ def forward(
     eps: float,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
@@ -71,7 +74,7 @@ def forward(
     momentum: float,
     unbiased: bool,
     want_stats: bool,  # else mean and var are None, which batch_norm drops
-    exact: Float64Pair | None = None,
+    exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
@@ -85,16 +88,16 @@ def normalize(
     eps: float,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
-    exact: Float64Pair | None = None,
+    exact: _Float64Pair | None = None,
 ) -> NDArray[float32]: ...
 def unrounded(
-    mean: NDArray[float32], var: NDArray[float32], exact: Float64Pair, eps: float
-) -> Float64Pair | None: ...
+    mean: NDArray[float32], var: NDArray[float32], exact: _Float64Pair, eps: float
+) -> _Float64Pair | None: ...
 def backward_sums(
     grad_output: NDArray[float32],
     x: NDArray[float32],
@@ -107,10 +110,10 @@ def backward_sums(
     axis: int,
     residual: NDArray[float32] | None,
     output: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     num_threads: int | None,
-) -> Sums: ...
+) -> _Sums: ...
 def backward(
     grad_output: NDArray[float32],
     x: NDArray[float32],
@@ -123,11 +126,11 @@ def backward(
     training: bool,
     axis: int,
     residual: NDArray[float32] | None,
-    activation: str | None,
+    activation: Activation | None,
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
-    sums: Sums | None = None,
+    sums: _Sums | None = None,
     output: NDArray[float32] | None = None,
     needs: int = 15,  # the results in their order, a bit each
 ) -> tuple[Any, Any, Any, Any]: ...
@@ -139,7 +142,7 @@ def update_running(
     count: int,
     momentum: float,
     unbiased: bool,
-    exact: Float64Pair | None = None,
+    exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
 ) -> None: ...

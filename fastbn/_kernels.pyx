@@ -1405,7 +1405,7 @@ cdef class Frozen:
         free(self.block)
 
     def __call__(self, x, residual=None, out=None, *, num_threads=None):
-        """Normalize `x`.
+        """__call__($self, /, x, residual=None, out=None, *, num_threads=None)\n--\n\nNormalize `x`.
 
         Parameters
         ----------

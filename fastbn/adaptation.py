@@ -18,7 +18,8 @@ from fastbn.statistics import BatchStats, _read_only
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fastbn.functional import Array, BatchNormGrads
+    from fastbn.functional import BatchNormGrads
+    from fastbn.typing import Array
 
 
 @contextmanager

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastbn.functional import Array, BatchNormGrads
+    from fastbn.functional import BatchNormGrads
+    from fastbn.typing import Array
 
     Float64 = NDArray[np.float64]
 

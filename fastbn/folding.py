@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Array = NDArray[np.float32]
+    from fastbn.typing import Array
+
     Float64 = NDArray[np.float64]
 
 

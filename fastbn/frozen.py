@@ -9,9 +9,7 @@ import numpy as np
 from fastbn import _kernels
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float32]
+    from fastbn.typing import Activation, Array, Running
 
 
 class _CallSignature:
@@ -59,21 +57,21 @@ class FrozenBatchNorm(_kernels.Frozen):
     __slots__ = ("bias", "running_mean", "running_var", "weight")
     __signature__ = _CallSignature()
 
-    running_mean: _kernels.Running
-    running_var: _kernels.Running
+    running_mean: Running
+    running_var: Running
     weight: Array | None
     bias: Array | None
 
     def __init__(
         self,
-        running_mean: _kernels.Running,
-        running_var: _kernels.Running,
+        running_mean: Running,
+        running_var: Running,
         weight: Array | None = None,
         bias: Array | None = None,
         eps: float = 1e-5,
         *,
         axis: int = 1,
-        activation: str | None = None,
+        activation: Activation | None = None,
         negative_slope: float = 0.01,
         copy: bool = True,
     ) -> None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from fastbn import _kernels
 from fastbn.statistics import BatchStats, GradSums
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float32]
+    from fastbn.typing import Activation, Array, Running
 
 
 class BatchNormGrads(NamedTuple):
@@ -33,8 +29,8 @@ _NEEDS = ("input", "weight", "bias", "residual")
 
 def batch_norm(
     x: Array,
-    running_mean: _kernels.Running | None,
-    running_var: _kernels.Running | None,
+    running_mean: Running | None,
+    running_var: Running | None,
     weight: Array | None = None,
     bias: Array | None = None,
     training: bool = False,
@@ -44,7 +40,7 @@ def batch_norm(
     axis: int = 1,
     unbiased: bool = True,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -157,7 +153,7 @@ def batch_norm_forward(
     stats: BatchStats | None = None,
     axis: int = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -207,7 +203,7 @@ def batch_norm_backward(
     training: bool = True,
     axis: int = 1,
     residual: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
@@ -280,7 +276,7 @@ def batch_norm_backward_sums(
     axis: int = 1,
     residual: Array | None = None,
     output: Array | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     negative_slope: float = 0.01,
     num_threads: int | None = None,
 ) -> GradSums:
@@ -321,8 +317,8 @@ def batch_norm_backward_sums(
 
 
 def update_running(
-    running_mean: _kernels.Running,
-    running_var: _kernels.Running,
+    running_mean: Running,
+    running_var: Running,
     stats: BatchStats,
     momentum: float = 0.1,
     *,
@@ -378,9 +374,7 @@ def _needed(needs: Collection[str]) -> int:
     return sum(1 << i for i, name in enumerate(_NEEDS) if name in needs)
 
 
-def _check_both_absent(
-    running_mean: _kernels.Running | None, running_var: _kernels.Running | None, training: bool
-) -> None:
+def _check_both_absent(running_mean: Running | None, running_var: Running | None, training: bool) -> None:
     if running_mean is not None or running_var is not None:
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
 
-    from fastbn.functional import Array
+    from fastbn.functional import BatchNormGrads
     from fastbn.statistics import GradSums
+    from fastbn.typing import Activation, Array, Running
     from fastbn.variants import Renorm
 
     Float64 = NDArray[np.float64]
@@ -153,7 +155,7 @@ class BatchNorm:
         bias: bool = True,
         axis: int = 1,
         unbiased: bool = True,
-        activation: str | None = None,
+        activation: Activation | None = None,
         negative_slope: float = 0.01,
         skip_nonfinite: bool = False,
         virtual_batch_size: int | None = None,
@@ -207,12 +209,12 @@ class BatchNorm:
         if self.bias is not None:
             self.bias.fill(0)
 
-    def train(self, mode: bool = True) -> BatchNorm:
+    def train(self, mode: bool = True) -> Self:
         """Go to training mode, or with False to evaluation mode; returns the layer itself."""
         self.training = bool(mode)
         return self
 
-    def eval(self) -> BatchNorm:
+    def eval(self) -> Self:
         """Go to evaluation mode; returns the layer itself."""
         return self.train(False)
 
@@ -328,7 +330,7 @@ class BatchNorm:
             )
         return self.running_mean is not None
 
-    def _averages(self) -> tuple[_kernels.Running, _kernels.Running]:
+    def _averages(self) -> tuple[Running, Running]:
         """The running averages: float32, or float64 where rounding has taken what matters."""
         mean, var, exact = self.running_mean, self.running_var, self._exact
         if exact is not None:
@@ -599,7 +601,7 @@ def _set_axis(layer: BatchNorm, value: int) -> int:
     return _kernels.whole(value, "axis", "number a dimension")
 
 
-def _set_activation(layer: BatchNorm, value: str | None) -> str | None:
+def _set_activation(layer: BatchNorm, value: Activation | None) -> Activation | None:
     _kernels.check_activation(value, 0.0)
     return value
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from fastbn.functional import Array
+    from fastbn.typing import Array
 
     Float64 = NDArray[np.float64]
     Model = Callable[[Any], Any]

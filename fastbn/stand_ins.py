@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fastbn.functional import Array
     from fastbn.modules import BatchNorm
+    from fastbn.typing import Array
 
     # Of a layer and the arguments of its call; None leaves the call to others, or to the layer.
     StandIn = Callable[[BatchNorm, Array, Array | None, Array | None, int | None], Array | None]

@@ -14,9 +14,9 @@ from fastbn.functional import BatchNormGrads, batch_norm_backward
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fastbn.functional import Array
     from fastbn.modules import BatchNorm
     from fastbn.statistics import BatchStats
+    from fastbn.typing import Array
 
     Float64 = NDArray[np.float64]
     Pair = tuple[Float64, Float64]

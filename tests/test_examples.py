@@ -1,4 +1,4 @@
-"""The programs of examples/, README.md and docs/deployment.md run, and show what they claim."""
+"""The programs of examples/ and README.md run, and show what they claim."""
 
 import importlib.util
 import re
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -37,18 +35,6 @@ def test_readme_training(readme_programs, capsys):
     _, training = readme_programs
     exec(training, {})
     assert float(capsys.readouterr().out) > 0.9  # the share of right answers, with running averages
-
-
-def test_deployment_callers(capsys):
-    page = ROOT / "docs" / "deployment.md"
-    if not page.exists():
-        pytest.skip("the tests were copied without docs/")
-    try:
-        for program in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-            exec(program, {})
-    finally:
-        fastbn.set_num_threads(None)
-    assert re.fullmatch(r"two callers do \d\.\d\d times the work of one\n", capsys.readouterr().out)
 
 
 def load(program):

@@ -1,13 +1,9 @@
 """Folded weights against the layer and then the batch norm, by PyTorch's convolutions; what is refused."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import reference
 
-import fastbn
 from fastbn import BatchNorm, FrozenBatchNorm, fold_conv, fold_conv_next, fold_linear, fold_linear_next
 
 C = 6
@@ -240,13 +236,3 @@ def test_what_the_layer_behind_refuses():  # case 45
         fold_conv_next(BatchNorm(C).eval(), linear, None)
     with pytest.raises(ValueError, match=r"bias must have shape \(2,\)"):
         fold_linear_next(BatchNorm(C).eval(), linear, np.zeros(3, np.float32))
-
-
-def test_the_page_runs():
-    """Every program of docs/folding.md."""
-    page = Path(__file__).parents[1] / "docs" / "folding.md"
-    programs = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert programs
-    for program in programs:
-        exec(program, {"__name__": "folding"})
-    assert fastbn.fold_conv.__module__ == "fastbn.folding"

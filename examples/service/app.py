@@ -11,24 +11,32 @@ them. From this folder, with workers and without:
 
 import math
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import anyio
 import metric_files
 import network
 import numpy as np
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import Histogram
 from prometheus_fastapi_instrumentator import Instrumentator
 from protocol import READ_SECONDS
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from threadpoolctl import threadpool_limits
 
 import fastbn
+from fastbn.typing import Array
+
+Library = Literal["fastbn", "numpy"]
+Message = dict[str, Any]  # of ASGI, as are these
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_IMAGES = 64
 MAX_BODY = 256 * 1024  # bytes; MAX_IMAGES written with eight digits and spaces are half of it
@@ -51,9 +59,10 @@ Image = Annotated[list[Row], Field(min_length=8, max_length=8)]
 Images = Annotated[list[Image], Field(min_length=1, max_length=MAX_IMAGES)]
 
 
-class Question(BaseModel, extra="forbid"):
+class Question(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     images: Images
-    batch_norm: Literal["fastbn", "numpy"] = BATCH_NORM
+    batch_norm: Library = Field(BATCH_NORM)
 
 
 class Answer(BaseModel):
@@ -71,10 +80,10 @@ class BodyLimit:
     for the body, such as 404, the connection is closed: what is left of the body is not read.
     """
 
-    def __init__(self, app):
+    def __init__(self, app: Application) -> None:
         self.app = app
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -82,7 +91,7 @@ class BodyLimit:
         unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         received, deadline = 0, anyio.current_time() + READ_SECONDS
 
-        async def limited_receive():
+        async def limited_receive() -> Message:
             nonlocal received, unread
             with anyio.CancelScope(deadline=deadline if unread else math.inf) as waiting:
                 message = await receive()
@@ -94,7 +103,7 @@ class BodyLimit:
                 raise HTTPException(413, f"the body is larger than {MAX_BODY} bytes")
             return message
 
-        async def closing_send(message):
+        async def closing_send(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
@@ -114,14 +123,14 @@ instrumentator.expose(app, dependencies=[Depends(metric_files.hold, scope="funct
 
 
 @app.exception_handler(RequestValidationError)
-async def refuse(request, error):
+async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     """The first thing that is wrong, and where. (The whole list may be long, and holds NaN, not JSON.)"""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
 
-def read(question):
+def read(question: Question) -> tuple[Array, float, float]:
     """Probabilities, and the seconds of batch norm and of the whole network."""
     images = np.array(question.images, np.float32)
     start = perf_counter()
@@ -148,5 +157,5 @@ async def healthz() -> dict[str, str]:
 
 
 @app.get("/", include_in_schema=False)
-async def page():
+async def page() -> FileResponse:
     return FileResponse(Path(__file__).with_name("index.html"))

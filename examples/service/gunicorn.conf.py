@@ -9,6 +9,7 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from uvicorn_worker import UvicornWorker
 
@@ -41,11 +42,11 @@ if "prometheus_client" not in sys.modules:
     metric_files.remove()
 
 
-def child_exit(server, worker):
+def child_exit(server: Any, worker: Any) -> None:
     metric_files.inherit(worker.pid)
 
 
-def on_exit(server):
+def on_exit(server: Any) -> None:
     metric_files.remove()
     with suppress(OSError):  # it holds what is not ours
         metric_files.folder().rmdir()

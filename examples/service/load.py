@@ -16,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import IO, Any, TypeAlias
 
 import httpx
 import network
@@ -26,12 +29,18 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
 
+from fastbn.typing import Array
+
+Process: TypeAlias = "subprocess.Popen[bytes]"
+
 HERE = Path(__file__).resolve().parent
 UVICORN = ["app:app", "--http", "protocol:Protocol"]
 
 
 @contextmanager
-def serve(server="gunicorn", batch_norm="fastbn", log=subprocess.DEVNULL):
+def serve(
+    server: str = "gunicorn", batch_norm: str = "fastbn", log: int | IO[Any] = subprocess.DEVNULL
+) -> Iterator[tuple[Process, str]]:
     """Run the service by gunicorn or by uvicorn alone; gives its process and its address, once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -55,7 +64,7 @@ def serve(server="gunicorn", batch_norm="fastbn", log=subprocess.DEVNULL):
             raise
 
 
-def wait_for(address, process, seconds=60):
+def wait_for(address: str, process: Process, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -63,10 +72,18 @@ def wait_for(address, process, seconds=60):
                 return
         except httpx.TransportError:
             time.sleep(0.1)
-    raise RuntimeError(f"the service did not come up: {process.args} (exit status {process.poll()})")
+    raise RuntimeError(f"the service did not come up: {process.args!r} (exit status {process.poll()})")
 
 
-def load(address, images, *, seconds, requests, connections=8, halfway=lambda: None):
+def load(
+    address: str,
+    images: Array,
+    *,
+    seconds: float,
+    requests: int,
+    connections: int = 8,
+    halfway: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Ask for `images` again and again; returns what load.lua counted, as a dict.
 
     It ends after `seconds` or so many `requests`, whichever comes first.
@@ -82,15 +99,16 @@ def load(address, images, *, seconds, requests, connections=8, halfway=lambda: N
             time.sleep(seconds / 2)
             halfway()
             printed, _ = wrk.communicate(timeout=seconds + 30)
-    return json.loads(printed.splitlines()[-1])
+    counts: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return counts
 
 
-def kill_worker(process):
+def kill_worker(process: Process) -> None:
     """Kill a worker of gunicorn, as the kernel does where memory runs out."""
     os.kill(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)
 
 
-def batch_norm_microseconds(address, by="fastbn"):
+def batch_norm_microseconds(address: str, by: str = "fastbn") -> float:
     """The mean of a request, since the service started."""
     lines = httpx.get(f"{address}/metrics").text.splitlines()
     total, count = (
@@ -104,7 +122,7 @@ def batch_norm_microseconds(address, by="fastbn"):
     return 1e6 * total / count
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=10, help="of each run, at most")
     parser.add_argument("--requests", type=int, default=100_000, help="of each run, at most")
@@ -128,7 +146,7 @@ def main():
                     images,
                     seconds=options.seconds,
                     requests=options.requests,
-                    halfway=lambda: options.kill_worker and kill_worker(process),  # noqa: B023
+                    halfway=partial(kill_worker, process) if options.kill_worker else lambda: None,
                 )
                 failures += run["server_errors"] + run["wrong"]
                 table.add_row(

@@ -8,26 +8,27 @@ to files that all dead ones share. A lock keeps readers from seeing that half do
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 
-def folder():
+def folder() -> Path:
     return Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 
 
-def all_files(process="*"):
+def all_files(process: int | str = "*") -> Iterator[Path]:
     for kind in ("counter", "gauge_*", "histogram", "summary"):
         yield from folder().glob(f"{kind}_{process}.db")
 
 
-def remove():
+def remove() -> None:
     """Remove all, of this run or an earlier one."""
     for file in [*all_files(), folder() / "lock"]:
         file.unlink(missing_ok=True)
 
 
-def hold():
+def hold() -> Iterator[None]:
     """A dependency of GET /metrics: while it is held, no file goes into that of the dead."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:  # one process, and no files
         yield
@@ -37,7 +38,7 @@ def hold():
         yield
 
 
-def inherit(process):
+def inherit(process: int) -> None:
     """Add what a dead process has counted to the files of all dead ones, in the place of its own."""
     from prometheus_client.mmap_dict import MmapedDict  # not before PROMETHEUS_MULTIPROC_DIR is set
 

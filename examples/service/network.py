@@ -10,6 +10,7 @@ what fastbn is for. Arrays of pixels are (N, H, W, C): a convolution of all imag
 Weights have the shapes of PyTorch.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
@@ -17,6 +18,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 import fastbn
+from fastbn.typing import Activation, Array
+
+Weights = dict[str, Array]  # by PyTorch's names
 
 WEIGHTS = Path(__file__).with_name("weights.npz")
 BRIGHTEST = np.float32(16)  # of scikit-learn's pixels; the network sees values from 0 to 1
@@ -29,7 +33,7 @@ CHANNELS = [64 + GROWTH * i for i in range(LAYERS + 1)]  # before each layer, an
 class Network:
     """The trained network. It never changes, so any number of threads may call it at once."""
 
-    def __init__(self, weights, batch_norm="fastbn"):
+    def __init__(self, weights: Weights, batch_norm: str = "fastbn") -> None:
         if batch_norm not in NORMS:
             raise ValueError(f"batch_norm must be 'fastbn' or 'numpy', got {batch_norm!r}")
         layers = [state(weights, f"layer{i}.") for i in range(LAYERS)]
@@ -43,7 +47,7 @@ class Network:
         self.convs = [layer["conv2.weight"] for layer in layers]
         self.linear = state(weights, "linear.")
 
-    def __call__(self, images):
+    def __call__(self, images: Array) -> tuple[Array, float]:
         """Probabilities (N, 10) of images (N, 8, 8), and the seconds that batch norm took, with its ReLU."""
         features = np.empty((*images.shape, CHANNELS[-1]), np.float32)
         features[..., : CHANNELS[0]] = conv3x3(images[..., None] / BRIGHTEST, self.first)
@@ -61,33 +65,33 @@ class Network:
         return softmax(linear(mean_pool(x), **self.linear)), seconds
 
 
-def load(batch_norm="fastbn"):
+def load(batch_norm: str = "fastbn") -> Network:
     """The network with the weights that train.py has left."""
     with np.load(WEIGHTS) as weights:
         return Network(dict(weights), batch_norm)
 
 
-def state(weights, prefix):
+def state(weights: Weights, prefix: str) -> Weights:
     """The part of `weights` whose names begin with `prefix`, under the rest of their names."""
     return {name.removeprefix(prefix): a for name, a in weights.items() if name.startswith(prefix)}
 
 
-def batch_norm_layer(state, activation=None):
+def batch_norm_layer(state: Weights, activation: Activation | None = None) -> fastbn.BatchNorm2d:
     bn = fastbn.BatchNorm2d(len(state["weight"]), axis=-1, activation=activation)
     bn.load_state_dict(state)
     return bn.eval()
 
 
-def fastbn_norm(state):
+def fastbn_norm(state: Weights) -> Callable[..., object]:
     return batch_norm_layer(state, "relu").freeze()
 
 
-def numpy_norm(state, eps=1e-5):
+def numpy_norm(state: Weights, eps: float = 1e-5) -> Callable[..., object]:
     """Plain NumPy at its best: one multiplication and one addition, of what is known beforehand."""
     scale = state["weight"] / np.sqrt(state["running_var"] + np.float32(eps))
     shift = state["bias"] - state["running_mean"] * scale
 
-    def norm(x, out):
+    def norm(x: Array, out: Array) -> None:
         np.multiply(x, scale, out=out)
         out += shift
         np.maximum(out, 0, out=out)
@@ -98,7 +102,7 @@ def numpy_norm(state, eps=1e-5):
 NORMS = {"fastbn": fastbn_norm, "numpy": numpy_norm}
 
 
-def columns(x):
+def columns(x: Array) -> Array:
     """The 3x3 surroundings of each pixel, zeros beyond the edges: (N * H * W, 9 * C)."""
     n, h, w, c = x.shape
     padded = np.zeros((n, h + 2, w + 2, c), x.dtype)
@@ -107,29 +111,31 @@ def columns(x):
     return as_strided(padded, (n, h, w, 3, 3 * c), (image, row, pixel, row, channel)).reshape(-1, 9 * c)
 
 
-def conv3x3(x, weight):
+def conv3x3(x: Array, weight: Array) -> Array:
     """Convolution with padding 1 of (N, H, W, C), weights (features, C, 3, 3), no bias."""
     matrix = weight.transpose(0, 2, 3, 1).reshape(len(weight), -1)
     return (columns(x) @ matrix.T).reshape(*x.shape[:-1], -1)
 
 
-def conv1x1(x, weight, bias):
+def conv1x1(x: Array, weight: Array, bias: Array | float) -> Array:
     """Convolution of (N, H, W, C), weights (features, C, 1, 1)."""
-    y = x.reshape(-1, x.shape[-1]) @ weight[:, :, 0, 0].T
+    y: Array = x.reshape(-1, x.shape[-1]) @ weight[:, :, 0, 0].T
     y += bias
     return y.reshape(*x.shape[:-1], -1)
 
 
-def mean_pool(x):
+def mean_pool(x: Array) -> Array:
     """Means of 4x4 pixels, one row for each image: (N, H / 4 * W / 4 * C)."""
     n, h, w, c = x.shape
-    return x.reshape(n, h // 4, 4, w // 4, 4, c).mean((2, 4)).reshape(n, -1)
+    means: Array = x.reshape(n, h // 4, 4, w // 4, 4, c).mean((2, 4))
+    return means.reshape(n, -1)
 
 
-def linear(x, weight, bias):
+def linear(x: Array, weight: Array, bias: Array) -> Array:
     return x @ weight.T + bias
 
 
-def softmax(logits):
+def softmax(logits: Array) -> Array:
     exps = np.exp(logits - logits.max(1, keepdims=True))
-    return exps / exps.sum(1, keepdims=True)
+    probabilities: Array = exps / exps.sum(1, keepdims=True)
+    return probabilities

@@ -5,6 +5,7 @@ process may have. Here the head of a request must be there READ_SECONDS after th
 beginning. In app.py, the body must be there as long after the head.
 """
 
+import asyncio
 import os
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,13 +19,13 @@ MAX_HEAD = 64 * 1024  # bytes; uvicorn has no limit
 
 class Protocol(HttpToolsProtocol):
     head_bytes = 0
-    deadline = None
+    deadline: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport):
+    def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.expect_head()
 
-    def data_received(self, data):
+    def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:  # no request is under way: a part of a head
             self.head_bytes += len(data)
@@ -33,16 +34,16 @@ class Protocol(HttpToolsProtocol):
             elif self.deadline is None:
                 self.expect_head()
 
-    def expect_head(self):
+    def expect_head(self) -> None:
         self.deadline = self.loop.call_later(READ_SECONDS, self.refuse, b"408 Request Timeout")
 
-    def on_headers_complete(self):
+    def on_headers_complete(self) -> None:
         if self.deadline is not None:
             self.deadline.cancel()
         self.head_bytes, self.deadline = 0, None
         super().on_headers_complete()
 
-    def refuse(self, status):
+    def refuse(self, status: bytes) -> None:
         if self not in self.connections or self.transport.is_closing():
             return  # lost by now, or a WebSocket's
         if self.head_bytes:  # browsers connect before they have a question, and expect no answer then

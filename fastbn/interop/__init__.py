@@ -23,6 +23,10 @@ __all__ = ["from_flax", "from_keras", "from_onnx", "from_torch"]
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module(f"fastbn.interop.{name.removeprefix('from_')}"), name)
+    if (
+        f"from_{name}" in __all__
+    ):  # fastbn.interop.onnx and the others, which need no import of their own either
+        return import_module(f"fastbn.interop.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -80,7 +80,9 @@ def drivers(arm_build):
     """How to run the driver on each machine."""
     strict = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror"]
     for compiler, build, *link in (("aarch64-linux-gnu-gcc", ARM, "-static"), ("cc", NATIVE)):
-        parts = [build / f"src_c/{name}.o" for name in ("dispatch", "machine", "plan", "schedule", "workplace")]
+        parts = [
+            build / f"src_c/{name}.o" for name in ("dispatch", "machine", "plan", "schedule", "workplace")
+        ]
         objects = [*build.glob("kernels_*.o"), *parts]
         run(compiler, *strict, *link, "-Isrc_c", DRIVER, *objects, "-lm", "-lpthread", "-o", build / "driver")
     return {"arm": ["qemu-aarch64", ARM / "driver", "baseline"], "avx2": [NATIVE / "driver", "avx2"]}

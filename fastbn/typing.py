@@ -1,0 +1,14 @@
+"""The types that signatures of fastbn name, for annotations of your own."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Activation", "Array", "Running"]
+
+Array: TypeAlias = NDArray[np.float32]
+Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]  # running averages: both of one of these
+Activation: TypeAlias = Literal["relu", "relu6", "leaky_relu", "hardswish", "silu"]

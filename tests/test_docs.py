@@ -1,0 +1,180 @@
+"""The pages of docs/: programs run and say what they claim, sessions answer as shown, nothing is left out."""
+
+import doctest
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+SERVICE = ROOT / "examples" / "service"
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+
+pytestmark = pytest.mark.skipif(not PAGES, reason="the tests were copied without docs/")
+whole = pytest.mark.skipif(
+    not (ROOT / "Makefile").exists(), reason="the tests were copied without the rest of the checkout"
+)
+
+# Pages that another file of tests names, as `"docs" / "page.md"`, have their programs run there.
+OTHER_TESTS = "\n".join(
+    file.read_text(encoding="utf-8")
+    for file in Path(__file__).parent.glob("test_*.py")
+    if file.name != "test_docs.py"
+)
+
+
+def blocks(kind):
+    """The pages with fenced blocks of this kind, and these blocks."""
+    found = {name: re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for name, text in PAGES.items()}
+    return {name: texts for name, texts in found.items() if texts}
+
+
+PROGRAMS = {page: texts for page, texts in blocks("python").items() if f'"{page}"' not in OTHER_TESTS}
+SESSIONS = blocks("{doctest}")
+
+# What the programs of a page print, where that is to be judged.
+PRINTED = {
+    "readme_draft.md": r"\[\[0\.75 0\.75\]\n \[0\.75 0\.75\]\]\n",
+    "production/workers.md": r"two callers do \d\.\d\d times the work of one\n",
+    "guides/training.md": r"(?P<percent>\d+)% of the points are told right\n",
+    "guides/onnx.md": r"(largest difference: .*\n){2}",
+}
+DIFFERENCE = r"largest difference: .*\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(PROGRAMS))
+def test_programs_run(page, tmp_path):
+    """As a reader runs them: copied into one file, which a new Python runs, without warnings by fastbn."""
+    program = "\n".join(PROGRAMS[page])
+    libraries = set(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE))
+    for library in libraries:
+        if not importlib.util.find_spec(library):
+            pytest.skip(f"{library} is not installed")
+    environment = dict(os.environ, PYTHONPATH=str(Path(fastbn.__file__).parents[1]))
+    if "keras" in libraries and "KERAS_BACKEND" not in os.environ:
+        backends = [name for name in ("torch", "jax", "tensorflow") if importlib.util.find_spec(name)]
+        if not backends:
+            pytest.skip("Keras has no backend here")
+        environment["KERAS_BACKEND"] = backends[0]
+    file = tmp_path / "program.py"
+    file.write_text(program)
+    command = [sys.executable, "-W", "error:::fastbn", file]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected = PRINTED.get(page, DIFFERENCE if page.startswith("guides/") else r"(.*\n)*")
+    match = re.fullmatch(expected, done.stdout)
+    assert match, done.stdout
+    differences = re.findall(r"largest difference: (.*)", done.stdout)
+    assert all(float(difference) < 2e-5 for difference in differences), done.stdout
+    assert int(match.groupdict().get("percent", 100)) >= 95
+
+
+@pytest.mark.parametrize("page", sorted(SESSIONS))
+def test_sessions_answer_as_shown(page):
+    names = {"__name__": page}
+    for session in SESSIONS[page]:
+        test = doctest.DocTestParser().get_doctest(session, names, page, page, 0)
+        runner = doctest.DocTestRunner()
+        runner.run(test, clear_globs=False)
+        assert runner.summarize(verbose=False).failed == 0
+        names.update(test.globs)
+
+
+def test_every_public_name_is_in_the_reference():
+    listed = set(re.findall(r"^   ([\w.]+)$", PAGES["reference/index.md"], re.MULTILINE))
+    public = {name for name in fastbn.__all__ if name != "interop"}
+    public |= {f"interop.{name}" for name in fastbn.interop.__all__}
+    assert listed - {"interop.onnx.BatchNormalization"} == public
+
+
+def test_every_environment_variable_is_in_the_reference():
+    sources = [ROOT / "setup.py", *(ROOT / "fastbn").rglob("*.p[xy]*")]
+    read = {
+        name for source in sources for name in re.findall(r"[\"'](FASTBN_[A-Z_]+)[\"']", source.read_text())
+    }
+    assert len(read) >= 4
+    assert read == set(re.findall(r"^\| `(FASTBN_\w+)", PAGES["reference/environment.md"], re.MULTILINE))
+
+
+@whole
+def test_paths_that_pages_name_are_there():
+    """Commands and sentences of the pages name files of the checkout."""
+    folders = "bench|docs|examples|fastbn|src_c|tests"
+    for page, text in PAGES.items():
+        for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text):
+            assert (ROOT / path).exists() or page.startswith("performance/"), f"{page} names {path}"
+
+
+@whole
+def test_make_targets_that_pages_name_are_there():
+    makefile = (ROOT / "Makefile").read_text()
+    for page, text in PAGES.items():
+        for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names make {target}"
+
+
+# ---- the files of "Docker, systemd, Kubernetes"
+
+
+@whole
+def test_the_dockerfile_copies_what_there_is():
+    text = (SERVICE / "Dockerfile").read_text().replace("\\\n", "")
+    copied = [words for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for words in line.split()[:-1]]
+    assert "examples/service" in copied
+    assert all((ROOT / name).exists() for name in copied)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for needed in re.search(r"pip wheel .* \. (.*)", text)[
+        1
+    ].split():  # they are what the service's extra has
+        assert needed.strip('"') in pyproject
+
+
+@whole
+def test_the_unit_is_one_of_systemd(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed")
+    text = (SERVICE / "fastbn-service.service").read_text()
+    unit = tmp_path / "fastbn-service.service"
+    unit.write_text(re.sub(r"^ExecStart=.*", "ExecStart=/bin/true", text, flags=re.MULTILINE))
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert unit.name not in done.stderr  # no complaint about a line of it
+
+
+@whole
+def test_kubernetes_would_take_the_file():
+    validate = pytest.importorskip("kubernetes_validate")
+    yaml = pytest.importorskip("yaml")
+    kinds = []
+    for document in yaml.safe_load_all((SERVICE / "kubernetes.yaml").read_text()):
+        validate.validate(document, validate.latest_version(), strict=True)
+        kinds.append(document["kind"])
+    assert kinds == ["Deployment", "Service"]
+
+
+@whole
+def test_workers_times_threads_are_the_cpus():
+    """Of all three files, which say the same."""
+    docker, unit, kubernetes = (
+        (SERVICE / name).read_text() for name in ("Dockerfile", "fastbn-service.service", "kubernetes.yaml")
+    )
+    assert "WEB_CONCURRENCY=2 FASTBN_NUM_THREADS=1 FASTBN_OUTPUT_CACHE=16M" in docker
+    assert "WEB_CONCURRENCY=2 FASTBN_NUM_THREADS=1 FASTBN_OUTPUT_CACHE=16M" in unit
+    assert "CPUQuota=200%" in unit
+    assert re.search(r'WEB_CONCURRENCY, value: "2".*\n.*FASTBN_NUM_THREADS, value: "1"', kubernetes)
+    assert 'requests: { cpu: "2"' in kubernetes
+
+
+@whole
+def test_the_citation_has_the_version_of_the_package():
+    citation = ROOT / "CITATION.cff"
+    assert re.search(r"^version: (.*)$", citation.read_text(), re.MULTILINE)[1] == fastbn.__version__
