@@ -74,7 +74,7 @@ def batch_norm(
         does; False for Keras, ONNX and Flax.
     residual : ndarray of float32, shape of `x`, or None
         Added before the activation.
-    activation : None, "relu", "relu6" or "leaky_relu"
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
         Applied in the same pass over memory.
     negative_slope : float
         Of "leaky_relu".

@@ -72,7 +72,7 @@ class BatchNorm:
     unbiased : bool
         Average the unbiased variance, n / (n - 1) times the biased one, as PyTorch does; False averages the
         biased one, as Keras, ONNX and Flax do.
-    activation : {None, "relu", "relu6", "leaky_relu"}
+    activation : {None, "relu", "relu6", "leaky_relu", "silu", "hardswish"}
         Applied last.
     negative_slope : float
         Slope of "leaky_relu" below zero.

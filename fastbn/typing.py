@@ -11,4 +11,4 @@ __all__ = ["Activation", "Array", "Running"]
 
 Array: TypeAlias = NDArray[np.float32]
 Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]  # running averages: both of one of these
-Activation: TypeAlias = Literal["relu", "relu6", "leaky_relu", "hardswish", "silu"]
+Activation: TypeAlias = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish"]

@@ -41,8 +41,8 @@
     X(RELU, "relu")                                                                                                    \
     X(RELU6, "relu6")                                                                                                  \
     X(LEAKY_RELU, "leaky_relu")                                                                                        \
-    X(HARDSWISH, "hardswish")                                                                                          \
-    X(SILU, "silu")
+    X(SILU, "silu")                                                                                                    \
+    X(HARDSWISH, "hardswish")
 
 #define BN_CODE(code, name) BN_##code,
 enum { BN_ACTIVATIONS(BN_CODE) BN_N_ACTIVATIONS };

@@ -10,7 +10,7 @@ from layouts import arrange
 import fastbn
 from fastbn import _kernels
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "hardswish", "silu")
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 SMOOTH = ("hardswish", "silu")  # that round on their way
 SLOPE = 0.25
 

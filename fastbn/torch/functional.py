@@ -26,9 +26,8 @@ from torch.utils._device import DeviceContext
 
 from fastbn import _kernels
 
-# What the kernels have: (dtype of input and output, dtype of parameters and statistics), and activations.
+# What the kernels have: (dtype of input and output, dtype of parameters and statistics).
 _DTYPES = {(torch.float32, torch.float32)}
-_FUSED = (None, "relu", "relu6", "leaky_relu")
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
@@ -114,12 +113,6 @@ def batch_norm(
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
         mask = None  # evaluation takes no statistics
-    if activation not in _FUSED:
-        z = batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
-            mask=mask,
-        )  # fmt: skip
-        return activate(z, activation, negative_slope)
     if (
         mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
@@ -354,7 +347,7 @@ def _forward(
     momentum: float,
     eps: float,
     residual: Tensor | None,
-    activation: str | None,
+    activation: Any,
     negative_slope: float,
     want_stats: bool,
 ) -> tuple[Tensor, Any, Any, int]:

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from judge import (  # noqa: E402
     ACTIVATIONS,
-    FUSED,
+    PIECEWISE,
     SLOPE,
     Bounds,
     activate,
@@ -294,7 +294,7 @@ def test_evaluation_without_gradient_has_the_same_bits(activation, training):
             np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
-@pytest.mark.parametrize("activation", FUSED)
+@pytest.mark.parametrize("activation", PIECEWISE)
 @both_modes
 def test_fused_and_unfused_have_the_same_parameter_gradients(kernels_called, activation, training):
     """To the bit: the mask of the activation is what PyTorch's activation would make of fastbn's output."""
@@ -330,7 +330,7 @@ def test_edge_values_of_activations():
     )
     x = torch.zeros(len(values), 1)
     running = torch.zeros(1), torch.ones(1)
-    for activation in FUSED:
+    for activation in PIECEWISE:
         residuals = [values[:, None].clone().requires_grad_() for _ in range(2)]
         y = ours.batch_norm(x, *running, residual=residuals[0], activation=activation, negative_slope=SLOPE)
         expected = composite(x, *running, None, None, False, residual=residuals[1], activation=activation)
@@ -341,6 +341,25 @@ def test_edge_values_of_activations():
         if activation == "leaky_relu":  # at NaN PyTorch's gradient is the slope, the kernels' is 1
             mine[7] = theirs[7] = 0
         np.testing.assert_array_equal(mine, theirs, str(activation))
+
+
+@pytest.mark.parametrize("activation", ("silu", "hardswish"))
+def test_edge_values_of_smooth_activations(activation):
+    """As PyTorch's, but for silu where z is infinite: the limits, where PyTorch has NaN."""
+    values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 3, -3, 6, 88, -88, 100, -100])
+    x = torch.zeros(len(values), 1)
+    running = torch.zeros(1), torch.ones(1)
+    residuals = [values[:, None].clone().requires_grad_() for _ in range(2)]
+    y = ours.batch_norm(x, *running, residual=residuals[0], activation=activation)
+    expected = composite(x, *running, None, None, False, residual=residuals[1], activation=activation)
+    y.sum().backward()
+    expected.sum().backward()
+    mine = [y.detach().numpy(), residuals[0].grad.numpy()]
+    theirs = [expected.detach().numpy().copy(), residuals[1].grad.numpy().copy()]
+    if activation == "silu":
+        theirs[0][3], theirs[1][2], theirs[1][3] = 0, 1, 0
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-36)
 
 
 @pytest.mark.parametrize(
@@ -372,14 +391,14 @@ def test_residual_kinds(kernels_called, residual, training):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_what_is_fused(kernels_called, activation):
-    """One table says which activations the kernels have; behind them PyTorch does the others."""
+    """All of them, in one call."""
     weight, bias, *running = parameters(5)
     x = normal(4, 5, 6, 7)
     y = ours.batch_norm(x, *running, weight, bias, activation=activation, negative_slope=SLOPE)
     expected = composite(x.double(), *double(*running, weight, bias), False, activation=activation)
     assert_near(y, expected, 4e-6 * expected.abs().clamp(min=1))
     assert [name for name, _ in kernels_called] == ["normalize"]
-    assert (y.grad_fn.name() == "_BatchNormBackward") == (activation in FUSED)
+    assert y.grad_fn.name() == "_BatchNormBackward"
 
 
 def test_unknown_activation_is_refused_before_anything_is_written():
