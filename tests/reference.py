@@ -63,7 +63,7 @@ def derivative(z, activation=None, negative_slope=0.01):
     if activation == "leaky_relu":
         return np.where(z > 0, 1.0, negative_slope)
     if activation == "hardswish":
-        return np.where(z < -3, 0.0, np.where(z <= 3, z / 3 + 0.5, 1.0))
+        return np.where(z <= -3, 0.0, np.where(z < 3, z / 3 + 0.5, 1.0))
     if activation == "silu":
         with np.errstate(invalid="ignore"):
             inside = np.clip(z, -700, 700)

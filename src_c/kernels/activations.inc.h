@@ -29,6 +29,8 @@ INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
 INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
 INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy); }
 
+#define BELOW_3 (sizeof(real) == 4 ? (real)2.99999976 : (real)2.9999999999999996)
+
 /* Howard et al. (2019): z * relu6(z + 3) / 6. At its kinks the gradient is PyTorch's. */
 INLINE vf forward_HARDSWISH(vf z, const vact *a) {
     (void)a;
@@ -37,7 +39,7 @@ INLINE vf forward_HARDSWISH(vf z, const vact *a) {
 INLINE vf gradient_HARDSWISH(vf dy, vf z, const vact *a) {
     (void)a;
     const vf between = vmul(dy, vfma(z, vset1((real)1 / 3), vset1((real)0.5)));
-    return vselect(vle(z, vset1(3)), vselect(vle(vset1(-3), z), between, vset1(0)), dy);
+    return vselect(vle(z, vset1(-3)), vset1(0), vselect(vle(z, vset1(BELOW_3)), between, dy));
 }
 
 /* Elfwing, Uchibe and Doya (2018): z / (1 + exp(-z)). Beyond these the sigmoid is 0 or 1 but for 1e-37. */

@@ -343,7 +343,7 @@ def test_edge_values_of_activations():
         np.testing.assert_array_equal(mine, theirs, str(activation))
 
 
-@pytest.mark.parametrize("activation", ("silu", "hardswish"))
+@pytest.mark.parametrize("activation", ["silu", "hardswish"])
 def test_edge_values_of_smooth_activations(activation):
     """As PyTorch's, but for silu where z is infinite: the limits, where PyTorch has NaN."""
     values = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, 3, -3, 6, 88, -88, 100, -100])
