@@ -102,7 +102,13 @@ class BuildKernels(build_ext):
 
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
-        ext.depends = [*sources, *HEADERS, *DECLARED, self.remember("extension", ext.extra_compile_args)]
+        ext.depends = [
+            *sources,
+            *HEADERS,
+            *PARTS,
+            *DECLARED,
+            self.remember("extension", ext.extra_compile_args),
+        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
             ext.extra_objects = list(objects)
