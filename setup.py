@@ -102,7 +102,8 @@ class BuildKernels(build_ext):
 
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
-        ext.depends = [
+        remembered = self.remember("extension", ext.extra_compile_args)
+        ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
             *sources,
             *HEADERS,
             *PARTS,
