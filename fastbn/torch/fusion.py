@@ -109,8 +109,12 @@ def _defer(module: Any, x: Any) -> Any:
         return module(x)
     forward = getattr(type(module), "forward", None)
     if forward is _norm_forward:
-        if type(x) in _TENSORS and module.activation is None and _is_watched(module) is None:
+        watched = _is_watched(module)
+        if type(x) in _TENSORS and module.activation is None and watched is None:
             return _Waiting(module, x)
+        if _records and watched is not None:
+            with _reason(module, f"it {watched}"):
+                return module(x)
     elif forward is _sequential_forward and _is_watched(module) is None:
         return _in_turn(module, x)
     return module(x)
@@ -270,7 +274,7 @@ class Calls(list[Call]):
 
 
 _records: list[Callable[[Any, str, str], None]] = []
-_reasons: dict[Any, str] = {}  # why the batch norm that is called next is not fused
+_reasons: dict[Any, str] = {}  # why the batch norm that is called now is not fused
 
 
 @contextmanager
@@ -298,23 +302,23 @@ def record() -> Iterator[Calls]:
     def note(norm: nn.Module, how: str, reason: str) -> None:
         calls.append(Call(names.get(norm, ""), how, reason))
 
-    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def see(module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return
         if not isinstance(module, _BatchNorm):
             note(module, "PyTorch", "not accelerated")
             return
-        given = dict(zip(("input", "residual", "mask"), args, strict=False)) | kwargs
-        reason = _why_not(module, given["input"], given.get("residual"))
+        x, residual, *_ = (*args, None, None) if args else (output, None)  # arguments by keyword are not shown
+        reason = _why_not(module, x, residual)
         if reason is None:
-            note(module, "fast", _reasons.pop(module, ""))
+            note(module, "fast", _reasons.get(module, ""))
         else:
             note(module, "PyTorch", reason)
 
     _records.append(note)
     handles = [
         nn.modules.module.register_module_forward_pre_hook(look),
-        nn.modules.module.register_module_forward_hook(see, with_kwargs=True),
+        nn.modules.module.register_module_forward_hook(see),
     ]
     try:
         yield calls
@@ -322,7 +326,6 @@ def record() -> Iterator[Calls]:
         for handle in handles:
             handle.remove()
         _records.remove(note)
-        _reasons.clear()
 
 
 def _why_not(norm: Any, x: Any, residual: Any) -> str | None:
@@ -351,9 +354,19 @@ def _tell(norm: Any, x: Any, residual: Any, activation: str | None) -> None:
 
 def _unfused(waiting: _Waiting, reason: str) -> Any:
     """What waits, computed as far as it has come."""
-    if _records and waiting.residual is None:
-        _reasons[waiting.norm] = reason
-    return waiting.compute()
+    if not _records:
+        return waiting.compute()
+    with _reason(waiting.norm, reason):
+        return waiting.compute()
+
+
+@contextmanager
+def _reason(norm: Any, reason: str) -> Iterator[None]:
+    _reasons[norm] = reason
+    try:
+        yield
+    finally:
+        del _reasons[norm]
 
 
 # ---- classes
