@@ -1,8 +1,8 @@
 """Batch norm of tensors: by fastbn's kernels where they take a call as it is, otherwise by PyTorch itself.
 
-Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels take
-is an allow-list, in :func:`why_not`; they see the tensors' memory as NumPy arrays, and what they return is as
-PyTorch's would be: same strides, same gradients, same statistics.
+Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels
+take is an allow-list, in :func:`why_not`; they see the memory of the tensors as NumPy arrays, and what they
+return is as PyTorch's would be: same strides, same gradients, same statistics.
 """
 
 # TorchScript compiles `composite` and what it calls, and cannot read annotations that are strings.
@@ -17,6 +17,7 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
+    _to_dlpack_versioned,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -26,15 +27,15 @@ from torch.utils._device import DeviceContext
 
 from fastbn import _kernels
 
-# What the kernels have today: (dtype of input and output, dtype of parameters and statistics), and activations.
+# What the kernels have: (dtype of input and output, dtype of parameters and statistics), and activations.
 _DTYPES = {(torch.float32, torch.float32)}
 _FUSED = (None, "relu", "relu6", "leaky_relu")
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
-# A tensor is plain if nothing but these classes and dispatch keys is at work: none that is sparse, nested, on another
-# device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference mode cannot be
-# saved for a backward pass.
+# A tensor is plain if it is of these classes and has these dispatch keys: then it is not sparse, nested, on
+# another device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference
+# mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
 _plain = torch.empty(0, device="cpu")
 with torch.inference_mode():
@@ -42,7 +43,7 @@ with torch.inference_mode():
 _KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
 _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
 
-# From so many bytes on an output is in memory that fastbn keeps and hands out again: as fastbn.outputs has it.
+# From so many bytes on an output is in memory that fastbn keeps and hands out again, see fastbn.outputs.
 _KEPT_FROM = 1 << 18
 
 
@@ -85,8 +86,8 @@ def batch_norm(
     mask : Tensor of bool, or None
         Which positions are real. Of the shape of `input` without its channels, or one that broadcasts to it.
         Statistics and averages are those of the True positions; the output is computed everywhere. What is at
-        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and nothing
-        moves.
+        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and no
+        average moves.
 
     Returns
     -------
@@ -106,15 +107,28 @@ def batch_norm(
     Notes
     -----
     Unlike PyTorch, a backward pass in evaluation mode uses the running statistics of the forward pass, also
-    where they have moved since. The tensors that are saved for the backward pass are `input`, `weight`, and with
-    an activation `bias` and `residual`; changing one in place in between raises PyTorch's error.
+    where they have moved since. Saved for the backward pass are `input`, `weight`, and with an activation
+    `bias` and `residual`; changing one of these in place in between raises PyTorch's error.
     """
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
         mask = None  # evaluation takes no statistics
+    if activation not in _FUSED:
+        z = batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            mask=mask,
+        )
+        return activate(z, activation, negative_slope)
     if (
-        activation in _FUSED
-        and mask is None
+        mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
     ):
         options = (running_mean, running_var, training, momentum, eps, activation, negative_slope)
@@ -125,7 +139,7 @@ def batch_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return _BatchNorm.apply(input, weight, bias, residual, options)
+                return _apply(input, weight, bias, residual, options)
             return _forward(input, weight, bias, residual, *options, False)[0]
         except (TypeError, ValueError):
             # What the kernels refuse and PyTorch may take, such as running statistics that share memory or
@@ -162,6 +176,8 @@ def composite(
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    if activation is None:
+        return z
     if activation == "relu":
         z = F.relu(z)
     elif activation == "relu6":
@@ -217,7 +233,7 @@ def why_not(
             return f"{name} is {_kind(vector)}"
         if (dtype, vector.dtype) not in _DTYPES:
             return f"input is of {dtype}, {name} of {vector.dtype}"
-        if vector.dim() != 1 or len(vector) != C:
+        if vector.dim() != 1 or vector.numel() != C:
             return f"{name} has shape {tuple(vector.shape)}, for {C} channels"
     if (dtype, torch.float32) not in _DTYPES and (dtype, dtype) not in _DTYPES:
         return f"input is of {dtype}"
@@ -240,10 +256,10 @@ def why_not(
     if training is True:
         if values == C:
             return "there is one value per channel"
-        if not (isinstance(momentum, (float, int)) and 0 <= momentum <= 1):
-            return f"momentum is {momentum!r}"
     elif training is not False:
         return f"training is {training!r}"
+    if not (isinstance(momentum, (float, int)) and (0 <= momentum <= 1 or not training)):
+        return f"momentum is {momentum!r}"
     if not (isinstance(eps, (float, int)) and 0 < eps < float("inf")):
         return f"eps is {eps!r}"
     return None
@@ -277,7 +293,7 @@ def _kind(value: Any) -> str:
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:
-    """That of the outputs for such an input: PyTorch's TensorImpl::suggest_memory_format, by strides alone."""
+    """That of gradients of such an input, by its strides: PyTorch's TensorImpl::suggest_memory_format."""
     ndim = t.dim()
     if ndim != 4 and ndim != 5:
         return torch.contiguous_format
@@ -293,24 +309,39 @@ def _memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
 
 
-def _room_for(t: Tensor) -> tuple[Any, Tensor | None]:
-    """The memory format of an output of the shape of `t`, and a tensor to write; None: the kernel's array is one."""
-    memory_format = _memory_format(t)
+def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
+    """A tensor to write a result for `t` into; None where the array that a kernel makes is as good."""
     if t.nbytes >= _KEPT_FROM and t.is_contiguous(memory_format=memory_format):
-        return memory_format, None
-    return memory_format, torch.empty_like(t, memory_format=memory_format)
+        return None
+    return torch.empty_like(t, memory_format=memory_format)
 
 
 def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
-    """A new array of the kernels as a tensor, which is the base of its memory, and so may be changed in place."""
+    """A new array of the kernels as a tensor, which is no view and so may be changed in place."""
     t = torch.from_numpy(array)
     if 1 in array.shape:  # a stride that means nothing, and that NumPy and PyTorch choose differently
         t.resize_(array.shape, memory_format=memory_format)
     return t
 
 
+class _Exported:
+    """What numpy.from_dlpack asks for."""
+
+    __slots__ = ("capsule",)
+
+    def __init__(self, t: Tensor) -> None:
+        self.capsule = _to_dlpack_versioned(t)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
+
+
 def _array(t: Tensor | None) -> Any:
-    return None if t is None else t.detach().numpy()
+    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves it resizable, as FSDP needs it."""
+    return None if t is None else np.from_dlpack(_Exported(t))
 
 
 def _forward(
@@ -328,14 +359,29 @@ def _forward(
     want_stats: bool,
 ) -> tuple[Tensor, Any, Any, int]:
     """The output, and in training the statistics of the batch: mean, variance, count."""
-    memory_format, y = _room_for(input)
-    out = None if y is None else y.numpy()
+    memory_format = torch.contiguous_format if input.is_contiguous() else _memory_format(input)
+    y = _room_for(input, memory_format)
+    out = _array(y)
     x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
     mean, var, count = _array(running_mean), _array(running_var), 0
     threads = torch.get_num_threads()
     if training:
         array, mean, var, count = _kernels.forward(
-            x, w, b, eps, 1, r, activation, negative_slope, out, threads, mean, var, momentum, True, want_stats
+            x,
+            w,
+            b,
+            eps,
+            1,
+            r,
+            activation,
+            negative_slope,
+            out,
+            threads,
+            mean,
+            var,
+            momentum,
+            True,
+            want_stats,
         )
     else:
         array = _kernels.normalize(
@@ -356,8 +402,11 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        y, mean, var, count = _forward(input, weight, bias, residual, *options, True)
-        _, _, training, _, eps, activation, negative_slope = options
+        running_mean, running_var, training, momentum, eps, activation, negative_slope = options
+        y, mean, var, count = _forward(
+            input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation,
+            negative_slope, True,
+        )  # fmt: skip
         if not training:  # what was normalized with, whatever becomes of the running statistics
             mean, var = mean.astype(np.float64), var.astype(np.float64)
         if activation is None:
@@ -381,8 +430,9 @@ class _BatchNorm(torch.autograd.Function):
         input, weight, bias, residual = ctx.saved_tensors
         mean, var, count, training, eps, activation, negative_slope = ctx.call
         of_input, of_weight, of_bias, of_residual, _ = ctx.needs_input_grad
-        memory_format, dx = _room_for(input)
-        out = None if dx is None else dx.numpy()
+        memory_format = _memory_format(input)
+        dx = _room_for(input, memory_format)
+        out = _array(dx)
         x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
         grad_input, grad_weight, grad_bias, grad_residual = _kernels.backward(
             _array(grad_output), x, mean, var, count, w, b, eps, training, 1, r, activation, negative_slope,
@@ -399,6 +449,10 @@ class _BatchNorm(torch.autograd.Function):
             grad_output if of_residual else None,
             None,
         )
+
+
+# Past autograd.Function.apply, which unwraps what is left over of torch.func: nothing plain.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -419,7 +473,16 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             if ctx.needs_input_grad[3]:
                 leaves[3] = torch.zeros_like(input, requires_grad=True)
         y = composite(
-            leaves[0], *running, leaves[1], leaves[2], training, 0.0, eps, leaves[3], activation, negative_slope
+            leaves[0],
+            *running,
+            leaves[1],
+            leaves[2],
+            training,
+            0.0,
+            eps,
+            leaves[3],
+            activation,
+            negative_slope,
         )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad_output, create_graph=create_graph)
@@ -440,11 +503,12 @@ def _masked(
     eps: float,
     mask: Tensor,
 ) -> Tensor:
-    """Batch norm with the statistics of the True positions, in float64; selects and never multiplies by the mask."""
+    """Batch norm with the statistics of the True positions, in float64. Selects, never multiplies."""
     real = _mask_like(mask, input)
     column = [1] * input.dim()
     column[1] = -1
-    others = [0] + list(range(2, input.dim()))
+    others = list(range(input.dim()))
+    others.pop(1)
     x = input.double()
     count = int(real.sum())
     if not training:
