@@ -30,7 +30,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.torch.functional import why_not
+from fastbn.torch.functional import _DTYPES, why_not
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from fastbn.torch.rewriting import Roles, rewrite
 
@@ -56,6 +56,7 @@ _ACTIVATION_FUNCTIONS: dict[Callable[..., Any], tuple[str, tuple[str, ...]]] = {
     F.hardswish: ("hardswish", ("inplace",)),
 }
 _TENSORS = {Tensor, nn.Parameter}
+_KERNEL_DTYPES = {input for input, _ in _DTYPES}
 
 
 # ---- what happens at a call
@@ -110,7 +111,12 @@ def _defer(module: Any, x: Any) -> Any:
     forward = getattr(type(module), "forward", None)
     if forward is _norm_forward:
         watched = _is_watched(module)
-        if type(x) in _TENSORS and module.activation is None and watched is None:
+        if (
+            type(x) in _TENSORS
+            and x.dtype in _KERNEL_DTYPES
+            and module.activation is None
+            and watched is None
+        ):
             return _Waiting(module, x)
         if _records and watched is not None:
             with _reason(module, f"it {watched}"):
@@ -308,7 +314,9 @@ def record() -> Iterator[Calls]:
         if not isinstance(module, _BatchNorm):
             note(module, "PyTorch", "not accelerated")
             return
-        x, residual, *_ = (*args, None, None) if args else (output, None)  # arguments by keyword are not shown
+        x, residual, *_ = (
+            (*args, None, None) if args else (output, None)
+        )  # arguments by keyword are not shown
         reason = _why_not(module, x, residual)
         if reason is None:
             note(module, "fast", _reasons.get(module, ""))
@@ -400,13 +408,26 @@ def _rebuild(*made_of: Any) -> Any:
 
 def _made(base: type, kind: str, *roles: tuple[str, ...]) -> type | None:
     """The subclass of `base` for its modules of these roles; None if none would help, or none can be made."""
-    key = (base, kind, *roles)
+    methods = _methods(base) if kind == "methods" else {}
+    key = (base, kind, *roles, *methods.items())
     if key not in _classes:
-        _classes[key] = _make(base, kind, roles) if _may_be_subclassed(base) else None
+        _classes[key] = _make(base, kind, roles, methods) if _may_be_subclassed(base) else None
     return _classes[key]
 
 
-def _make(base: Any, kind: str, roles: tuple[tuple[str, ...], ...]) -> type | None:
+def _methods(base: type) -> dict[str, FunctionType]:
+    """The methods of a class, but for those of PyTorch."""
+    seen: dict[str, Any] = {}
+    for owner in base.__mro__:
+        for name, value in vars(owner).items():
+            ours = type(value) is FunctionType and not _is_of(owner, "torch.nn") and name[:2] != "__"
+            seen.setdefault(name, value if ours else None)  # an overridden method is none of this class's
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def _make(
+    base: Any, kind: str, roles: tuple[tuple[str, ...], ...], methods: dict[str, FunctionType]
+) -> type | None:
     bases: tuple[type, ...] = (base,)
     new: dict[str, Any] = {}
     if kind == "norm":
@@ -415,16 +436,8 @@ def _make(base: Any, kind: str, roles: tuple[tuple[str, ...], ...]) -> type | No
     elif kind == "sequential":
         new = {"forward": _sequential_forward}
     else:
-        seen = set()
-        for owner in base.__mro__:
-            for name, function in vars(owner).items():
-                if name in seen or (name.startswith("__") and name.endswith("__")):
-                    continue
-                seen.add(name)
-                if type(function) is FunctionType and not _is_of(owner, "torch.nn"):
-                    rewritten = rewrite(function, Roles(*roles), _HELPERS)
-                    if rewritten is not None:
-                        new[name] = rewritten
+        rewritten = {name: rewrite(function, Roles(*roles), _HELPERS) for name, function in methods.items()}
+        new = {name: function for name, function in rewritten.items() if function is not None}
         if not new:
             return None
     new |= {
@@ -486,8 +499,9 @@ def accelerate(
     -----
     Subclasses of PyTorch's batch norm with a forward of their own are left alone, and so are scripted models
     and modules whose class cannot be subclassed without side effects. A module whose methods have no source
-    to be read, or a decorated one, gets the fast batch norms but no fusion. Code that asks for the exact type
-    of a module does not recognize it; :func:`restore` first.
+    to be read, or are decorated, gets the fast batch norms but no fusion. A method that is changed in its
+    class later takes effect when this is called again. Code that asks for the exact type of a module does not
+    recognize it: :func:`restore` first.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -628,9 +642,13 @@ def _former_class(module: Any, cls: Any) -> type | None:
 
 def _ends_in_norm(module: Any) -> bool:
     while isinstance(module, nn.Sequential) and module._modules:
-        if type(module).forward not in (nn.Sequential.forward, _sequential_forward):
+        if _forward_of(module) not in (nn.Sequential.forward, _sequential_forward):
             return False
         module = next(reversed(module._modules.values()))
     return isinstance(module, nn.Module) and (
-        type(module).forward is _norm_forward or module.__dict__.get("cls_to_become") in _PLAIN
+        _forward_of(module) is _norm_forward or module.__dict__.get("cls_to_become") in _PLAIN
     )
+
+
+def _forward_of(module: Any) -> Any:
+    return getattr(type(module), "forward", None)  # scripted modules have none

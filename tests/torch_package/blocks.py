@@ -1,5 +1,8 @@
 """Modules whose forward does batch norm in all kinds of ways, and what is to be fused in each of them."""
 
+# Written as people write them:
+# ruff: noqa: RET504, SIM108
+
 import contextlib
 
 import torch

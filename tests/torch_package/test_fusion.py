@@ -1,8 +1,9 @@
-"""accelerate, restore and record on small modules: what is fused, what is not, and that nobody can tell otherwise."""
+"""accelerate, restore and record on small modules: what is fused, and that nothing else can tell."""
 
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 import traceback
@@ -12,12 +13,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.nn.functional as F
-from blocks import APART, FUSED, Base, C, Inherited, Residual, ResidualDown, SameName, Shortcut
-from torch import nn
+import torch.nn.functional as F  # noqa: E402
+from blocks import APART, FUSED, Base, C, Inherited, Residual, ResidualDown, SameName, Shortcut  # noqa: E402
+from torch import nn  # noqa: E402
 
-import fastbn.torch as fast
-from fastbn.torch import fusion, rewriting
+import fastbn.torch as fast  # noqa: E402
+from fastbn.torch import fusion, rewriting  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -62,7 +63,8 @@ def step(model, x, *args, **kwargs):
     try:
         (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
     except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+        if "modified by an inplace operation" not in str(error):
+            raise
         found["error"] = torch.ones(())
     else:
         found["grad of input"] = x.grad
@@ -123,7 +125,7 @@ def test_other_ways_through_a_forward():
 
     assert compare(OnlySometimes(), False) == []
     assert compare(WithinABranch(), False) == ["fast"]
-    assert compare(ReturnsBetween(), False) == ["fast"]  # one helper more might tell
+    assert compare(ReturnsBetween(), False) == ["fused relu"]
     model = AddedInABranch()
     model.connect = False
     assert compare(model) == ["fast"]
@@ -150,7 +152,9 @@ def test_activations(name, channels_last):
     if channels_last:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     assert compare(model, x=x) == [f"fused {name}", f"fused add + {name}"]
-    sequential = nn.Sequential(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), ACTIVATIONS[name], nn.Conv2d(C, 2, 1))
+    sequential = nn.Sequential(
+        nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), ACTIVATIONS[name], nn.Conv2d(C, 2, 1)
+    )
     assert compare(sequential, x=x) == [f"fused {name}"]
 
 
@@ -226,7 +230,9 @@ def test_sequential_of_a_class_of_its_own():
 
 
 def test_sequential_is_still_one():
-    model = fast.accelerate(nn.Sequential(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(), nn.Flatten()))
+    model = fast.accelerate(
+        nn.Sequential(nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), nn.ReLU(), nn.Flatten())
+    )
     x = batch()
     assert how(model, x) == ["fused relu"]
     assert type(model).__name__ == "Sequential"
@@ -302,12 +308,15 @@ def test_hooks_after_accelerate(kind, where):
     assert len(expected) == (2 if where == "relu" else 1)
     assert seen == pytest.approx(expected, rel=1e-3, abs=1e-3)
     done = how(model, x)
-    assert done == {
-        "bn1": ["fast", "fast", "fused add + relu"],
-        "relu": ["fast", "fast", "fused add"],
-        "down.1": fused,
-        "down": fused,
-    }[where]
+    assert (
+        done
+        == {
+            "bn1": ["fast", "fast", "fused add + relu"],
+            "relu": ["fast", "fast", "fused add"],
+            "down.1": fused,
+            "down": fused,
+        }[where]
+    )
     handle.remove()
     assert how(model, x) == fused
 
@@ -338,7 +347,9 @@ def test_forward_of_an_instance():
     assert how(model, x) == ["fast"]
     del model.relu.forward
     model.bn1.forward = lambda x: 2 * x
-    assert torch.equal(model(x), model.conv2(2 * model.conv1(x)).relu() * 0 + model.conv2(F.relu(2 * model.conv1(x))))
+    assert torch.equal(
+        model(x), model.conv2(2 * model.conv1(x)).relu() * 0 + model.conv2(F.relu(2 * model.conv1(x)))
+    )
     model = SameName()
     model.forward = lambda x: x
     assert fast.accelerate(model)(x) is x
@@ -392,7 +403,17 @@ def test_frozen_parameters_have_no_gradient():
         (2, False),
         (1.5, False),
     ],
-    ids=["plain", "parameter", "memory format", "broadcast", "more axes", "float64", "int", "number", "float"],
+    ids=[
+        "plain",
+        "parameter",
+        "memory format",
+        "broadcast",
+        "more axes",
+        "float64",
+        "int",
+        "number",
+        "float",
+    ],
 )
 def test_residual_kinds(residual, fusing):
     class Adds(nn.Module):
@@ -513,11 +534,11 @@ def test_spawn(tmp_path):
         "    model = fast.accelerate(blocks.Residual())\n"
         "    child = context.Process(target=work, args=(model, torch.ones(2, 4, 3, 3), queue))\n"
         "    child.start()\n"
-        "    print(queue.get(timeout=100))\n"
+        "    print(queue.get(timeout=300))\n"
         "    child.join()\n",
         encoding="utf-8",
     )
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=400)
     assert done.stdout.strip() == "['fused relu', 'fused add + relu']", done.stderr
 
 
@@ -549,7 +570,9 @@ def test_restore_is_exact():
 
 
 def test_restore_leaves_our_own_layers():
-    model = nn.Sequential(fast.BatchNorm2d(C, activation="relu"), fast.BatchNorm2d(C), nn.BatchNorm2d(C), nn.ReLU())
+    model = nn.Sequential(
+        fast.BatchNorm2d(C, activation="relu"), fast.BatchNorm2d(C), nn.BatchNorm2d(C), nn.ReLU()
+    )
     types = [type(module) for module in model]
     fast.accelerate(model)
     assert how(model, batch()) == ["fast", "fast", "fused relu"]
@@ -595,7 +618,10 @@ def test_restore_then_fold():
         ({"bn1", "down.1"}, ["PyTorch", "PyTorch", "fused add + relu"]),
         ([""], ["PyTorch"] * 3),
         (lambda name, module: name == "bn1", ["PyTorch", "fast", "fused add + relu"]),
-        (lambda name, module: isinstance(module, nn.Sequential), ["fused relu", "PyTorch", "fused add + relu"]),
+        (
+            lambda name, module: isinstance(module, nn.Sequential),
+            ["fused relu", "PyTorch", "fused add + relu"],
+        ),
     ],
 )
 def test_exclude(exclude, expected):
@@ -603,15 +629,17 @@ def test_exclude(exclude, expected):
 
 
 def test_exclude_says_what_is_wrong():
-    with pytest.raises(ValueError, match=r"no module of the model has: \['down.2'\]; close to 'down.2': .*'down.1'"):
+    with pytest.raises(
+        ValueError, match=r"no module of the model has: \['down.2'\]; close to 'down.2': .*'down.1'"
+    ):
         fast.accelerate(ResidualDown(), exclude=["down.2"])
-    with pytest.raises(ValueError, match="see model.named_modules"):
+    with pytest.raises(ValueError, match=r"see model\.named_modules"):
         fast.accelerate(ResidualDown(), exclude=["???"])
 
 
 @pytest.mark.parametrize("function", [fast.accelerate, fast.restore])
 def test_only_modules(function):
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
         function([nn.BatchNorm2d(C)])
 
 
@@ -799,7 +827,7 @@ def test_exported_as_pytorch_would(how_to):
         operations = [str(node.target) for node in made.graph.nodes]
     else:
         made = torch.jit.script(model) if how_to == "script" else torch.jit.trace(model, x)
-        operations = [node.kind() for node in made.inlined_graph.nodes()]
+        operations = re.findall(r"= (\w+::\w+)", str(made.inlined_graph))
     assert sum("batch_norm" in name for name in operations) >= 4
     assert not any("fastbn" in name for name in operations)
     torch.testing.assert_close(made(x), plain(x), **NEAR)
@@ -886,7 +914,7 @@ def test_record_says_why():
         model(x)
     assert calls == inner
     assert calls[0] == ("bn1", "fast", "GELU comes behind it")
-    assert calls[2] == ("bn2", "fast", "it has hooks")
+    assert calls[1] == ("bn2", "fast", "it has hooks")
     with fast.record() as calls:
         model.double()(x.double())
     assert calls[0].how == "PyTorch"
@@ -912,7 +940,8 @@ def test_record_names_within_the_outermost_module():
 def test_a_method_that_was_changed_since(tmp_path, monkeypatch):
     """The source tells another story than the code: it is not trusted."""
     file = tmp_path / "story.py"
-    text = "from blocks import Base\nclass Story(Base):\n    def forward(self, x):\n        return self.relu(self.bn1({}))\n"
+    head = "from blocks import Base\nclass Story(Base):\n    def forward(self, x):\n"
+    text = head + "        return self.relu(self.bn1({}))\n"
     file.write_text(text.format("x"), encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import story
@@ -937,8 +966,7 @@ def test_only_what_is_won_is_rewritten():
             x = self.bn1(x)
             x = self.conv1(x)
             x = self.bn2(x)
-            x = self.relu(x)
-            return x
+            return self.relu(x)
 
         def other(self, x):
             return self.bn1(x)
@@ -957,3 +985,17 @@ def test_a_class_is_made_once():
     other.relu = nn.GELU()
     assert type(fast.accelerate(other)) is not type(models[0])
     assert type(fast.accelerate(Inherited())).__mro__[1] is Inherited
+
+
+def test_a_method_patched_in_its_class(monkeypatch):
+    class Patched(Base):
+        def forward(self, x):
+            return self.relu(self.bn1(x))
+
+    model, x = fast.accelerate(Patched()), batch()
+    assert how(model, x) == ["fused relu"]
+    monkeypatch.setattr(Patched, "forward", SameName.forward)
+    plain = SameName()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fast.accelerate(model)(x), plain(x), **NEAR)
+    assert how(model, x) == ["fused relu"]
