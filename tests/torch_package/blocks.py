@@ -445,11 +445,10 @@ class ReturnsBetween(Base):
 @apart("fast")
 class SeenByAnInnerFunction(Base):
     def forward(self, x):
-        y = self.bn1(x)
-
         def seen():
             return y
 
+        y = self.bn1(x)
         z = F.relu(y)
         return z + seen()
 
