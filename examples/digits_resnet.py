@@ -1,4 +1,4 @@
-"""What fastbn changes about a network of PyTorch: the time. A small ResNet on handwritten digits, trained twice.
+"""What fastbn changes about a network of PyTorch, the time: a small ResNet on digits, trained with and without.
 
 One of two equal networks is accelerated, in one line. They are trained on the same batches by turns, an epoch
 each, and judged on digits that were held back. Losses agree but for rounding, which training makes grow.
@@ -32,7 +32,7 @@ NAMES = ("PyTorch", "fastbn")
 
 
 class Block(nn.Module):
-    """Two convolutions with a shortcut around them, as He et al. (2016) have it. Nothing in it knows of fastbn."""
+    """Two convolutions with a shortcut around them (He et al., 2016). Nothing in it knows of fastbn."""
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
