@@ -263,23 +263,16 @@ def test_symbolic_trace():
     assert torch.equal(graph(x, residual), module(x, residual))
 
 
-def test_feature_extractor():
+def test_feature_extractor(torchvision):
     """torchvision's, which traces by torch.fx."""
-    extraction = import_torchvision("torchvision.models.feature_extraction")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     net = Net().eval()
-    extractor = extraction.create_feature_extractor(net, ["bn", "deep.1"])
+    extractor = create_feature_extractor(net, ["bn", "deep.1"])
     x = normal(2, 3, 8, 8)
     features = extractor(x)
     assert torch.equal(features["bn"], net.bn(net.conv(x)))
     assert torch.equal(features["deep.1"], net(x))
-
-
-def import_torchvision(name):
-    """A wheel for another device than PyTorch's is no torchvision."""
-    try:
-        return __import__(name, fromlist=["x"])
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -323,6 +316,33 @@ def test_traced_and_exported_programs_are_pytorchs(kernels_called):
     assert not kernels_called
     for program in traced, exported.module():
         torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training):
+    """Nothing in the way to PyTorch's operations makes Dynamo break the graph."""
+    torch.compiler.reset()
+    net = Net().train(training)
+    theirs = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = normal(2, 3, 8, 8)
+    torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert_alike(net, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@named
+@pytest.mark.parametrize(
+    "options", [{"track_running_stats": False}, {"affine": False}, {"bias": False}], ids=str
+)
+def test_scripts_without_some_tensors(name, options):
+    layer = getattr(ours, name)(5, **options)
+    scripted = torch.jit.script(copy.deepcopy(layer))
+    x = normal(*SHAPES[name])
+    for training in True, False:
+        for module in layer, scripted:
+            module.train(training)
+        assert_near(scripted(x), layer(x), 1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -671,6 +691,7 @@ def test_channels_last_module():
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_of_pytorch(name, dtype, training):
     """Trap 33: module_db."""
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_modules import module_db
 
     (info,) = (info for info in module_db if info.name == f"nn.{name}")

@@ -152,6 +152,22 @@ def test_func(transform, training, updated):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_plain_tensors_within_a_transform(kernels_called):
+    """They are nothing to the transform, but autograd around it may yet have to see through it."""
+    weight, bias, *running = parameters(5)
+    x = normal(4, 5, 3)
+    grads = []
+    for function in ours.batch_norm, composite:
+        scale = torch.tensor(2.0)
+        y = torch.func.grad(lambda s, f=function: (s * f(x, *running, weight, bias, True)).square().sum())(
+            scale
+        )
+        grads.append(torch.autograd.grad(y, (weight, bias)))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert not kernels_called
+
+
 def test_vmap_over_updated_buffers_is_pytorchs_error():
     results = []
     for function in ours.batch_norm, composite:
@@ -370,6 +386,22 @@ def test_saved_tensors_go_through_hooks():
     assert x.grad is not None
 
 
+def test_error_of_a_hook_is_not_taken_for_one_of_the_kernels():
+    """Which would mean a second call, by PyTorch, and statistics that move twice."""
+
+    def pack(t):
+        raise ValueError("no room")
+
+    layer, theirs = layers()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        pytest.raises(ValueError, match="no room"),
+    ):
+        layer(normal(4, 5, 3, 2).requires_grad_())
+    theirs(normal(4, 5, 3, 2))
+    torch.testing.assert_close(layer.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
+
+
 # Trap 12: modes that watch or replace operations.
 
 
@@ -478,6 +510,39 @@ def test_backward_hook_inplace():
             F.relu_(y).sum().backward()
 
 
+# Trap 21.
+
+
+def test_sharing():
+    """One layer twice in a pass, an input that is also the residual, and parameters that two layers share."""
+    results = []
+    for first, second in zip(layers(), layers(), strict=True):
+        first.weight = second.weight
+        assert first.weight is second.weight
+        x = normal(4, 5, 3, 2).requires_grad_()
+        fused = isinstance(first, ours.BatchNorm2d)
+        y = first(second(first(x)), x) if fused else first(second(first(x))) + x
+        y.square().sum().backward()
+        results.append([y, x.grad, first.weight.grad, first.bias.grad, second.bias.grad, *first.buffers()])
+        assert first.num_batches_tracked == 2
+        assert second.num_batches_tracked == 1
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@both_modes
+def test_input_is_the_residual(training):
+    results = []
+    for function in ours.batch_norm, composite:
+        weight, bias, *running = parameters(5)
+        x = normal(4, 5, 3, 2).requires_grad_()
+        y = function(x, *running, weight, bias, training, residual=x, activation="relu")
+        y.backward(normal(4, 5, 3, 2, seed=1))
+        results.append([y, x.grad, weight.grad, bias.grad])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
 # Trap 22.
 
 
@@ -523,6 +588,20 @@ def test_input_is_not_kept_without_gradient(kernels_called, way):
         assert not y.requires_grad
         assert y.is_inference() == (way is torch.inference_mode)
     assert len(kernels_called) == 2
+
+
+def test_imported_in_inference_mode():
+    """What is plain does not depend on where the package was first imported."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from fastbn.torch import functional
+
+    spec = spec_from_file_location("another_functional", functional.__file__)
+    module = module_from_spec(spec)
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+    x = normal(4, 5, 3).requires_grad_()
+    assert module.why_not(x, None, None, None, None, True, None) is None
 
 
 def test_inference_tensors_elsewhere():

@@ -1,4 +1,4 @@
-"""Trap 32: DistributedDataParallel on two gloo processes."""
+"""Trap 32: DistributedDataParallel, and FSDP, on two gloo processes."""
 
 import os
 import subprocess
