@@ -1,4 +1,4 @@
-"""What fastbn changes about a network of PyTorch, the time: a small ResNet on digits, trained with and without.
+"""What fastbn changes about a network of PyTorch, the time: a small ResNet on digits, with it and without.
 
 One of two equal networks is accelerated, in one line. They are trained on the same batches by turns, an epoch
 each, and judged on digits that were held back. Losses agree but for rounding, which training makes grow.
