@@ -173,7 +173,10 @@ def _add(operation: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     """``operation(a, b)``, in which the addition waits if it may; at most one of the two waits."""
     known = operation is operator.add or operation is operator.iadd or operation is torch.add
     if type(b) is _Waiting:
-        return b if known and b.takes(a) else operation(a, _unfused(b, "the other summand is unlike it"))
+        # The strides of a sum are those of the first summand; where it is fused, those of the batch norm.
+        if known and type(a) in _TENSORS and a.stride() == b.x.stride() and b.takes(a):
+            return b
+        return operation(a, _unfused(b, "the other summand is unlike it"))
     if type(a) is _Waiting:
         return a if known and a.takes(b) else operation(_unfused(a, "the other summand is unlike it"), b)
     return operation(a, b)

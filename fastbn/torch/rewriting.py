@@ -79,7 +79,8 @@ def rewrite(
         tuple(cells[name] for name in code.co_freevars),
     )
     new.__kwdefaults__ = function.__kwdefaults__
-    new.__annotations__ = function.__annotations__
+    annotations = "__annotate__" if hasattr(function, "__annotate__") else "__annotations__"
+    setattr(new, annotations, getattr(function, annotations))
     new.__qualname__ = function.__qualname__
     new.__dict__.update(function.__dict__)
     return new

@@ -302,6 +302,27 @@ class TwoBranches(Base):
 
 
 @fused("fused add")
+class TwoResiduals(Base):
+    def forward(self, x):
+        ones = torch.ones_like(x)
+        out = self.bn1(x)
+        out += ones
+        out += self.conv1(x)
+        return F.relu(out)
+
+
+@fused("fused add")
+class ResidualChangedAfterItWasAdded(Base):
+    def forward(self, x):
+        identity = self.conv2(x)
+        out = self.bn1(x)
+        out += identity
+        r = self.relu(identity)
+        out = F.relu(out)
+        return out + r
+
+
+@fused("fused add")
 class ActivationThatIsNotKnown(Base):
     def forward(self, x):
         out = self.bn1(x)

@@ -432,6 +432,26 @@ def test_residual_kinds(residual, fusing):
     torch.testing.assert_close(found, expected, **NEAR)
 
 
+@pytest.mark.parametrize("residual_first", [False, True])
+@pytest.mark.parametrize("formats", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_memory_format_of_a_sum(residual_first, formats):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(C)
+
+        def forward(self, x, r):
+            return r + self.bn(x) if residual_first else self.bn(x) + r
+
+    x, r = (
+        batch().to(memory_format=torch.channels_last if last else torch.contiguous_format) for last in formats
+    )
+    plain = lively(Adds())
+    expected, found = plain(x, r), fast.accelerate(copy.deepcopy(plain))(x, r)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected, **NEAR)
+
+
 def test_sum_with_another_factor():
     class Adds(Base):
         def forward(self, x):
