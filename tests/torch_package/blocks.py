@@ -302,6 +302,18 @@ class TwoBranches(Base):
 
 
 @fused("fused add")
+class SumSeenByAnInnerFunction(Base):
+    def forward(self, x):
+        def seen():
+            return z
+
+        y = self.bn1(x)
+        z = y + x
+        out = F.relu(z)
+        return out + seen()
+
+
+@fused("fused add")
 class TwoResiduals(Base):
     def forward(self, x):
         ones = torch.ones_like(x)

@@ -28,7 +28,6 @@ def example():
     return module
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_guide(capsys, tmp_path, monkeypatch):
     """Its programs, one after the other; a forward can be rewritten only where it is in a file."""
     if not GUIDE.exists():
