@@ -163,7 +163,7 @@ def named_calls():
     ours = modules.batch_norm
 
     def named(*args, **kwargs):
-        with torch.profiler.record_function(OURS):
+        with torch._C._profiler._RecordFunctionFast(OURS):  # at a tenth of what record_function takes
             return ours(*args, **kwargs)
 
     modules.batch_norm = named

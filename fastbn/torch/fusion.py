@@ -1,5 +1,4 @@
-"""A whole model by fastbn, in place: `accelerate`, its exact undo `restore`, and `record`, which tells what
-it does.
+"""A model by fastbn, in place: `accelerate`, its undo `restore`, and `record`, which tells what was done.
 
 Nothing in the model is moved or replaced: modules get another class, and keep their parameters, hooks and
 names. Batch norms get fastbn's; a Sequential gets a subclass whose forward looks at what comes behind a batch
@@ -23,14 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import _is_tracing
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.torch.functional import _DTYPES, why_not
+from fastbn.torch.functional import _DTYPES, _watched, why_not
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from fastbn.torch.rewriting import Roles, rewrite
 
@@ -110,18 +108,20 @@ def _defer(module: Any, x: Any) -> Any:
         return module(x)
     forward = getattr(type(module), "forward", None)
     if forward is _norm_forward:
-        watched = _is_watched(module)
+        seen = _is_seen(module)
         if (
             type(x) in _TENSORS
+            and x.is_cpu
             and x.dtype in _KERNEL_DTYPES
             and module.activation is None
-            and watched is None
+            and seen is None
+            and _watched() is None
         ):
             return _Waiting(module, x)
-        if _records and watched is not None:
-            with _reason(module, f"it {watched}"):
+        if _records and seen is not None:
+            with _reason(module, f"it {seen}"):
                 return module(x)
-    elif forward is _sequential_forward and _is_watched(module) is None:
+    elif forward is _sequential_forward and _is_seen(module) is None and _watched() is None:
         return _in_turn(module, x)
     return module(x)
 
@@ -212,9 +212,9 @@ def _activation(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     slope: Any = 0.01
     name = _ACTIVATION_MODULES.get(type(function))
     if name is not None:
-        watched = _is_watched(function)
-        if watched is not None:
-            return f"{type(function).__name__} behind it {watched}"
+        seen = _is_seen(function)
+        if seen is not None:
+            return f"{type(function).__name__} behind it {seen}"
         if args or kwargs or (name == "relu6" and not (function.min_val == 0 and function.max_val == 6)):
             return f"{function} behind it is called in an unusual way"
         if name == "leaky_relu":
@@ -237,8 +237,8 @@ def _activation(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any
     return name, slope
 
 
-def _is_watched(module: Any) -> str | None:
-    """What has to see the calls of a module, so that none may be left out or merged."""
+def _is_seen(module: Any) -> str | None:
+    """Who sees the calls of a module, so that none may be left out or merged with another."""
     if (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -257,7 +257,7 @@ def _is_watched(module: Any) -> str | None:
             or len(global_hooks._global_forward_pre_hooks) > ours
         ):
             return "is seen by global hooks"
-    return "is traced" if _is_tracing() else None
+    return None
 
 
 # ---- record
@@ -317,10 +317,8 @@ def record() -> Iterator[Calls]:
         if not isinstance(module, _BatchNorm):
             note(module, "PyTorch", "not accelerated")
             return
-        x, residual, *_ = (
-            (*args, None, None) if args else (output, None)
-        )  # arguments by keyword are not shown
-        reason = _why_not(module, x, residual)
+        x = args[0] if args else output  # hooks are not shown what is given by keyword
+        reason = _why_not(module, x, args[1] if len(args) > 1 else None)
         if reason is None:
             note(module, "fast", _reasons.get(module, ""))
         else:

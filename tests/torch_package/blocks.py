@@ -523,10 +523,35 @@ class AFunctionOfThatName(Base):
         return Doubling.relu(self.bn1(x))
 
 
+@apart("fast")
+class ASumOfThatName(Base):
+    def forward(self, x):
+        return F.relu(Doubling.add(self.bn1(x), x))
+
+
 class Doubling:
     @staticmethod
     def relu(x):
         return 2 * x
+
+    @staticmethod
+    def add(x, y):
+        return 2 * x + y
+
+
+@apart("fast")
+class CallInTheTarget(Base):
+    """It comes before the value."""
+
+    def forward(self, x):
+        sums = [0.0]
+        y = self.bn1(x)
+        sums[self.first()] += F.relu(y)
+        return sums[0]
+
+    def first(self):
+        self.bn1.momentum = 0.5
+        return 0
 
 
 @apart("fast")

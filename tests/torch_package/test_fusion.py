@@ -862,6 +862,27 @@ def test_compiled_without_a_break():
     torch.testing.assert_close(compiled(x), plain(x), **NEAR)
 
 
+def test_dispatch_modes_see_all():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    plain, x = lively(nn.Sequential(ResidualDown(), nn.BatchNorm2d(C), nn.ReLU())).eval(), batch()
+    with Watch() as expected:
+        plain(x)
+    with Watch() as found:
+        fast.accelerate(plain)(x)
+    assert found.seen == expected.seen
+    assert "aten.add_.Tensor" in found.seen
+
+
 def test_vmap_and_functional_call():
     plain, x = lively(ResidualDown()).eval(), batch()
     model = fast.accelerate(copy.deepcopy(plain))
