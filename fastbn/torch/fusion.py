@@ -104,7 +104,7 @@ class _Waiting:
 
 def _defer(module: Any, x: Any) -> Any:
     """``module(x)``, in which the last batch norm waits if it may."""
-    if is_compiling():
+    if is_compiling():  # spares the compiler what follows, which would come to the same
         return module(x)
     forward = getattr(type(module), "forward", None)
     if forward is _norm_forward:

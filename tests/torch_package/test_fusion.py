@@ -904,6 +904,23 @@ def test_autocast_and_no_grad():
         torch.testing.assert_close(model(x), plain(x), **NEAR)
 
 
+def test_what_has_no_kernel_is_computed_as_it_was_written(monkeypatch):
+    """In place where that was so, and not by operations that take more memory."""
+    from fastbn.torch import functional
+
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        return composite(*args)
+
+    composite = functional.composite
+    monkeypatch.setattr(functional, "composite", spy)
+    fast.accelerate(ResidualDown()).double()(batch().double())
+    assert len(calls) == 3
+    assert not any(isinstance(each, str) for args in calls for each in args)  # an activation
+
+
 def test_users_errors_are_pytorchs():
     plain = nn.Sequential(Residual(), nn.BatchNorm2d(C), nn.ReLU())
     model = fast.accelerate(copy.deepcopy(plain))
