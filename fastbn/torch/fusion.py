@@ -141,7 +141,7 @@ def _in_turn(modules: Iterable[Any], x: Any) -> Any:
 
 def _settle(waiting: Any, module: Any, *args: Any) -> Any:
     """What waits, computed if ``module(*args)``, which comes next, could have to do with it."""
-    if type(waiting) is not _Waiting:
+    if type(waiting) is not _Waiting or waiting.norm is None:
         return waiting
     norm, x = waiting.norm, waiting.x
     if (
@@ -193,7 +193,8 @@ def _act(waiting: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def _force(waiting: Any) -> Any:
-    return waiting.compute() if type(waiting) is _Waiting else waiting
+    """What waits, computed; one that has been taken in a branch before is left, as nothing reads it."""
+    return waiting.compute() if type(waiting) is _Waiting and waiting.norm is not None else waiting
 
 
 _HELPERS: dict[str, Callable[..., Any]] = {

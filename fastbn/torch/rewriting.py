@@ -348,14 +348,14 @@ class _Rewriter(ast.NodeTransformer):
 
     def is_dead(self, name: str, statement: ast.stmt, rest: list[ast.stmt | None]) -> bool:
         """Whether nothing that comes after `statement`, which reads the name, reads the same value again."""
-        if isinstance(statement, ast.Return) or _assigned(statement)[0] == name:
+        if isinstance(statement, ast.Return) or _assigns(statement, name):
             return True
         for later in rest:
             if later is None or any(isinstance(node, (ast.Break, ast.Continue)) for node in ast.walk(later)):
                 return self.reads[name] == 1
             if _reads(later, name):
                 return False
-            if isinstance(later, (ast.Return, ast.Raise)) or _assigned(later)[0] == name:
+            if isinstance(later, (ast.Return, ast.Raise)) or _assigns(later, name):
                 return True
         return True
 
@@ -526,6 +526,20 @@ def _assigned(statement: Any) -> tuple[str, Any]:
     else:
         return "", None
     return (target.id, statement.value) if isinstance(target, ast.Name) else ("", None)
+
+
+def _assigns(statement: ast.stmt, name: str) -> bool:
+    """Whether the statement is an assignment that gives the name a value."""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        targets = [statement.target]
+    return any(
+        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Store)
+        for target in targets
+        for node in ast.walk(target)
+    )
 
 
 def _reads(node: ast.AST, name: str) -> int:

@@ -170,6 +170,30 @@ class WithinABranch(Base):
         return y
 
 
+@fused("fused relu", "fused relu")
+class FirstOfSeveral(Base):
+    def forward(self, x):
+        y = self.bn1(x)
+        y, z = self.relu(y), 2 * x
+        y = self.bn2(y + z)
+        return self.relu(y).flatten(1)[:, 2:]
+
+
+@fused("fused relu")
+class WithoutAResult(Base):
+    """What waits at the end of a method is computed there."""
+
+    def forward(self, x, act=True):
+        found = [x]
+        self.note(x, found, act)
+        return found[-1]
+
+    def note(self, x, found, act):
+        y = self.bn1(x)
+        if act:
+            found.append(F.relu(y))
+
+
 class Parent(Base):
     def forward(self, x):
         return self.finish(self.conv1(x))
@@ -204,6 +228,24 @@ made_in_a_function()
 
 
 # ---- an addition behind it
+
+
+@fused("fast", "fused add + relu")
+class BetweenWithAnOption(Base):
+    def __init__(self):
+        super().__init__()
+        self.project = Scaled()
+
+    def forward(self, x, times=2.0):
+        out = self.bn1(self.conv1(x))
+        identity = self.project(x, times)
+        out += identity
+        return F.relu(out)
+
+
+class Scaled(Base):
+    def forward(self, x, times):
+        return self.bn2(x) * times
 
 
 @fused("fused relu", "fused add + relu")
@@ -552,6 +594,46 @@ class CallInTheTarget(Base):
     def first(self):
         self.bn1.momentum = 0.5
         return 0
+
+
+@apart("fast")
+class NegativeSlope(Base):
+    def forward(self, x):
+        return F.leaky_relu(self.bn1(x), -0.5)
+
+
+@apart("fast")
+class ChangedBeforeTheActivation(Base):
+    def forward(self, x):
+        y = self.bn1(x)
+        y *= 2
+        return F.relu(y)
+
+
+@apart("fast")
+class OtherNamesInTheBranches(Base):
+    def forward(self, x, first=True):
+        y = z = x
+        if first:
+            y = self.bn1(x)
+        else:
+            z = self.bn2(x)
+        return F.relu(y) + F.relu(z)
+
+
+@apart("fast")
+class InALambda(Base):
+    def forward(self, x):
+        function = lambda t: self.relu(self.bn1(t))  # noqa: E731
+        return function(x)
+
+
+@apart("fast")
+class GlobalName(Base):
+    def forward(self, x):
+        global seen_by_all
+        seen_by_all = self.bn1(x)
+        return F.relu(seen_by_all)
 
 
 @apart("fast")

@@ -121,11 +121,19 @@ def test_apart(cls):
 
 
 def test_other_ways_through_a_forward():
-    from blocks import AddedInABranch, OnlySometimes, ReturnsBetween, TwoBranches, WithinABranch
+    from blocks import (
+        AddedInABranch,
+        OnlySometimes,
+        ReturnsBetween,
+        TwoBranches,
+        WithinABranch,
+        WithoutAResult,
+    )
 
     assert compare(OnlySometimes(), False) == []
     assert compare(WithinABranch(), False) == ["fast"]
     assert compare(ReturnsBetween(), False) == ["fused relu"]
+    assert compare(WithoutAResult(), False) == ["fast"]
     model = AddedInABranch()
     model.connect = False
     assert compare(model) == ["fast"]
@@ -331,6 +339,35 @@ def test_global_hooks_see_all():
     finally:
         handle.remove()
     assert how(model, x) == ["fused relu", "fused add + relu"]
+
+
+def test_global_backward_hooks_see_all():
+    model, x = fast.accelerate(SameName()), batch()
+    model.relu.inplace = False
+    handle = nn.modules.module.register_module_full_backward_hook(lambda *args: None)
+    try:
+        assert how(model, x) == ["fast"]
+    finally:
+        handle.remove()
+    assert how(model, x) == ["fused relu"]
+
+
+def test_arguments_that_an_activation_does_not_have():
+    class Wrong(Base):
+        def forward(self, x, *args, **kwargs):
+            return self.call(x)
+
+    class Keyword(Wrong):
+        def call(self, x):
+            return F.relu(self.bn1(x), slope=1)
+
+    class Position(Wrong):
+        def call(self, x):
+            return torch.relu(self.bn1(x), True)
+
+    for cls in (Keyword, Position):
+        with pytest.raises(TypeError, match="argument"):
+            fast.accelerate(cls())(batch())
 
 
 def test_backward_hook_in_front_of_an_activation_in_place():
