@@ -6,6 +6,7 @@ except ImportError as _error:
     raise ImportError("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from _error
 
 from fastbn.torch.functional import batch_norm
+from fastbn.torch.fusion import accelerate, record, restore
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "accelerate", "batch_norm", "record", "restore"]

@@ -51,7 +51,18 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not torch.jit.is_scripting():
             if isinstance(input, Proxy):
                 return _leaf(self, input, residual, mask)
-        # From here on as torch.nn's own forward decides.
+        return self._normalize(input, residual, mask, self.activation, self.negative_slope)
+
+    def _normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+    ) -> Tensor:
+        """:meth:`forward`, with an activation that need not be the layer's own."""
+        # As torch.nn's own forward decides.
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
@@ -67,11 +78,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not torch.jit.is_scripting():
             return batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
-                residual=residual, activation=self.activation, negative_slope=self.negative_slope, mask=mask,
+                residual=residual, activation=activation, negative_slope=negative_slope, mask=mask,
             )  # fmt: skip
         return composite(
             input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
-            residual, self.activation, self.negative_slope, mask,
+            residual, activation, negative_slope, mask,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
