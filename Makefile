@@ -12,7 +12,7 @@ C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
 .PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format dev bench \
-    bench-peers bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
+    bench-peers bench-networks bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -22,6 +22,7 @@ help: ## list the targets
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
 	$(PY) examples/first_layer.py
 	$(PY) examples/digits_mlp.py
+	$(PY) examples/claims.py --short
 
 serve: $(VENV)/service.stamp build ## start the reference service: draw a digit at http://127.0.0.1:8000
 	cd examples/service && exec gunicorn
@@ -80,6 +81,9 @@ bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the rati
 
 bench-peers: $(VENV)/peers.stamp build ## time fastbn against PyTorch, oneDNN, TensorFlow, JAX, ONNX Runtime, OpenVINO
 	$(PY) bench/compare.py
+
+bench-networks: $(VENV)/networks.stamp build ## time networks of torchvision with PyTorch's batch norms and with fastbn's
+	$(PY) bench/networks.py
 
 bench-scaling: $(VENV)/bench.stamp build ## time fastbn with 1, 2, 4 ... all CPUs
 	$(PY) bench/scaling.py
