@@ -104,12 +104,6 @@ class BuildKernels(build_ext):
         ext.extra_link_args = openmp_link
         remembered = self.remember("extension", ext.extra_compile_args)
         ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
-            *sources,
-            *HEADERS,
-            *PARTS,
-            *DECLARED,
-            self.remember("extension", ext.extra_compile_args),
-        ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
             ext.extra_objects = list(objects)

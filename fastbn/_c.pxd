@@ -19,7 +19,7 @@ cdef extern from "kernels.h" nogil:
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
 
     ctypedef struct bn_pass:
-        int rows, store, by_batch, period
+        int rows, store, from_end, by_batch, period
         Py_ssize_t ahead
 
     ctypedef struct bn_coef:

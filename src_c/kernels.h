@@ -80,6 +80,7 @@ typedef struct {
 typedef struct {
     int rows;        /* of BN_ROWS at a time: 1, 2, 4 or 8 */
     int store;       /* BN_CACHED, BN_STREAMED: written past the cache */
+    int from_end;    /* rows: from the last column to the first */
     int by_batch;    /* short planes: all channels of a sample before the next sample */
     int period;      /* vectors after which coefficients begin again that registers hold; 0: too many */
     ptrdiff_t ahead; /* elements from what is read to what is prefetched meanwhile; 0: nothing is */

@@ -99,6 +99,7 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
     } else if (p->pitch && !plan->from_memory) {
         plan->apply.rows = far && wide_vectors && K * operands <= 2 * t->wide ? 2 : 4;
         plan->apply.ahead = far ? plan->apply.rows * K : 0;
+        plan->page_rows = !far && K * (ptrdiff_t)sizeof(float) % 4096 == 0;
         plan->why_rows = "coefficients cost more than what they are applied to";
     }
     const int vectors = backward ? m->held / 2 : m->held;

@@ -50,6 +50,7 @@ typedef struct {
     int from_memory;    /* whether what is read comes from beyond the cache */
     int reversed;       /* the second pass goes from the end: what the first read last is still in cache */
     ptrdiff_t block;    /* elements it takes at a time then */
+    int page_rows;      /* rows of whole pages, in the cache: their direction depends on where they lie */
     bn_pass sums, apply, overlap;
 
     enum bn_way way; /* of channels [0, owned); the others are tiled */

@@ -2,6 +2,8 @@
  *
  * Which of them does what never changes a result: tiles, and the order in which they are pooled, depend on shape and
  * memory layout alone. */
+#include <stdint.h>
+
 #include "tiles.h"
 #include "workplace.h"
 
@@ -176,6 +178,24 @@ static void pool_channels(const bn_call *call, const bn_workplace *at, ptrdiff_t
         finish_first_pass(call, at, &all, c0, c1);
 }
 
+/* How far `out` is above `in` in the low 12 bits of their addresses, less one. */
+static uintptr_t above(const void *out, const void *in) { return ((uintptr_t)out - (uintptr_t)in - 1) & 4095; }
+
+/* Whether rows of whole pages are better gone through from their end, because the output is nearer above an input than
+ * below one: there a load would wait for what was stored to the column before, whose address looks alike to the CPU,
+ * and for long, because rows at such distances fall into the same sets of L1. */
+static int from_end(const bn_problem *p) {
+    const void *out = p->y.data ? p->y.data : p->grad_input.data;
+    const void *inputs[] = {p->x.data, p->grad_output.data, p->residual.data};
+    uintptr_t up = 4096, down = 4096;
+    for (int i = 0; i < 3; i++)
+        if (inputs[i]) {
+            up = above(out, inputs[i]) < up ? above(out, inputs[i]) : up;
+            down = above(inputs[i], out) < down ? above(inputs[i], out) : down;
+        }
+    return up < down;
+}
+
 /* All elements are shared out, or (behind owned channels) those of one sample. */
 static void some_elements(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
     const bn_plan *plan = &call->plan;
@@ -186,6 +206,7 @@ static void some_elements(const bn_call *call, const bn_workplace *at, ptrdiff_t
     const ptrdiff_t e0 = base + share(length, i % pieces, pieces, 16);
     ptrdiff_t e1 = base + share(length, i % pieces + 1, pieces, 16);
     bn_pass how = plan->apply;
+    how.from_end = plan->page_rows && from_end(p);
     if (!plan->reversed) {
         apply(call, &at->k, &how, e0, e1);
         return;

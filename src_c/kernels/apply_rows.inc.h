@@ -51,10 +51,11 @@ INLINE cursor held_at(const cursor *a, ptrdiff_t i, instance of) {
  * applied to. With `ahead`, the next so many rows are prefetched in the order of memory, which several rows at once
  * hide from the hardware. */
 INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef *coef, const rowset *b, ptrdiff_t r,
-                            int rows, int ahead, instance of) {
+                            int rows, int ahead, int from_end, instance of) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, of.direction);
-    for (ptrdiff_t i = 0; i + LINE <= K; i += LINE) {
+    for (ptrdiff_t c = 0; c + LINE <= K; c += LINE) {
+        const ptrdiff_t i = from_end ? K - LINE - c : c;
         vcoef k[LINE / VL];
         for (int v = 0; v < LINE / VL; v++) {
             const ptrdiff_t at = b->phase + i + v * VL;
@@ -84,9 +85,9 @@ INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef 
 
 /* So many at a time from row r on; returns the row after them. */
 INLINE ptrdiff_t apply_rows_by(const bn_problem *p, const vact *act, const bn_coef *coef, const rowset *b, ptrdiff_t r,
-                               int rows, int ahead, instance of) {
+                               int rows, int ahead, int from_end, instance of) {
     for (; r + rows <= b->rows; r += rows)
-        apply_some_rows(p, act, coef, b, r, rows, ahead, of);
+        apply_some_rows(p, act, coef, b, r, rows, ahead, from_end, of);
     return r;
 }
 
@@ -156,14 +157,14 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
         ptrdiff_t r = 0;
         if (of.store == BN_STREAMED) {
             if (pass->rows == 4 && LINE / VL <= 2) /* more than two stores a line would not be combined */
-                r = apply_rows_by(p, &act, coef, &b, r, 4, 1, of);
+                r = apply_rows_by(p, &act, coef, &b, r, 4, 1, 0, of);
         } else if (pass->rows == 4 && pass->ahead)
-            r = apply_rows_by(p, &act, coef, &b, r, 4, 1, of);
+            r = apply_rows_by(p, &act, coef, &b, r, 4, 1, 0, of);
         else if (pass->rows == 4)
-            r = apply_rows_by(p, &act, coef, &b, r, 4, 0, of);
+            r = apply_rows_by(p, &act, coef, &b, r, 4, 0, pass->from_end, of);
         else if (pass->rows == 2)
-            r = apply_rows_by(p, &act, coef, &b, r, 2, 1, of);
-        r = apply_rows_by(p, &act, coef, &b, r, 1, 0, of);
+            r = apply_rows_by(p, &act, coef, &b, r, 2, 1, 0, of);
+        r = apply_rows_by(p, &act, coef, &b, r, 1, 0, of.store == BN_CACHED && pass->from_end, of);
         e0 += r * K;
     }
 }
