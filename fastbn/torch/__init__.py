@@ -7,5 +7,6 @@ except ImportError as _error:
 
 from fastbn.torch.functional import batch_norm
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.torch.population import adapt, recalibrate
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "adapt", "batch_norm", "recalibrate"]
