@@ -8,5 +8,16 @@ except ImportError as _error:
 from fastbn.torch.functional import batch_norm
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.torch.population import adapt, recalibrate
+from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "adapt", "batch_norm", "recalibrate"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "adapt",
+    "batch_norm",
+    "convert_sync_batchnorm",
+    "recalibrate",
+    "revert_sync_batchnorm",
+]

@@ -1,0 +1,413 @@
+"""SyncBatchNorm on CPUs: ranks of a gloo group normalize by the statistics of all their batches together."""
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from torch._C import _dispatch_keys
+from torch._compile import _disable_dynamo
+from torch.autograd.function import once_differentiable
+from torch.fx import Proxy
+from torch.nn import Module
+from torch.nn.utils.parametrize import is_parametrized
+
+import fastbn
+from fastbn.statistics import BatchStats, GradSums
+from fastbn.torch import functional
+from fastbn.torch.modules import _BatchNorm
+from fastbn.torch.population import batch_stats
+
+_TORCHS = torch.nn.modules.batchnorm._BatchNorm
+
+# So many numbers go round first, whatever the layer: the first three tell pass, channels and count, so that
+# ranks at different layers notice. Behind them there is room for 256 channels.
+_FIRST = 3 + 2 * 256
+
+
+class BatchNorm(_BatchNorm):
+    """Batch norm of inputs of any rank from 2 on: what a SyncBatchNorm is that is not synchronized."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+class SyncBatchNorm(BatchNorm):
+    """``torch.nn.SyncBatchNorm`` for CPUs, under DistributedDataParallel on gloo.
+
+    In training the statistics are those of the batches of all ranks, merged exactly (Chan, Golub and LeVeque,
+    1983) in float64 from a mean, a variance and a count of each; the gradient goes through all of them. The
+    ranks have the same statistics to the bit. In evaluation, with one rank, or without a process group there is
+    no communication.
+
+    Batches may be of different sizes. A rank without any still has to call the layers, forward and backward,
+    as all ranks have to in the same order. `residual` and `mask` of a call are as in
+    :func:`fastbn.torch.batch_norm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        As in torch.nn.SyncBatchNorm.
+    process_group : torch.distributed.ProcessGroup or None
+        Whose ranks are merged; None for all.
+    activation, negative_slope
+        As in the other layers of fastbn.torch.
+
+    Raises
+    ------
+    ValueError
+        From a call, on every rank: if all ranks together have one value per channel, or if they are at
+        different layers or in different passes. What one rank alone gets wrong ends that rank, and by that the
+        others.
+
+    Notes
+    -----
+    grad_weight and grad_bias are those of a rank's own batch, which DistributedDataParallel averages. There
+    is no second derivative. A checkpoint (``torch.utils.checkpoint``) communicates a second time, and moves the
+    averages a second time.
+    """
+
+    process_group: Any = None
+    _unsynced: type[Module] | None = None  # what it was before a conversion
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias,
+            activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        group = self._group()
+        if group is None or isinstance(input, Proxy):
+            return super().forward(input, residual, mask)
+        self._check_input_dim(input)
+        if input.size(1) != self.num_features:
+            return super().forward(input, residual, mask)  # which raises PyTorch's error, if it is one
+        running_mean, running_var = self.running_mean, self.running_var
+        momentum = self.momentum
+        if not self.track_running_stats:
+            running_mean = running_var = None
+        elif self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return _synchronized(
+            input, running_mean, running_var, self.weight, self.bias, momentum or 0.0, self.eps, residual,
+            self.activation, self.negative_slope, mask, group,
+        )  # fmt: skip
+
+    def _group(self) -> Any:
+        """The group to communicate in, if that is to be done now."""
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
+            return None
+        group = self.process_group or distributed.group.WORLD
+        return group if distributed.get_world_size(group) > 1 else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SyncBatchNorm":
+        new = type(self).__new__(type(self))
+        memo |= {id(self): new, id(self.process_group): self.process_group}  # a group cannot be copied
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+def convert_sync_batchnorm(module: Module, process_group: Any = None) -> Module:
+    """Make every batch norm in a model a :class:`SyncBatchNorm`, in place.
+
+    Only classes are exchanged: parameters, which an optimizer may know, buffers, hooks, activations and modes
+    stay. To be called before the model is wrapped in DistributedDataParallel.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    process_group : torch.distributed.ProcessGroup or None
+        See :class:`SyncBatchNorm`.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module`.
+
+    Raises
+    ------
+    ValueError
+        If a layer is lazy and has not seen an input yet, or is parametrized. Nothing has been converted then.
+
+    Warns
+    -----
+    UserWarning
+        If a layer's forward is neither torch.nn's nor fastbn's: it is left alone.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, _TORCHS)}
+    for name, layer in layers.items():
+        if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
+            raise ValueError(f"{name or 'module'} must have seen an input to be converted, it is {layer}")
+        if is_parametrized(layer):
+            raise ValueError(
+                f"{name or 'module'} must not be parametrized to be converted; convert the model, and then "
+                f"parametrize it"
+            )
+    for name, layer in layers.items():
+        if not isinstance(layer, SyncBatchNorm):
+            forwards = _TORCHS.forward, torch.nn.SyncBatchNorm.forward, _BatchNorm.forward
+            if type(layer).forward not in forwards or "forward" in layer.__dict__:
+                kind = type(layer).__name__
+                warnings.warn(
+                    f"{name or 'module'} stays as it is, because {kind} has a forward of its own",
+                    stacklevel=2,
+                )
+                continue
+            if not isinstance(layer, torch.nn.SyncBatchNorm):
+                layer._unsynced = type(layer)
+            layer.__class__ = SyncBatchNorm
+        layer.process_group = process_group
+    return module
+
+
+def revert_sync_batchnorm(module: Module) -> Module:
+    """Undo :func:`convert_sync_batchnorm`, in place; torch.nn's SyncBatchNorm, too.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        `module`, whose layers have the classes that they had before they were converted. One that was not
+        converted becomes a batch norm of inputs of any rank.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SyncBatchNorm | torch.nn.SyncBatchNorm):
+            layer.__class__ = layer.__dict__.pop("_unsynced", None) or BatchNorm
+            layer.__dict__.pop("process_group", None)
+    return module
+
+
+@_disable_dynamo  # a compiler's graph breaks here, for ranks have to meet
+def _synchronized(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    negative_slope: float,
+    mask: Tensor | None,
+    group: Any,
+) -> Tensor:
+    """:func:`fastbn.torch.batch_norm` in training, by the statistics of all ranks of a group."""
+    dtype = input.dtype
+    if dtype in (torch.bfloat16, torch.float16):  # a half result is that of the widened input, rounded
+        widened = [t if t is None else t.float() for t in (input, weight, bias, residual)]
+        input, weight, bias, residual = widened
+    real = None if mask is None else functional._mask_like(mask, input)
+    own = batch_stats(input) if real is None else _masked_stats(input, real)
+    stats = _merge(own, group)
+    if stats.count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got 1 on all ranks of the group "
+            f"together, input size {input.size()} on this one"
+        )
+    if (
+        real is None
+        and activation in functional._FUSED
+        and (activation != "leaky_relu" or negative_slope > 0)
+        and functional.why_not(input, None, None, weight, bias, True, residual, 0.0, eps) is None
+    ):
+        y = _Fused.apply(input, weight, bias, residual, stats, eps, activation, negative_slope, group)
+    else:
+        y = _Composite.apply(input, weight, bias, real, stats, own.count, eps, group)
+        y = functional.activate(y if residual is None else y + residual, activation, negative_slope)
+    if stats.count and running_mean is not None and running_var is not None:
+        new = stats.mean, stats.var * (stats.count / (stats.count - 1))
+        with torch.no_grad():
+            for average, values in zip((running_mean, running_var), map(torch.tensor, new), strict=True):
+                average.copy_((1 - momentum) * average.double() + momentum * values)
+    return y.to(dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """By the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stats: BatchStats,
+        eps: float,
+        activation: str | None,
+        negative_slope: float,
+        group: Any,
+    ) -> Tensor:
+        memory_format, y = functional._room_for(input)
+        x, w, b, r = map(functional._array, (input, weight, bias, residual))
+        options = {"eps": eps, "activation": activation, "negative_slope": negative_slope}
+        out = None if y is None else y.numpy()
+        threads = torch.get_num_threads()
+        array, _ = fastbn.batch_norm_forward(
+            x, w, b, stats=stats, residual=r, out=out, num_threads=threads, **options
+        )
+        if y is None:
+            y = functional._as_tensor(array, memory_format)
+        # Where a residual was added, the output tells which side of the kink a value is on.
+        ctx.save_for_backward(
+            input, weight, bias, y if residual is not None and activation is not None else None
+        )
+        ctx.call = stats, options, group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, y = ctx.saved_tensors
+        stats, options, group = ctx.call
+        of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
+        if _dispatch_keys(grad_output).raw_repr() not in functional._KEYS_WITHOUT_GRAD:
+            grad_output = grad_output.clone()  # of a tensor that has no memory, or is negated by a bit
+        memory_format, dx = functional._room_for(input)
+        arrays = [functional._array(t) for t in (grad_output, input)]
+        vectors = [functional._array(t) for t in (weight, bias)]
+        options = options | {"output": functional._array(y), "num_threads": torch.get_num_threads()}
+        sums = fastbn.batch_norm_backward_sums(*arrays, stats, *vectors, **options)
+        grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, options["eps"]))
+        needs = ("input", "residual") if y is not None else ("input",)
+        grads = fastbn.batch_norm_backward(
+            *arrays, stats, *vectors, training=of_input, sums=_merge(sums, group) if of_input else None,
+            needs=needs if of_input else needs[1:], out=None if dx is None else dx.numpy(), **options,
+        )  # fmt: skip
+        if of_input and dx is None:
+            dx = functional._as_tensor(grads.grad_input, memory_format)
+        if of_residual and y is not None:
+            grad_output = functional._as_tensor(grads.grad_residual, memory_format)
+        return (
+            dx if of_input else None,
+            grad_weight if of_weight else None,
+            grad_bias if of_bias else None,
+            grad_output if of_residual else None,
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+class _Composite(torch.autograd.Function):
+    """By PyTorch's operations in float64: with a mask, of what is wider than float32, of an empty batch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        real: Tensor | None,
+        stats: BatchStats,
+        count: int,
+        eps: float,
+        group: Any,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, bias, real)
+        ctx.call = stats, count, eps, group
+        y = _deviation(input, stats) * _scale(input, weight, stats, eps)
+        return (y if bias is None else y + _column(bias, y)).to(input.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, real = ctx.saved_tensors
+        stats, count, eps, group = ctx.call
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        dz, dev = grad_output.double(), _deviation(input, stats)
+        if real is not None:  # what is not finite under False is in no sum
+            dev = torch.where(real | dev.isfinite(), dev, 0.0)
+        others = [axis for axis in range(input.ndim) if axis != 1]
+        sums = GradSums(dz.sum(others).cpu().numpy(), (dz * dev).sum(others).cpu().numpy(), count)
+        dx = grad_weight = grad_bias = None
+        if of_weight:
+            grad_weight = torch.tensor(sums.dz_dev / np.sqrt(stats.var + eps)).to(weight)
+        if of_bias:
+            grad_bias = torch.tensor(sums.dz).to(bias)
+        if of_input:
+            sums, n = _merge(sums, group), max(stats.count, 1)
+            through = _column(sums.dz / n, dz) + dev * _column(sums.dz_dev / n / (stats.var + eps), dz)
+            if real is not None:
+                through = torch.where(real, through, 0.0)
+            dx = ((dz - through) * _scale(input, weight, stats, eps)).to(input.dtype)
+        return dx, grad_weight, grad_bias, None, None, None, None, None
+
+
+def _deviation(input: Tensor, stats: BatchStats) -> Tensor:
+    if not stats.count:  # nothing is left but the bias
+        return torch.zeros_like(input, dtype=torch.float64)
+    return input.double() - _column(stats.mean, input)
+
+
+def _scale(input: Tensor, weight: Tensor | None, stats: BatchStats, eps: float) -> Tensor:
+    scale = _column((stats.var + eps) ** -0.5, input)
+    return scale if weight is None else scale * _column(weight, input)
+
+
+def _column(vector: Any, like: Tensor) -> Tensor:
+    """A value for each channel, in float64, of a shape that goes with `like`."""
+    column = torch.tensor(vector) if isinstance(vector, np.ndarray) else vector.detach()
+    return column.to(like.device, torch.float64).view(-1, *[1] * (like.ndim - 2))
+
+
+def _masked_stats(input: Tensor, real: Tensor) -> BatchStats:
+    """Those of the True positions; all else is left out by selection."""
+    x = input.detach().movedim(1, -1)[real.squeeze(1)].double()
+    if not len(x):
+        return BatchStats(np.zeros(input.shape[1]), np.zeros(input.shape[1]), 0)
+    var, mean = torch.var_mean(x, 0, correction=0)
+    return BatchStats(mean.cpu().numpy(), var.cpu().numpy(), len(x))
+
+
+def _merge(part: Any, group: Any) -> Any:
+    """The parts of all ranks together, merged in the order of the ranks: the same bits on each of them."""
+    kind = type(part)
+    vectors = (part.mean, part.var) if kind is BatchStats else (part.dz, part.dz_dev)
+    C = len(vectors[0])
+    row = torch.zeros(max(_FIRST, 3 + 2 * C), dtype=torch.float64)
+    row[: 3 + 2 * C] = torch.from_numpy(np.concatenate([[kind is GradSums, C, part.count], *vectors]))
+    rows = _gather(row[:_FIRST], group)
+    told = [(int(backward), int(channels)) for backward, channels in rows[:, :2]]
+    if len(set(told)) > 1:
+        said = ", ".join(
+            f"rank {rank} in the {'backward' if backward else 'forward'} pass of one of {channels} channels"
+            for rank, (backward, channels) in enumerate(told)
+        )
+        raise ValueError(
+            f"all ranks must be at the same SyncBatchNorm at a time, got {said}; do they have the same "
+            f"model, and all of its layers in training mode?"
+        )
+    if len(row) > _FIRST:
+        rows = torch.cat([rows, _gather(row[_FIRST:], group)], 1)
+    parts = [kind(row[3 : 3 + C], row[3 + C : 3 + 2 * C], int(row[2])) for row in rows.numpy()]
+    return parts[0].merge(*parts[1:])
+
+
+def _gather(vector: Tensor, group: Any) -> Tensor:
+    rows = vector.new_empty(distributed.get_world_size(group), len(vector))
+    distributed.all_gather(list(rows.unbind()), vector, group)
+    return rows
