@@ -17,6 +17,7 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
+    _to_dlpack_versioned,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -112,9 +113,22 @@ def batch_norm(
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
         mask = None  # evaluation takes no statistics
+    if activation not in _FUSED:
+        z = batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            residual=residual,
+            mask=mask,
+        )
+        return activate(z, activation, negative_slope)
     if (
-        activation in _FUSED
-        and mask is None
+        mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
     ):
         options = (running_mean, running_var, training, momentum, eps, activation, negative_slope)
@@ -240,10 +254,10 @@ def why_not(
     if training is True:
         if values == C:
             return "there is one value per channel"
-        if not (isinstance(momentum, (float, int)) and 0 <= momentum <= 1):
-            return f"momentum is {momentum!r}"
     elif training is not False:
         return f"training is {training!r}"
+    if not (isinstance(momentum, (float, int)) and (0 <= momentum <= 1 or not training)):
+        return f"momentum is {momentum!r}"
     if not (isinstance(eps, (float, int)) and 0 < eps < float("inf")):
         return f"eps is {eps!r}"
     return None
@@ -277,7 +291,7 @@ def _kind(value: Any) -> str:
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:
-    """That of the outputs for such an input: PyTorch's TensorImpl::suggest_memory_format, by strides alone."""
+    """That of gradients of such an input, by its strides: PyTorch's TensorImpl::suggest_memory_format."""
     ndim = t.dim()
     if ndim != 4 and ndim != 5:
         return torch.contiguous_format
@@ -293,12 +307,11 @@ def _memory_format(t: Tensor) -> torch.memory_format:
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
 
 
-def _room_for(t: Tensor) -> tuple[Any, Tensor | None]:
-    """The memory format of an output of the shape of `t`, and a tensor to write; None: the kernel's array is one."""
-    memory_format = _memory_format(t)
+def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
+    """A tensor to write a result like `t` into; None where the array that a kernel makes is as good."""
     if t.nbytes >= _KEPT_FROM and t.is_contiguous(memory_format=memory_format):
-        return memory_format, None
-    return memory_format, torch.empty_like(t, memory_format=memory_format)
+        return None
+    return torch.empty_like(t, memory_format=memory_format)
 
 
 def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
@@ -309,8 +322,24 @@ def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
     return t
 
 
+class _Exported:
+    """What numpy.from_dlpack asks for."""
+
+    __slots__ = ("capsule",)
+
+    def __init__(self, t: Tensor) -> None:
+        self.capsule = _to_dlpack_versioned(t)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # kDLCPU
+
+
 def _array(t: Tensor | None) -> Any:
-    return None if t is None else t.detach().numpy()
+    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves its storage resizable, as FSDP needs it."""
+    return None if t is None else np.from_dlpack(_Exported(t))
 
 
 def _forward(
@@ -328,14 +357,29 @@ def _forward(
     want_stats: bool,
 ) -> tuple[Tensor, Any, Any, int]:
     """The output, and in training the statistics of the batch: mean, variance, count."""
-    memory_format, y = _room_for(input)
-    out = None if y is None else y.numpy()
+    memory_format = torch.contiguous_format if input.is_contiguous() else _memory_format(input)
+    y = _room_for(input, memory_format)
+    out = _array(y)
     x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
     mean, var, count = _array(running_mean), _array(running_var), 0
     threads = torch.get_num_threads()
     if training:
         array, mean, var, count = _kernels.forward(
-            x, w, b, eps, 1, r, activation, negative_slope, out, threads, mean, var, momentum, True, want_stats
+            x,
+            w,
+            b,
+            eps,
+            1,
+            r,
+            activation,
+            negative_slope,
+            out,
+            threads,
+            mean,
+            var,
+            momentum,
+            True,
+            want_stats,
         )
     else:
         array = _kernels.normalize(
@@ -356,8 +400,11 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         options: tuple[Any, ...],
     ) -> Tensor:
-        y, mean, var, count = _forward(input, weight, bias, residual, *options, True)
-        _, _, training, _, eps, activation, negative_slope = options
+        running_mean, running_var, training, momentum, eps, activation, negative_slope = options
+        y, mean, var, count = _forward(
+            input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation,
+            negative_slope, True,
+        )  # fmt: skip
         if not training:  # what was normalized with, whatever becomes of the running statistics
             mean, var = mean.astype(np.float64), var.astype(np.float64)
         if activation is None:
@@ -381,8 +428,9 @@ class _BatchNorm(torch.autograd.Function):
         input, weight, bias, residual = ctx.saved_tensors
         mean, var, count, training, eps, activation, negative_slope = ctx.call
         of_input, of_weight, of_bias, of_residual, _ = ctx.needs_input_grad
-        memory_format, dx = _room_for(input)
-        out = None if dx is None else dx.numpy()
+        memory_format = _memory_format(input)
+        dx = _room_for(input, memory_format)
+        out = _array(dx)
         x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
         grad_input, grad_weight, grad_bias, grad_residual = _kernels.backward(
             _array(grad_output), x, mean, var, count, w, b, eps, training, 1, r, activation, negative_slope,
@@ -419,7 +467,16 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
             if ctx.needs_input_grad[3]:
                 leaves[3] = torch.zeros_like(input, requires_grad=True)
         y = composite(
-            leaves[0], *running, leaves[1], leaves[2], training, 0.0, eps, leaves[3], activation, negative_slope
+            leaves[0],
+            *running,
+            leaves[1],
+            leaves[2],
+            training,
+            0.0,
+            eps,
+            leaves[3],
+            activation,
+            negative_slope,
         )
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad_output, create_graph=create_graph)

@@ -39,18 +39,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         negative_slope: float = 0.01,
     ) -> None:
         check_activation(activation)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.activation = activation
         self.negative_slope = negative_slope
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``; see :func:`fastbn.torch.batch_norm`."""
-        if not torch.jit.is_scripting() and isinstance(input, Proxy):
-            return _leaf(self, input, residual, mask)
+        if not torch.jit.is_scripting():
+            if isinstance(input, Proxy):  # noqa: SIM102  TorchScript would compile it after an `and`
+                return _leaf(self, input, residual, mask)
         # From here on as torch.nn's own forward decides.
         self._check_input_dim(input)
         if self.momentum is None:
