@@ -167,13 +167,13 @@ def _backward(
     activation: str | None,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    memory_format, dx = functional._room_for(input)
-    out = None if dx is None else dx.numpy()
+    memory_format = functional._memory_format(input)
+    dx = functional._room_for(input, memory_format)
     tensors = (grad_output, input, mean, var, weight, bias, residual)
     dy, x, means, variances, w, b, r = map(functional._array, tensors)
     grad_input, grad_weight, grad_bias, grad_residual = _kernels.backward(
         dy, x, means, variances, input.numel() // input.shape[1], w, b, eps, training, 1, r, activation,
-        negative_slope, out, torch.get_num_threads(),
+        negative_slope, functional._array(dx), torch.get_num_threads(),
     )  # fmt: skip
     return (
         functional._as_tensor(grad_input, memory_format) if dx is None else dx,
@@ -185,7 +185,8 @@ def _backward(
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = (input.new_empty(input.shape[1], dtype=torch.float64) for _ in range(2))
-    return torch.empty_like(input, memory_format=functional._memory_format(input)), mean, var
+    memory_format = torch.contiguous_format if input.is_contiguous() else functional._memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format), mean, var
 
 
 def _backward_fake(
@@ -246,9 +247,9 @@ torch.library.register_autograd("fastbn::batch_norm", _gradients, setup_context=
 torch.library.register_autograd("fastbn::batch_norm_backward", _no_gradients, lib=_library)
 
 
-# Fusion. Dynamo's graph is one straight line of calls. A batch norm, the addition and the activation behind it
-# become one call, which stands where the last of them stood. Nobody else may read what is in between, and nothing on the
-# way may change what the batch norm reads, or the mode that it is computed in.
+# Fusion. Dynamo's graph is one straight line of calls. A batch norm, the addition behind it and the
+# activation behind that become one call, where the last of them stood. Nobody else may read what is in
+# between, and nothing on the way may change what the batch norm reads, or the mode that it is computed in.
 
 # How activations are spelled, and their arguments behind the input.
 _ACTIVATIONS: dict[Any, tuple[str, tuple[str, ...]]] = {

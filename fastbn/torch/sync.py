@@ -38,10 +38,10 @@ class BatchNorm(_BatchNorm):
 class SyncBatchNorm(BatchNorm):
     """``torch.nn.SyncBatchNorm`` for CPUs, under DistributedDataParallel on gloo.
 
-    In training the statistics are those of the batches of all ranks, merged exactly (Chan, Golub and LeVeque,
-    1983) in float64 from a mean, a variance and a count of each; the gradient goes through all of them. The
-    ranks have the same statistics to the bit. In evaluation, with one rank, or without a process group there is
-    no communication.
+    In training the statistics are those of the batches of all ranks, merged exactly (Chan, Golub and
+    LeVeque, 1983) in float64 from a mean, a variance and a count of each; the gradient goes through all of
+    them. The ranks have the same statistics to the bit. There is no communication in evaluation, with one
+    rank or without a process group.
 
     Batches may be of different sizes. A rank without any still has to call the layers, forward and backward,
     as all ranks have to in the same order. `residual` and `mask` of a call are as in
@@ -60,14 +60,14 @@ class SyncBatchNorm(BatchNorm):
     ------
     ValueError
         From a call, on every rank: if all ranks together have one value per channel, or if they are at
-        different layers or in different passes. What one rank alone gets wrong ends that rank, and by that the
-        others.
+        different layers or in different passes. What one rank alone gets wrong ends that rank, and so the
+        rest.
 
     Notes
     -----
     grad_weight and grad_bias are those of a rank's own batch, which DistributedDataParallel averages. There
-    is no second derivative. A checkpoint (``torch.utils.checkpoint``) communicates a second time, and moves the
-    averages a second time.
+    is no second derivative. With ``torch.utils.checkpoint`` a layer communicates twice, and moves its
+    averages twice.
     """
 
     process_group: Any = None
@@ -263,14 +263,14 @@ class _Fused(torch.autograd.Function):
         negative_slope: float,
         group: Any,
     ) -> Tensor:
-        memory_format, y = functional._room_for(input)
+        memory_format = functional._memory_format(input)
+        y = functional._room_for(input, memory_format)
         x, w, b, r = map(functional._array, (input, weight, bias, residual))
         options = {"eps": eps, "activation": activation, "negative_slope": negative_slope}
-        out = None if y is None else y.numpy()
-        threads = torch.get_num_threads()
         array, _ = fastbn.batch_norm_forward(
-            x, w, b, stats=stats, residual=r, out=out, num_threads=threads, **options
-        )
+            x, w, b, stats=stats, residual=r, out=functional._array(y), num_threads=torch.get_num_threads(),
+            **options,
+        )  # fmt: skip
         if y is None:
             y = functional._as_tensor(array, memory_format)
         # Where a residual was added, the output tells which side of the kink a value is on.
@@ -288,7 +288,8 @@ class _Fused(torch.autograd.Function):
         of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
         if _dispatch_keys(grad_output).raw_repr() not in functional._KEYS_WITHOUT_GRAD:
             grad_output = grad_output.clone()  # of a tensor that has no memory, or is negated by a bit
-        memory_format, dx = functional._room_for(input)
+        memory_format = functional._memory_format(input)
+        dx = functional._room_for(input, memory_format)
         arrays = [functional._array(t) for t in (grad_output, input)]
         vectors = [functional._array(t) for t in (weight, bias)]
         options = options | {"output": functional._array(y), "num_threads": torch.get_num_threads()}
@@ -297,7 +298,7 @@ class _Fused(torch.autograd.Function):
         needs = ("input", "residual") if y is not None else ("input",)
         grads = fastbn.batch_norm_backward(
             *arrays, stats, *vectors, training=of_input, sums=_merge(sums, group) if of_input else None,
-            needs=needs if of_input else needs[1:], out=None if dx is None else dx.numpy(), **options,
+            needs=needs if of_input else needs[1:], out=functional._array(dx), **options,
         )  # fmt: skip
         if of_input and dx is None:
             dx = functional._as_tensor(grads.grad_input, memory_format)
