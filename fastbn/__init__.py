@@ -34,13 +34,14 @@ from fastbn.functional import (
     BatchNormGrads,
     batch_norm,
     batch_norm_backward,
+    batch_norm_backward_sums,
     batch_norm_forward,
     batch_stats,
     update_running,
 )
 from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.outputs import empty_output_cache, set_output_cache
-from fastbn.statistics import BatchStats
+from fastbn.statistics import BatchStats, GradSums
 from fastbn.threads import get_num_threads, set_num_threads
 
 if _TYPE_CHECKING:
@@ -56,8 +57,10 @@ __all__ = [
     "BatchNormGrads",
     "BatchStats",
     "FrozenBatchNorm",
+    "GradSums",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_sums",
     "batch_norm_forward",
     "batch_stats",
     "empty_output_cache",

@@ -13,6 +13,20 @@ cdef int activation_code(activation) except -1:
     raise ValueError(f"activation must be None, 'relu', 'relu6' or 'leaky_relu', got {activation!r}")
 
 
+cdef int take_mask_from_output(bn_problem *p, activation) except -1:
+    """Of an activation whose output tells on which side of its kinks z lies."""
+    if p.activation == BN_RELU or p.activation == BN_RELU6:
+        p.negative_slope = 0.0  # which the kernels for any activation go by
+    elif p.activation != BN_LEAKY_RELU or not p.negative_slope > 0.0:
+        slope = f" with negative_slope={p.negative_slope}" if p.activation == BN_LEAKY_RELU else ""
+        raise ValueError(
+            "output tells the derivative of 'relu', 'relu6', and 'leaky_relu' with a negative_slope above 0, not of "
+            f"{activation!r}{slope}; leave out output, and pass the residual if there was one"
+        )
+    p.by_output = True
+    return 0
+
+
 cdef double number(value, str name) except? -1.0:
     try:
         return value
@@ -215,15 +229,15 @@ cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
     return v
 
 
-cdef int check_moment(a, str name, Py_ssize_t C) except -1:
-    """The mean or the variance of a BatchStats, which no more than a class keeps others from changing."""
+cdef int check_moment(a, str name, Py_ssize_t C, str of="stats", str made="BatchStats") except -1:
+    """A vector of a BatchStats or GradSums, which no more than a class keeps others from changing."""
     if not cnp.PyArray_Check(a) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT64 or not cnp.PyArray_ISNOTSWAPPED(a):
-        raise TypeError(f"stats.{name} must be a float64 numpy.ndarray, got {getattr(a, 'dtype', type(a).__name__)}; "
-                        "make a new BatchStats")
+        raise TypeError(f"{of}.{name} must be a float64 numpy.ndarray, got {getattr(a, 'dtype', type(a).__name__)}; "
+                        f"make a new {made}")
     if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != C:
-        raise ValueError(f"stats must be of {C} channels, as x is, got {name} of shape {a.shape}")
+        raise ValueError(f"{of} must be of {C} channels, as x is, got {name} of shape {a.shape}")
     if C > 1 and cnp.PyArray_STRIDE(a, 0) != 8 or not cnp.PyArray_ISALIGNED(a):
-        raise ValueError(f"stats.{name} must be contiguous and aligned; make a new BatchStats")
+        raise ValueError(f"{of}.{name} must be contiguous and aligned; make a new {made}")
     return 0
 
 

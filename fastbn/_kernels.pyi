@@ -110,7 +110,11 @@ def backward(
     negative_slope: float,
     out: NDArray[float32] | None,
     num_threads: int | None,
-) -> tuple[NDArray[float32], NDArray[float32], NDArray[float32], NDArray[float32] | None]: ...
+    sums: tuple[NDArray[np.float64], NDArray[np.float64], int] | None = None,
+    output: NDArray[float32] | None = None,
+    needs: int = 15,  # bits of the results in their order; 16 alone: such sums as the result
+) -> tuple[Any, ...]: ...
+def passes() -> int: ...
 def update_running(
     running_mean: Running,
     running_var: Running,
@@ -119,5 +123,8 @@ def update_running(
     count: int,
     momentum: float,
     unbiased: bool,
+    exact: Float64Pair | None = None,
+    counter: NDArray[np.int64] | None = None,
+    skip_nonfinite: bool = False,
 ) -> None: ...
 def tune(stream_bytes: int = -1, serial: int = -1, group_bytes: int = -1) -> None: ...

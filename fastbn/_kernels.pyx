@@ -466,21 +466,39 @@ cdef infer(Plan *plan, cnp.ndarray x, int ax, residual, out, given):
     return given
 
 
+cdef enum:  # what backward is to compute, a bit each
+    GRAD_INPUT = 1
+    GRAD_WEIGHT = 2
+    GRAD_BIAS = 4
+    GRAD_RESIDUAL = 8
+    GRAD_SUMS = 16  # alone
+
+cdef int PASSES = 0
+
+
+def passes():
+    """How many times the latest backward call went over its arrays."""
+    return PASSES
+
+
 def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
-             negative_slope, out, num_threads):
-    """(grad_input, grad_weight, grad_bias, grad_residual); mean and var are float64 of shape (C,), over `count` values
-    a channel."""
+             negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15):
+    """(grad_input, grad_weight, grad_bias, grad_residual), None for what is not in needs; mean and var are float64 of
+    shape (C,), over `count` values a channel. With `sums`, (dz, dz_dev, count), nothing is summed, and the gradients of
+    the parameters are None. With GRAD_SUMS the result is such a tuple, of x alone."""
+    global PASSES
     x = array32(x, "x")
     grad_output = array32(grad_output, "grad_output")
     weight = optional(weight, "weight")
     bias = optional(bias, "bias")
     residual = optional(residual, "residual")
+    output = optional(output, "output")
     given = out
     out = optional(out, "out")
     cdef double epsilon = check_eps(eps)
     cdef Plan plan
     cdef int ax = begin(&plan, x, axis, activation, negative_slope, num_threads)
-    cdef Py_ssize_t C = plan.p.C, m = plan.p.N * plan.p.S
+    cdef Py_ssize_t c, C = plan.p.C, m = plan.p.N * plan.p.S
     check_shape(grad_output, x, "grad_output", "x")
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)
@@ -489,54 +507,130 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     check_vector(bias, "bias", C, x, ax)
     if residual is not None:
         check_shape(residual, x, "residual", "x")
+    if output is not None:
+        check_shape(output, x, "output", "x")
+        take_mask_from_output(&plan.p, activation)
+    if sums is not None:
+        check_moment(sums[0], "dz", C, "sums", "GradSums")
+        check_moment(sums[1], "dz_dev", C, "sums", "GradSums")
+        if not training:
+            raise ValueError("sums are for training=True, gradients by fixed statistics need none; leave out sums")
+        if sums[2] != count:
+            raise ValueError(f"sums are of {sums[2]} values per channel, but stats of {count}; pass both of the whole "
+                             "batch, merged from all of its parts")
     if out is not None:
+        if not needs & GRAD_INPUT:
+            raise ValueError("out is where grad_input goes, which needs does not name; add 'input', or leave out out")
         check_output(out, x, False)
         check_clear(out, "out", grad_output, "grad_output")
         check_clear(out, "out", residual, "residual")
+        check_clear(out, "out", output, "output")
         check_clear(out, "out", weight, "weight")
         check_clear(out, "out", bias, "bias")
         check_clear(out, "out", mean, "stats.mean")
         check_clear(out, "out", var, "stats.var")
+        if sums is not None:
+            check_clear(out, "out", sums[0], "sums.dz")
+            check_clear(out, "out", sums[1], "sums.dz_dev")
     if training and C * m > 0 and count != m:
-        raise ValueError(
-            f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, or "
-            "training=False where they are fixed"
-        )
+        if sums is None and not needs & GRAD_SUMS:
+            raise ValueError(
+                f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, "
+                "or with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or "
+                "training=False where they are fixed"
+            )
+        if m > count:
+            raise ValueError(f"stats are of {count} values per channel, but x, to be a part of these, has {m}; "
+                             "pass the statistics of the whole batch, merged from all of its parts")
+    if output is not None:
+        residual = output  # in its place: what it tells is all that the residual would be wanted for
+    cdef bint to_input = needs & GRAD_INPUT != 0
+    cdef bint to_residual = residual is not None and needs & GRAD_RESIDUAL != 0
+    cdef bint to_parameters = sums is None and needs & (GRAD_WEIGHT | GRAD_BIAS) != 0
+    cdef bint to_sums = needs & GRAD_SUMS != 0
+    if activation is None and not to_residual:
+        residual = None
+    # by fixed statistics grad_input is this alone: grad_output * scale
+    cdef bint scaled = to_input and not (training or to_parameters or activation is not None or to_residual)
     cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
     cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
-    if C * m == 0:
-        return (empty_for(&plan.p, x, ax) if out is None else given), grad_weight, grad_bias, (
-            None if residual is None else empty_for(&plan.p, x, ax))
-    if weight is not None:
-        weight = contiguous(weight)
-    if bias is not None:
-        bias = contiguous(bias)
-    walked = readable(&plan.p, x, ax)
-    grad_output = readable(&plan.p, grad_output, ax)
-    grad_residual = None
-    if residual is not None:
-        residual = readable(&plan.p, residual, ax)
-        grad_residual = writable(&plan.p, None, x, ax)
-    dx = writable(&plan.p, out, x, ax)
-    result = (dx if out is None else given), grad_weight, grad_bias, grad_residual
-    take(&plan.p.x, &plan.p, walked, ax, "x")
+    cdef cnp.ndarray dz = statistic(C, m == 0) if to_sums else None
+    cdef cnp.ndarray dz_dev = statistic(C, m == 0) if to_sums else None
+    dx = grad_residual = None
+    if C * m > 0:
+        if weight is not None:
+            weight = contiguous(weight)
+        if bias is not None:
+            bias = contiguous(bias)
+        walked = None if scaled else readable(&plan.p, x, ax)
+        grad_output = readable(&plan.p, grad_output, ax)
+        if residual is not None:
+            residual = readable(&plan.p, residual, ax)
+    if to_input or to_residual:  # both, where one is not wanted: kernels write both
+        if residual is not None:
+            grad_residual = writable(&plan.p, None, x, ax)
+        dx = writable(&plan.p, out, x, ax)
+    if to_sums:
+        result = dz, dz_dev, m
+    else:
+        result = (
+            (dx if out is None else given) if to_input else None,
+            grad_weight if to_parameters and needs & GRAD_WEIGHT else None,
+            grad_bias if to_parameters and needs & GRAD_BIAS else None,
+            grad_residual if to_residual else None,
+        )
+    PASSES = 0
+    if C * m == 0 or not (to_input or to_residual or to_parameters or to_sums):
+        return result
+    if not scaled:
+        take(&plan.p.x, &plan.p, walked, ax, "x")
     take(&plan.p.grad_output, &plan.p, grad_output, ax, "grad_output")
     if residual is not None:
         take(&plan.p.residual, &plan.p, residual, ax, "residual")
-        take(&plan.p.grad_residual, &plan.p, grad_residual, ax, "grad_residual")
-    take_output(&plan.p.grad_input, &plan.p, dx, out, ax)
+    if dx is not None:
+        take_output(&plan.p.grad_input, &plan.p, dx, out, ax)
+        if residual is not None:
+            take(&plan.p.grad_residual, &plan.p, grad_residual, ax, "grad_residual")
+    else:  # nothing is written, but kernels make addresses of all operands
+        plan.sums_only = True
+        plan.p.grad_input = plan.p.grad_output
+        if residual is not None:
+            plan.p.grad_residual = plan.p.grad_output
+    if scaled:  # a forward pass: (grad_output - 0) * scale - 0, and -0 stays what it is
+        plan.p.x, plan.p.y = plan.p.grad_output, plan.p.grad_input
+        memset(&plan.p.grad_output, 0, sizeof(bn_operand))
+        memset(&plan.p.grad_input, 0, sizeof(bn_operand))
     plan.weight = take32(weight, C, "weight")
     plan.bias = take32(bias, C, "bias")
     plan.mean = take64(mean, C, "stats.mean")
     plan.var = take64(var, C, "stats.var")
+    cdef bint summed = sums is not None and to_input
+    if summed:
+        plan.dz = take64(sums[0], C, "sums.dz")
+        plan.dz_dev = take64(sums[1], C, "sums.dz_dev")
+        plan.part = <double> m / <double> count
+    elif to_sums:
+        plan.dz, plan.dz_dev = data64(dz), data64(dz_dev)
     flatten(&plan.p)
     plan.p.stream = past_cache(&plan.p, plan.threads)
     plan.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
     plan.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
     plan.eps = epsilon
-    plan.frozen = not training
+    # one pass is all, too, where grad_input is not wanted
+    plan.frozen = not (training and to_input) and not plan.sums_only
     allocate_scratch(&plan)
-    run(&plan, two_passes)
+    PASSES = 1
+    if scaled:
+        coefficients(&plan, 0, C)
+        for c in range(plan.width + LINE):
+            plan.k.mean[c] = 0.0
+            plan.k.shift[c] = -0.0
+        run(&plan, elementwise)
+    elif summed:
+        run(&plan, second_pass_alone)
+    else:
+        PASSES += second_is_due(&plan)
+        run(&plan, two_passes)
     if out is not None and dx is not out:
         out[...] = dx
     return result
@@ -552,8 +646,10 @@ cdef void count_batch(cnp.ndarray counter) noexcept:
     memcpy(cnp.PyArray_DATA(counter), &count, sizeof(count))
 
 
-def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased):
-    """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0."""
+def update_running(running_mean, running_var, mean, var, count, momentum, bint unbiased, exact=None, counter=None,
+                   bint skip_nonfinite=False):
+    """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0. Those of a
+    layer with what they were rounded from, and its counter."""
     cdef cnp.ndarray to_mean = running(running_mean, "running_mean"), to_var = running(running_var, "running_var")
     check_alike(to_mean, to_var)
     cdef bint float64 = cnp.PyArray_TYPE(to_mean) == cnp.NPY_FLOAT64
@@ -573,11 +669,20 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     check_clear(to_mean, "running_mean", var, "stats.var")
     check_clear(to_var, "running_var", mean, "stats.mean")
     check_clear(to_var, "running_var", var, "stats.var")
+    if counter is not None:
+        check_counter(counter)
     if values == 0:
         return
     take_running(&means, to_mean, C, float64, "running_mean")
     take_running(&variances, to_var, C, float64, "running_var")
+    if exact is not None and not float64:
+        means.exact = <char *> take64((<tuple> exact)[0], C, "the unrounded mean")
+        variances.exact = <char *> take64((<tuple> exact)[1], C, "the unrounded variance")
+        means.exact_stride = variances.exact_stride = sizeof(double)
     cdef const double *batch_mean = take64(mean, C, "stats.mean")
     cdef const double *batch_var = take64(var, C, "stats.var")
-    K.move_running(&means, batch_mean, NULL, 0, C, share, 1.0)
-    K.move_running(&variances, batch_var, NULL, 0, C, share, unbiasing(values, unbiased))
+    cdef const double *finite = batch_var if skip_nonfinite else NULL
+    if counter is not None:
+        count_batch(counter)
+    K.move_running(&means, batch_mean, finite, 0, C, share, 1.0)
+    K.move_running(&variances, batch_var, finite, 0, C, share, unbiasing(values, unbiased))

@@ -10,7 +10,7 @@ cdef extern from "kernels.h":
         Py_ssize_t outer, inner
 
     ctypedef struct bn_problem:
-        int layout, activation, stream, packed
+        int layout, activation, stream, packed, by_output
         float negative_slope
         Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual

@@ -29,10 +29,13 @@ cdef struct Plan:
     double *gx
     float *grad_weight
     float *grad_bias
+    double *dz      # those of a GradSums: given, for a part of the batch as large as this, or to be found
+    double *dz_dev
+    double part
     void *scratch  # what tiles and coefficients are in; to be freed
     double *tile_a  # what stats or sums wrote, a slab for each group or a row for each tile
     double *tile_b
-    bint frozen, need_stats
+    bint frozen, need_stats, sums_only
     Py_ssize_t T        # tiles of each channel
     Py_ssize_t width    # columns: C, or C * fold in rows
     Py_ssize_t first    # channels before this one have an owner, later ones are split
@@ -180,6 +183,10 @@ cdef inline void coefficients(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) no
     plan.K.coef(&plan.p, c0, c1, plan.mean, plan.var, plan.weight, plan.bias, plan.eps, &plan.k)
 
 
+cdef inline bint second_is_due(const Plan *plan) noexcept nogil:
+    return not (plan.frozen or plan.sums_only) and (not plan.need_stats or plan.p.y.data != NULL)
+
+
 cdef inline void finish_stats(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, const double *a, const double *b,
                               Py_ssize_t ld) noexcept nogil:
     """From the tiles' statistics of channels [c0, c1) to all that needs them."""
@@ -196,7 +203,12 @@ cdef inline void finish_sums(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, dou
                              Py_ssize_t ld) noexcept nogil:
     """From the tiles' sums of channels [c0, c1) to their gradients and to the coefficients of the second pass."""
     plan.K.pool_sums(&plan.p, &plan.k, c0, c1, a, b, ld, plan.g, plan.gx, plan.grad_weight, plan.grad_bias)
-    if not plan.frozen:
+    cdef Py_ssize_t c
+    if plan.dz != NULL:
+        for c in range(c0, c1):
+            plan.dz[c] = plan.g[c]
+            plan.dz_dev[c] = plan.gx[c] / plan.k.invstd[c] if plan.k.invstd[c] != 0.0 else 0.0
+    if second_is_due(plan):
         plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
 
 
@@ -218,10 +230,6 @@ cdef inline void first_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1, Py_s
         else:
             plan.K.backward_and_sums(&plan.p, &plan.k, beside, c0, c1 - c0, a, b)
         finish_sums(plan, c0, c1, a, b, c1 - c0)
-
-
-cdef inline bint second_is_due(const Plan *plan) noexcept nogil:
-    return not plan.frozen and (not plan.need_stats or plan.p.y.data != NULL)
 
 
 cdef inline void second_pass(const Plan *plan, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
@@ -501,6 +509,24 @@ cdef void two_passes(Plan *plan) noexcept nogil:
         owned_channels(plan)
     if plan.first < plan.p.C:
         shared_channels(plan)
+
+
+cdef void coefficients_of_sums(const Plan *plan, Py_ssize_t i) noexcept nogil:
+    cdef Py_ssize_t c, c0 = share(plan.p.C, i, plan.items, 16), c1 = share(plan.p.C, i + 1, plan.items, 16)
+    coefficients(plan, c0, c1)
+    for c in range(c0, c1):
+        plan.g[c] = plan.dz[c] * plan.part
+        plan.gx[c] = plan.dz_dev[c] * plan.k.invstd[c] * plan.part
+    plan.K.backward_coef(&plan.p, c0, c1, plan.g, plan.gx, &plan.k)
+
+
+cdef void second_pass_alone(Plan *plan) noexcept nogil:
+    """Elementwise work of the backward pass, from sums that are given."""
+    plan.first = 0
+    plan_channels(plan, plan.p.C)
+    for_each_item(plan, coefficients_of_sums)
+    wait_for_all(plan)
+    elementwise(plan)
 
 
 cdef Py_ssize_t STREAM_BYTES = 0  # not 0: in place of what the caches suggest, for tests

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastbn import _kernels
-from fastbn.statistics import BatchStats
+from fastbn.statistics import BatchStats, GradSums
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from numpy.typing import NDArray
 
     Array = NDArray[np.float32]
 
 
 class BatchNormGrads(NamedTuple):
-    """What :func:`batch_norm_backward` returns."""
+    """What :func:`batch_norm_backward` returns: None where its `needs` do not name it."""
 
-    grad_input: Array
-    grad_weight: Array
-    grad_bias: Array
+    grad_input: Array | Any
+    grad_weight: Array | Any
+    grad_bias: Array | Any
     grad_residual: Array | None
 
 
 _new_tuple = tuple.__new__  # at half the cost of BatchNormGrads(*grads)
+
+_NEEDS = ("input", "weight", "bias", "residual")
+_SUMS = 16  # in place of these, whose bits are 1, 2, 4 and 8
 
 
 def batch_norm(
@@ -207,6 +212,9 @@ def batch_norm_backward(
     negative_slope: float = 0.01,
     out: Array | None = None,
     num_threads: int | None = None,
+    sums: GradSums | None = None,
+    output: Array | None = None,
+    needs: Collection[str] = _NEEDS,
 ) -> BatchNormGrads:
     """Gradients of batch normalization (Ioffe and Szegedy, 2015, section 3).
 
@@ -218,29 +226,99 @@ def batch_norm_backward(
         Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
         from them; with `residual` its gradient is returned too.
     stats : BatchStats
-        What the forward call normalized with. In training, of all of `x`: of as many values per channel.
+        What the forward call normalized with. In training, of all of `x`: of as many values per channel; with
+        `sums` of at least as many.
     training : bool
-        Whether `stats` are those of `x`, and the gradient goes through them; False takes them as constants.
+        Whether the gradient goes through `stats`, as those of `x`; False takes them as constants.
     out : ndarray of float32, shape of `x`, or None
         Where grad_input goes. May overlap no input.
+    sums : GradSums or None
+        Where `x` is a part of the batch that `stats` are of: :func:`batch_norm_backward_sums` of all parts,
+        merged. Then grad_weight and grad_bias are those of the whole batch.
+    output : ndarray of float32, shape of `x`, or None
+        What the forward call returned. The mask of "relu", "relu6" or "leaky_relu" (of a slope above 0) is
+        found from it, with the same result, and the residual need not be kept.
+    needs : collection of str
+        Which of "input", "weight", "bias" and "residual" to return the gradients of. Without "input" it takes
+        one pass over the arrays and not two, without "input" and "residual" nothing of their size is written.
 
     Returns
     -------
     BatchNormGrads
-        grad_input and grad_residual (None without `residual`) of the shape of `x`, grad_weight and grad_bias
-        of shape (C,), all float32.
+        grad_input and grad_residual (None without `residual` and `output`) of the shape of `x`, grad_weight
+        and grad_bias of shape (C,), all float32. None in place of what `needs` does not name.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`batch_norm`.
+        As :func:`batch_norm`; and if `sums` or `output` cannot be what it is to be, or `needs` names anything
+        else. Nothing has been written then.
     """
     _check_stats(stats)
+    given = None
+    if sums is not None:
+        _check_sums(sums)
+        given = (sums.dz, sums.dz_dev, sums.count)
     grads = _kernels.backward(
         grad_output, x, stats.mean, stats.var, stats.count, weight, bias, eps, training, axis, residual,
-        activation, negative_slope, out, num_threads,
+        activation, negative_slope, out, num_threads, given, output,
+        15 if needs is _NEEDS else _needed(needs),
     )  # fmt: skip
+    if sums is not None:
+        parameters = zip(("weight", "bias"), sums.parameter_grads(stats, eps), strict=True)
+        grads = (grads[0], *(grad if name in needs else None for name, grad in parameters), grads[3])
     return _new_tuple(BatchNormGrads, grads)
+
+
+def batch_norm_backward_sums(
+    grad_output: Array,
+    x: Array,
+    stats: BatchStats,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    residual: Array | None = None,
+    output: Array | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    num_threads: int | None = None,
+) -> GradSums:
+    """The first half of :func:`batch_norm_backward`, for a batch in parts: what is to be summed over them.
+
+    The parts may lie in one process or in many. Their statistics and their sums are merged, and then each has
+    the gradient that it has in the whole batch::
+
+        stats = batch_stats(x1) + batch_stats(x2)
+        sums = batch_norm_backward_sums(g1, x1, stats) + batch_norm_backward_sums(g2, x2, stats)
+        grads1 = batch_norm_backward(g1, x1, stats, sums=sums)
+        grads2 = batch_norm_backward(g2, x2, stats, sums=sums)
+
+    Parameters
+    ----------
+    grad_output, x, weight, bias, eps, axis, residual, output, activation, negative_slope, num_threads
+        See :func:`batch_norm_backward`. Of this part alone.
+    stats : BatchStats
+        Those of the whole batch: of at least as many values per channel as `x` has.
+
+    Returns
+    -------
+    GradSums
+        Of the values of `x` alone, by the mean of the whole batch. Its
+        :meth:`~fastbn.GradSums.parameter_grads` are the part's share in the gradients of weight and bias.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm_backward`.
+    """
+    _check_stats(stats)
+    dz, dz_dev, count = _kernels.backward(
+        grad_output, x, stats.mean, stats.var, stats.count, weight, bias, eps, True, axis, residual,
+        activation, negative_slope, None, num_threads, None, output, _SUMS,
+    )  # fmt: skip
+    return GradSums._wrap(dz, dz_dev, count)
 
 
 def update_running(
@@ -283,6 +361,22 @@ def update_running(
 def _check_stats(stats: BatchStats) -> None:
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats must be a BatchStats, got {type(stats).__name__}")
+
+
+def _check_sums(sums: GradSums) -> None:
+    if not isinstance(sums, GradSums):
+        raise TypeError(
+            f"sums must be a GradSums, as batch_norm_backward_sums() gives it, got {type(sums).__name__}"
+        )
+
+
+def _needed(needs: Collection[str]) -> int:
+    if not isinstance(needs, (tuple, list, set, frozenset)):
+        raise TypeError(f"needs must be a tuple of {_NEEDS}, got {needs!r}")
+    for name in needs:
+        if name not in _NEEDS:
+            raise ValueError(f"needs must name some of {_NEEDS}, got {name!r}")
+    return sum(1 << i for i, name in enumerate(_NEEDS) if name in needs)
 
 
 def _check_both_absent(

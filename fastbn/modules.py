@@ -9,15 +9,16 @@ import numpy as np
 
 from fastbn import _kernels
 from fastbn.frozen import FrozenBatchNorm
-from fastbn.functional import batch_norm_backward
+from fastbn.functional import _NEEDS, batch_norm_backward
 from fastbn.statistics import BatchStats, _read_only
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from numpy.typing import ArrayLike, NDArray
 
     from fastbn.functional import Array, BatchNormGrads
+    from fastbn.statistics import GradSums
 
     Float64 = NDArray[np.float64]
 
@@ -299,7 +300,15 @@ class BatchNorm:
                 stacklevel=4,
             )
 
-    def backward(self, grad_output: Array, *, num_threads: int | None = None) -> BatchNormGrads:
+    def backward(
+        self,
+        grad_output: Array,
+        *,
+        sums: GradSums | None = None,
+        output: Array | None = None,
+        needs: Collection[str] = _NEEDS,
+        num_threads: int | None = None,
+    ) -> BatchNormGrads:
         """Gradients of the latest call, from the gradient of its result.
 
         A call that normalized by the batch is differentiated through the batch's mean and variance; one that
@@ -312,13 +321,18 @@ class BatchNorm:
         Parameters
         ----------
         grad_output : float32 ndarray of the shape of the call's `x`
+        sums : GradSums, optional
+        output : float32 ndarray of the shape of the call's `x`, optional
+            The result of the call.
+        needs : collection of str
+            Which gradients to return. For these three see :func:`fastbn.batch_norm_backward`.
         num_threads : int, optional
             See :func:`fastbn.batch_norm`.
 
         Returns
         -------
         named tuple of grad_input, grad_weight, grad_bias, grad_residual
-            As :func:`fastbn.batch_norm_backward` gives them.
+            As :func:`fastbn.batch_norm_backward` gives them; grad_residual None where the call had none.
 
         Raises
         ------
@@ -326,7 +340,8 @@ class BatchNorm:
             If there was no call since the state was last reset or loaded, or since the latest ``backward``;
             or if the call's `out` was its `x`.
         ValueError, TypeError
-            If `grad_output` is not float32 or does not have the shape of `x`.
+            If `grad_output` is not float32 or does not have the shape of `x`, or as
+            :func:`fastbn.batch_norm_backward`.
         """
         if self._saved[0] is None:
             raise RuntimeError(
@@ -343,6 +358,8 @@ class BatchNorm:
                 "call the layer without out= or with an array of its own"
             )
         training = stats is not None
+        if output is not None and residual is None:  # whose gradient it would stand for
+            needs = [name for name in needs if name != "residual"]
         if stats is None:
             mean, var = (_read_only(np.array(average, np.float64)) for average in self._averages())
             stats = BatchStats._wrap(mean, var, x.size // self.num_features)  # with variances below 0, too
@@ -359,6 +376,9 @@ class BatchNorm:
             activation=self.activation,
             negative_slope=self.negative_slope,
             num_threads=num_threads,
+            sums=sums,
+            output=output,
+            needs=needs,
         )
         self._saved[0] = None  # or gradients of another call might be taken for those of this one
         return grads

@@ -2,7 +2,7 @@
 
 /* One channel's coefficients in all lanes (planes), or those of VL channels that follow one another (rows). */
 typedef struct {
-    vf mean, scale, shift, slope; /* what a direction does not use, the compiler drops */
+    vf mean, scale, shift, slope, limit; /* what a direction does not use, the compiler drops */
     vf invstd, g_mean, g_proj, g_shift;
 } vcoef;
 
@@ -15,6 +15,9 @@ typedef struct {
 
 enum { FORWARD, BACKWARD };
 
+/* Where y is cut from above: a NaN, which nothing is above, if it is not. */
+INLINE float limit_of(const bn_problem *p) { return p->activation == BN_RELU6 ? 6.0f : NAN; }
+
 INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c, int direction) {
     const int b = direction == BACKWARD;
     const vf none = vset1(0.0f);
@@ -23,6 +26,7 @@ INLINE vcoef coef_of_channel(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         vset1(k->scale[c]),
         vset1(k->shift[c]),
         vset1(p->negative_slope),
+        vset1(limit_of(p)),
         b ? vset1(k->invstd[c]) : none,
         b ? vset1(k->g_mean[c]) : none,
         b ? vset1(k->g_proj[c]) : none,
@@ -42,6 +46,7 @@ INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
         of_columns(k->scale + c, t, whole),
         of_columns(k->shift + c, t, whole),
         vset1(p->negative_slope),
+        vset1(limit_of(p)),
         b ? of_columns(k->invstd + c, t, whole) : none,
         b ? of_columns(k->g_mean + c, t, whole) : none,
         b ? of_columns(k->g_proj + c, t, whole) : none,
@@ -50,10 +55,20 @@ INLINE vcoef coef_of_columns(const bn_problem *p, const bn_coef *k, ptrdiff_t c,
     return v;
 }
 
+/* g from y, which is on the same side of 0 and 6 as z is: of any activation that is cut there. Of LeakyReLU alone is
+ * the slope not 0; in place of a product with 0, +0. */
+INLINE vf grad_by_output(const vcoef *k, vf dy, vf y) {
+    const vf zero = vset1(0.0f);
+    const vf below = vselect(vle(k->slope, zero), zero, vmul(dy, k->slope));
+    return vselect(vle(y, zero), below, vselect(vle(k->limit, y), zero, dy));
+}
+
 /* g from d = x - mean; with the expression of the forward pass, so that both agree on which side of 0 z lies. */
 INLINE vf masked_grad(const vcoef *k, vf d, vf r, vf dy, int act, int res) {
     if (act == BN_IDENTITY)
         return dy;
+    if (act == BY_OUTPUT)
+        return grad_by_output(k, dy, r);
     const vf z = vfma(d, k->scale, k->shift);
     return activate_backward(dy, res ? vadd(z, r) : z, act, k->slope);
 }
@@ -206,10 +221,15 @@ INLINE cursor row_cursor(const bn_problem *p, ptrdiff_t row, int direction) {
 
 INLINE vcoef join_coef(const vcoef *a, const vcoef *b, vt t) {
     const vcoef v = {
-        vjoin(a->mean, b->mean, t),     vjoin(a->scale, b->scale, t),
-        vjoin(a->shift, b->shift, t),   a->slope,
-        vjoin(a->invstd, b->invstd, t), vjoin(a->g_mean, b->g_mean, t),
-        vjoin(a->g_proj, b->g_proj, t), vjoin(a->g_shift, b->g_shift, t),
+        vjoin(a->mean, b->mean, t),
+        vjoin(a->scale, b->scale, t),
+        vjoin(a->shift, b->shift, t),
+        a->slope,
+        a->limit,
+        vjoin(a->invstd, b->invstd, t),
+        vjoin(a->g_mean, b->g_mean, t),
+        vjoin(a->g_proj, b->g_proj, t),
+        vjoin(a->g_shift, b->g_shift, t),
     };
     return v;
 }
@@ -434,8 +454,8 @@ static ptrdiff_t work_few_channels(const bn_problem *p, const bn_coef *k, ptrdif
     switch (vectors) {
     case 8: SPECIALIZE(p, FORWARD_8);
     case 6: SPECIALIZE(p, FORWARD_6);
-    case 4: SPECIALIZE(p, BACKWARD_4);
-    default: SPECIALIZE(p, BACKWARD_3);
+    case 4: SPECIALIZE_BACKWARD(p, BACKWARD_4);
+    default: SPECIALIZE_BACKWARD(p, BACKWARD_3);
     }
 }
 
@@ -497,10 +517,10 @@ INLINE void work_rows(const bn_problem *problem, const bn_coef *coefficients, pt
 #define WORK(layout, direction, name)                                                                                  \
     static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t e0, ptrdiff_t e1, ptrdiff_t ahead) {             \
         if (p->stream) {                                                                                               \
-            SPECIALIZE(p, WORK_STREAM_##layout##_##direction);                                                         \
+            SPECIALIZE_##direction(p, WORK_STREAM_##layout##_##direction);                                             \
             vfence();                                                                                                  \
         } else {                                                                                                       \
-            SPECIALIZE(p, WORK_CACHED_##layout##_##direction);                                                         \
+            SPECIALIZE_##direction(p, WORK_CACHED_##layout##_##direction);                                             \
         }                                                                                                              \
     }
 #define WORK_STREAM_planes_FORWARD(act, res)  work_planes(p, k, e0, e1, ahead, FORWARD, act, res, 1)

@@ -247,9 +247,9 @@ INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, ptr
     static void name(const bn_problem *p, const bn_coef *k, int frozen, ptrdiff_t t0, ptrdiff_t t1, ptrdiff_t c0,      \
                      ptrdiff_t c1, double *g, double *gx, ptrdiff_t ld) {                                              \
         if (frozen) {                                                                                                  \
-            SPECIALIZE(p, SUMS_FROZEN_##layout);                                                                       \
+            SPECIALIZE_BACKWARD(p, SUMS_FROZEN_##layout);                                                              \
         } else {                                                                                                       \
-            SPECIALIZE(p, SUMS_TRAINING_##layout);                                                                     \
+            SPECIALIZE_BACKWARD(p, SUMS_TRAINING_##layout);                                                            \
         }                                                                                                              \
     }
 #define SUMS_FROZEN_planes(act, res)   sum_planes(p, k, t0, t1, c0, c1, g, gx, ld, 1, act, res)

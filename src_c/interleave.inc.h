@@ -129,7 +129,7 @@ INLINE void interleave(const bn_problem *problem, const bn_coef *coefficients, p
 #define INTERLEAVED(direction, name)                                                                                   \
     static void name(const bn_problem *p, const bn_coef *k, ptrdiff_t c0, ptrdiff_t other, ptrdiff_t channels,         \
                      double *a, double *b) {                                                                           \
-        SPECIALIZE(p, INTERLEAVED_##direction);                                                                        \
+        SPECIALIZE_##direction(p, INTERLEAVED_##direction);                                                            \
         vfence();                                                                                                      \
     }
 #define INTERLEAVED_FORWARD(act, res)  interleave(p, k, c0, other, channels, a, b, FORWARD, act, res)

@@ -34,8 +34,9 @@ typedef struct {
 
 typedef struct {
     int layout, activation;
-    int stream; /* write outputs past the cache; 2: inputs come from beyond it */
-    int packed; /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
+    int stream;    /* write outputs past the cache; 2: inputs come from beyond it */
+    int packed;    /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
+    int by_output; /* backward: y stands in place of the residual, and tells where its activation was cut */
     float negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;

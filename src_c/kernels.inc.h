@@ -63,6 +63,17 @@
     default: body(BN_LEAKY_RELU, 1); break;                                                                            \
     }
 
+/* Which pass is which, for macros that are told. Backward by the output is one more case, with any activation, because
+ * it is seldom wanted: at run time it costs a comparison. */
+#define BY_OUTPUT          -1
+#define SPECIALIZE_FORWARD SPECIALIZE
+#define SPECIALIZE_BACKWARD(p, body)                                                                                   \
+    if ((p)->by_output) {                                                                                              \
+        body(BY_OUTPUT, 1);                                                                                            \
+    } else {                                                                                                           \
+        SPECIALIZE(p, body)                                                                                            \
+    }
+
 INLINE ptrdiff_t min_z(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 
 INLINE vf activate(vf z, int activation, vf slope) {

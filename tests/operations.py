@@ -49,8 +49,9 @@ def call(function, *args, writes=(), **kwargs):
     raises, nothing at all. All memory that the arguments are views of is compared byte by byte.
     """
     arguments = [*args, *kwargs.values()]
-    stats = [a for a in arguments if isinstance(a, fastbn.BatchStats)]
-    arrays = [*arguments, *(v for s in stats for v in (s.mean, s.var))]
+    of_stats = [v for a in arguments if isinstance(a, fastbn.BatchStats) for v in (a.mean, a.var)]
+    of_sums = [v for a in arguments if isinstance(a, fastbn.GradSums) for v in (a.dz, a.dz_dev)]
+    arrays = [*arguments, *of_stats, *of_sums]
     arrays = [a for a in arrays if isinstance(a, np.ndarray)]
     before = [(memory, memory.tobytes()) for memory in map(memory_of, arrays)]
     if isinstance(kwargs.get("out"), np.ndarray):
@@ -123,6 +124,7 @@ def problem(shape, axis=1, offset=0.0, seed=0, **layouts):
 
 OPERATIONS = (
     "batch_stats", "forward", "forward_given_stats", "training", "inference", "backward", "frozen_backward",
+    "backward_by_sums",
 )  # fmt: skip
 UNFUSED = ("batch_stats",)  # operations that take no activation and no residual
 
@@ -153,13 +155,28 @@ def run(operation, p, activation=None, add=False, out=None, num_threads=None):
         return {"y": y, "running_mean": running[0], "running_var": running[1]}
     if operation == "inference":
         return {"y": call(fastbn.batch_norm, p.x, p.running_mean, p.running_var, p.weight, p.bias, **common)}
-    training = operation == "backward"
+    training = operation != "frozen_backward"
     stats = fastbn.batch_stats(p.x, axis=p.axis) if training else running_stats(p)
+    if operation == "backward_by_sums":
+        common |= sums_and_output(p, stats, common, add)
     grads = call(
         fastbn.batch_norm_backward, p.grad_output, p.x, stats, p.weight, p.bias, training=training, **common
     )
     assert (grads.grad_residual is None) == (not add)
     return {name: grad for name, grad in grads._asdict().items() if grad is not None}
+
+
+def sums_and_output(p, stats, options, add):
+    """What the second half of the backward pass takes: sums, and if it can be the output for the residual."""
+    options = {name: value for name, value in options.items() if name != "out"}
+    output = {}
+    if options["activation"] is not None:
+        y, _ = fastbn.batch_norm_forward(p.x, p.weight, p.bias, stats=stats, **options)
+        output = {"output": y, "residual": None}
+    sums = call(
+        fastbn.batch_norm_backward_sums, p.grad_output, p.x, stats, p.weight, p.bias, **options | output
+    )
+    return output | {"sums": sums, "needs": ("input", "weight", "bias", "residual")[: 3 + add]}
 
 
 def output_at(place, p):
@@ -189,7 +206,7 @@ def expect(operation, p, activation=None, add=False):
     parameters = {"weight": p.weight, "bias": p.bias, "axis": p.axis, "residual": p.residual if add else None}
     activation = {"activation": activation, "negative_slope": SLOPE}
     if "backward" in operation:
-        training = operation == "backward"
+        training = operation != "frozen_backward"
         if training:
             given = (stats := fastbn.batch_stats(p.x, axis=p.axis)).mean, stats.var
         # The kinks are seen where the library's forward pass, which has its own tests, sees them.

@@ -29,6 +29,8 @@ def arguments(operation):
     stats = {"stats": BatchStats(p.running_mean, p.running_var, N * L)}
     forward = x | operands | affine | options
     backward = forward | stats | {"grad_output": p.grad_output}
+    by_output = backward | {"output": p.residual.copy()}
+    sums = {"sums": fastbn.GradSums(np.ones(C), np.ones(C), N * L)}
     return {
         "batch_stats": (fastbn.batch_stats, x),
         "inference": (fastbn.batch_norm, forward | running),
@@ -37,6 +39,11 @@ def arguments(operation):
         "given_stats": (fastbn.batch_norm_forward, forward | stats),
         "backward": (fastbn.batch_norm_backward, backward),
         "frozen_backward": (fastbn.batch_norm_backward, backward | {"training": False}),
+        "backward_sums": (
+            fastbn.batch_norm_backward_sums,
+            {k: v for k, v in by_output.items() if k != "out"},
+        ),
+        "backward_by_sums": (fastbn.batch_norm_backward, by_output | sums),
         "update_running": (fastbn.update_running, running | stats | {"momentum": 0.1}),
         "FrozenBatchNorm": (FrozenBatchNorm, running | affine | options | {"axis": 1}),
         "frozen": (FrozenBatchNorm(**running, **affine), operands | {"num_threads": None}),
@@ -47,8 +54,8 @@ def arguments(operation):
 
 OPERATIONS = (
     "batch_stats", "inference", "training", "batch_norm_forward", "given_stats", "backward",
-    "frozen_backward", "update_running", "FrozenBatchNorm", "frozen", "layer in training",
-    "layer in evaluation",
+    "frozen_backward", "backward_sums", "backward_by_sums", "update_running", "FrozenBatchNorm", "frozen",
+    "layer in training", "layer in evaluation",
 )  # fmt: skip
 ARRAYS = [(o, name) for o in OPERATIONS for name, a in arguments(o)[1].items() if isinstance(a, np.ndarray)]
 REQUIRED = ("x", "grad_output")  # None is fine for all other arrays, or for both of a pair
@@ -129,7 +136,7 @@ def test_vectors_of_another_length(operation, name, shape):  # case 7
     refuses(operation, ValueError, expected, **{name: np.ones(shape, np.float32)})
 
 
-@takes("residual", "grad_output", "out")
+@takes("residual", "grad_output", "output", "out")
 @pytest.mark.parametrize(
     "shape", [(C,), (N, C), (N, C, 1), (N, C, L + 1), (N, L, C), (N, C, L, 1), (0, C, L)], ids=str
 )
@@ -152,7 +159,9 @@ def test_x_of_other_channels(operation):  # case 7
     """Then the vectors do not fit, or x does not: whatever is named, both numbers are told."""
     for channels in 1, C - 1, C + 1, 0:
         shape = (N, channels, L)
-        changes = {name: np.ones(shape, np.float32) for name in ("x", "residual", "grad_output", "out")}
+        changes = {
+            name: np.ones(shape, np.float32) for name in ("x", "residual", "grad_output", "output", "out")
+        }
         changes = {k: v for k, v in changes.items() if k in arguments(operation)[1]}
         refuses(operation, ValueError, [str(C), str(channels)], **changes)
 
@@ -328,7 +337,7 @@ def test_count_that_was_changed():
 @pytest.mark.parametrize("count", [1, N * L - 1, N * L + 1, 3 * N * L, 2**64])
 def test_stats_of_another_count(count):  # case 29
     stats = BatchStats(np.zeros(C), np.ones(C), count)
-    expected = [r"\bstats\b", rf"\b{count} values", rf"\b{N * L}\b", "whole batch", "training=False"]
+    expected = [r"\bstats\b", rf"\b{count} values", rf"\b{N * L}\b", "whole batch", "sums=", "training=False"]
     refuses("backward", ValueError, expected, stats=stats)
     for operation in "frozen_backward", "given_stats":
         function, given = arguments(operation)
@@ -493,6 +502,8 @@ def test_out_that_is_x_but_for_its_strides(operation, name):  # case 12
     given = {"x": x, "out": x.transpose(2, 1, 0), "residual": residual}
     if "backward" in operation:
         given["grad_output"] = residual
+    if operation == "backward_by_sums":
+        given["output"] = residual
     refuses(operation, ValueError, "out overlaps x", **given)
 
 

@@ -10,7 +10,7 @@ from operations import OPERATIONS, UNFUSED, assert_same_bits, call, check, probl
 import fastbn
 
 SHAPES = [(6, 5), (300, 16), (4, 17, 9), (3, 5, 6, 7), (2, 64, 7, 7), (2, 3, 70, 60), (2, 3, 2, 5, 4)]
-BACKWARDS = ("backward", "frozen_backward")
+BACKWARDS = ("backward", "frozen_backward", "backward_by_sums")
 
 both_axes = pytest.mark.parametrize("axis", [1, -1])
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
