@@ -201,7 +201,7 @@ def revert_sync_batchnorm(module: Module) -> Module:
     return module
 
 
-@_disable_dynamo  # a compiler's graph breaks here, for ranks have to meet
+@_disable_dynamo  # type: ignore[untyped-decorator]  # a compiler's graph breaks here, where ranks meet
 def _synchronized(
     input: Tensor,
     running_mean: Tensor | None,
@@ -266,10 +266,9 @@ class _Fused(torch.autograd.Function):
         memory_format = functional._memory_format(input)
         y = functional._room_for(input, memory_format)
         x, w, b, r = map(functional._array, (input, weight, bias, residual))
-        options = {"eps": eps, "activation": activation, "negative_slope": negative_slope}
         array, _ = fastbn.batch_norm_forward(
-            x, w, b, stats=stats, residual=r, out=functional._array(y), num_threads=torch.get_num_threads(),
-            **options,
+            x, w, b, eps, stats=stats, residual=r, activation=activation, negative_slope=negative_slope,
+            out=functional._array(y), num_threads=torch.get_num_threads(),
         )  # fmt: skip
         if y is None:
             y = functional._as_tensor(array, memory_format)
@@ -277,32 +276,35 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(
             input, weight, bias, y if residual is not None and activation is not None else None
         )
-        ctx.call = stats, options, group
+        ctx.call = stats, eps, activation, negative_slope, group
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, y = ctx.saved_tensors
-        stats, options, group = ctx.call
+        stats, eps, activation, negative_slope, group = ctx.call
         of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
         if _dispatch_keys(grad_output).raw_repr() not in functional._KEYS_WITHOUT_GRAD:
             grad_output = grad_output.clone()  # of a tensor that has no memory, or is negated by a bit
         memory_format = functional._memory_format(input)
-        dx = functional._room_for(input, memory_format)
-        arrays = [functional._array(t) for t in (grad_output, input)]
-        vectors = [functional._array(t) for t in (weight, bias)]
-        options = options | {"output": functional._array(y), "num_threads": torch.get_num_threads()}
-        sums = fastbn.batch_norm_backward_sums(*arrays, stats, *vectors, **options)
-        grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, options["eps"]))
-        needs = ("input", "residual") if y is not None else ("input",)
+        dx = functional._room_for(input, memory_format) if of_input else None
+        dy, x, w, b, output = map(functional._array, (grad_output, input, weight, bias, y))
+        threads = torch.get_num_threads()
+        sums = fastbn.batch_norm_backward_sums(
+            dy, x, stats, w, b, eps, output=output, activation=activation, negative_slope=negative_slope,
+            num_threads=threads,
+        )  # fmt: skip
+        grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, eps))
+        through_activation = of_residual and y is not None  # else it is grad_output itself
         grads = fastbn.batch_norm_backward(
-            *arrays, stats, *vectors, training=of_input, sums=_merge(sums, group) if of_input else None,
-            needs=needs if of_input else needs[1:], out=functional._array(dx), **options,
+            dy, x, stats, w, b, eps, training=of_input, sums=_merge(sums, group) if of_input else None,
+            output=output, activation=activation, negative_slope=negative_slope, out=functional._array(dx),
+            needs=["input"] * of_input + ["residual"] * through_activation, num_threads=threads,
         )  # fmt: skip
         if of_input and dx is None:
             dx = functional._as_tensor(grads.grad_input, memory_format)
-        if of_residual and y is not None:
+        if through_activation:
             grad_output = functional._as_tensor(grads.grad_residual, memory_format)
         return (
             dx if of_input else None,
@@ -334,7 +336,7 @@ class _Composite(torch.autograd.Function):
         return (y if bias is None else y + _column(bias, y)).to(input.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, real = ctx.saved_tensors
         stats, count, eps, group = ctx.call
@@ -355,6 +357,8 @@ class _Composite(torch.autograd.Function):
             if real is not None:
                 through = torch.where(real, through, 0.0)
             dx = ((dz - through) * _scale(input, weight, stats, eps)).to(input.dtype)
+            if not stats.count:  # a mask has left nothing
+                dx.zero_()
         return dx, grad_weight, grad_bias, None, None, None, None, None
 
 
