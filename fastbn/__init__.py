@@ -45,7 +45,8 @@ from fastbn.statistics import BatchStats, GradSums
 from fastbn.threads import get_num_threads, set_num_threads
 
 if _TYPE_CHECKING:
-    from fastbn import interop, torch
+    from fastbn import interop
+    from fastbn import torch as torch
 
 __version__ = "0.1.0"
 

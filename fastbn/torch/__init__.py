@@ -1,7 +1,7 @@
 """fastbn for PyTorch on CPUs: batch norm layers and functions in place of torch.nn's."""
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401
 except ImportError as _error:
     raise ImportError("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from _error
 

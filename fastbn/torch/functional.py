@@ -1,8 +1,8 @@
 """Batch norm of tensors: by fastbn's kernels where they take a call as it is, otherwise by PyTorch itself.
 
-Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels take
-is an allow-list, in :func:`why_not`; they see the tensors' memory as NumPy arrays, and what they return is as
-PyTorch's would be: same strides, same gradients, same statistics.
+Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels
+take is an allow-list, in :func:`why_not`; they see the memory of the tensors as NumPy arrays, and what they
+return is as PyTorch's would be: same strides, same gradients, same statistics.
 """
 
 # TorchScript compiles `composite` and what it calls, and cannot read annotations that are strings.
@@ -17,7 +17,6 @@ from torch._C import (
     _is_tracing,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
-    _to_dlpack_versioned,
 )
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -27,15 +26,15 @@ from torch.utils._device import DeviceContext
 
 from fastbn import _kernels
 
-# What the kernels have today: (dtype of input and output, dtype of parameters and statistics), and activations.
+# What the kernels have: (dtype of input and output, dtype of parameters and statistics), and activations.
 _DTYPES = {(torch.float32, torch.float32)}
 _FUSED = (None, "relu", "relu6", "leaky_relu")
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
-# A tensor is plain if nothing but these classes and dispatch keys is at work: none that is sparse, nested, on another
-# device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference mode cannot be
-# saved for a backward pass.
+# A tensor is plain if it is of these classes and has these dispatch keys: then it is not sparse, nested, on
+# another device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference
+# mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
 _plain = torch.empty(0, device="cpu")
 with torch.inference_mode():
@@ -43,7 +42,10 @@ with torch.inference_mode():
 _KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
 _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
 
-# From so many bytes on an output is in memory that fastbn keeps and hands out again: as fastbn.outputs has it.
+# Both must know DLPack's first stable version.
+_DLPACK = hasattr(torch._C, "_to_dlpack_versioned") and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
+
+# From so many bytes on an output is in memory that fastbn keeps and hands out again, see fastbn.outputs.
 _KEPT_FROM = 1 << 18
 
 
@@ -86,8 +88,8 @@ def batch_norm(
     mask : Tensor of bool, or None
         Which positions are real. Of the shape of `input` without its channels, or one that broadcasts to it.
         Statistics and averages are those of the True positions; the output is computed everywhere. What is at
-        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and nothing
-        moves.
+        False positions reaches no other one, NaN included. With no True at all the output is `bias`, and no
+        average moves.
 
     Returns
     -------
@@ -107,8 +109,8 @@ def batch_norm(
     Notes
     -----
     Unlike PyTorch, a backward pass in evaluation mode uses the running statistics of the forward pass, also
-    where they have moved since. The tensors that are saved for the backward pass are `input`, `weight`, and with
-    an activation `bias` and `residual`; changing one in place in between raises PyTorch's error.
+    where they have moved since. Saved for the backward pass are `input`, `weight`, and with an activation
+    `bias` and `residual`; changing one of these in place in between raises PyTorch's error.
     """
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
@@ -139,7 +141,7 @@ def batch_norm(
                 or (bias is not None and bias.requires_grad)
                 or (residual is not None and residual.requires_grad)
             ):
-                return _BatchNorm.apply(input, weight, bias, residual, options)
+                return _apply(input, weight, bias, residual, options)
             return _forward(input, weight, bias, residual, *options, False)[0]
         except (TypeError, ValueError):
             # What the kernels refuse and PyTorch may take, such as running statistics that share memory or
@@ -176,6 +178,8 @@ def composite(
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    if activation is None:
+        return z
     if activation == "relu":
         z = F.relu(z)
     elif activation == "relu6":
@@ -231,7 +235,7 @@ def why_not(
             return f"{name} is {_kind(vector)}"
         if (dtype, vector.dtype) not in _DTYPES:
             return f"input is of {dtype}, {name} of {vector.dtype}"
-        if vector.dim() != 1 or len(vector) != C:
+        if vector.dim() != 1 or vector.numel() != C:
             return f"{name} has shape {tuple(vector.shape)}, for {C} channels"
     if (dtype, torch.float32) not in _DTYPES and (dtype, dtype) not in _DTYPES:
         return f"input is of {dtype}"
@@ -308,14 +312,14 @@ def _memory_format(t: Tensor) -> torch.memory_format:
 
 
 def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
-    """A tensor to write a result like `t` into; None where the array that a kernel makes is as good."""
+    """A tensor to write a result for `t` into; None where the array that a kernel makes is as good."""
     if t.nbytes >= _KEPT_FROM and t.is_contiguous(memory_format=memory_format):
         return None
     return torch.empty_like(t, memory_format=memory_format)
 
 
 def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
-    """A new array of the kernels as a tensor, which is the base of its memory, and so may be changed in place."""
+    """A new array of the kernels as a tensor, which is no view and so may be changed in place."""
     t = torch.from_numpy(array)
     if 1 in array.shape:  # a stride that means nothing, and that NumPy and PyTorch choose differently
         t.resize_(array.shape, memory_format=memory_format)
@@ -328,7 +332,7 @@ class _Exported:
     __slots__ = ("capsule",)
 
     def __init__(self, t: Tensor) -> None:
-        self.capsule = _to_dlpack_versioned(t)
+        self.capsule = torch._C._to_dlpack_versioned(t)
 
     def __dlpack__(self, **options: Any) -> Any:
         return self.capsule
@@ -338,8 +342,10 @@ class _Exported:
 
 
 def _array(t: Tensor | None) -> Any:
-    """The memory of a plain tensor. Unlike Tensor.numpy() this leaves its storage resizable, as FSDP needs it."""
-    return None if t is None else np.from_dlpack(_Exported(t))
+    """The memory of a plain tensor. Unlike Tensor.numpy(), DLPack leaves it resizable, as FSDP needs it."""
+    if t is None:
+        return None
+    return np.from_dlpack(_Exported(t)) if _DLPACK else t.detach().numpy()
 
 
 def _forward(
@@ -449,6 +455,10 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
+# Past autograd.Function.apply, which unwraps what is left over of torch.func: nothing plain.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
+
+
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch's own operations, which it can differentiate, batch and watch."""
     input, weight, bias, residual = ctx.saved_tensors
@@ -497,11 +507,12 @@ def _masked(
     eps: float,
     mask: Tensor,
 ) -> Tensor:
-    """Batch norm with the statistics of the True positions, in float64; selects and never multiplies by the mask."""
+    """Batch norm with the statistics of the True positions, in float64. Selects, never multiplies."""
     real = _mask_like(mask, input)
     column = [1] * input.dim()
     column[1] = -1
-    others = [0] + list(range(2, input.dim()))
+    others = list(range(input.dim()))
+    others.pop(1)
     x = input.double()
     count = int(real.sum())
     if not training:

@@ -1,6 +1,9 @@
 """BatchNorm1d, 2d and 3d: torch.nn's layers, whose forward calls fastbn's batch norm."""
 
-# TorchScript compiles `forward`, and cannot read annotations that are strings.
+# TorchScript compiles `forward`. It cannot read annotations that are strings, and of two conditions in one
+# `if` it compiles the second even where the first is false for good.
+# ruff: noqa: SIM102
+
 from typing import Any
 
 import torch
@@ -13,8 +16,8 @@ from fastbn.torch.functional import batch_norm, check_activation, composite
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three have in common beyond torch.nn's.
 
-    All state is torch.nn's, and the options that it lacks have defaults in the class: an instance of torch.nn's
-    becomes one of these by its `__class__` alone, and back.
+    All state is torch.nn's, and options that it lacks have their defaults in the class: an instance of
+    torch.nn's becomes one of these by its `__class__` alone, and back.
     """
 
     __constants__ = [  # noqa: RUF012
@@ -46,25 +49,17 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``; see :func:`fastbn.torch.batch_norm`."""
         if not torch.jit.is_scripting():
-            if isinstance(input, Proxy):  # noqa: SIM102  TorchScript would compile it after an `and`
+            if isinstance(input, Proxy):
                 return _leaf(self, input, residual, mask)
         # From here on as torch.nn's own forward decides.
         self._check_input_dim(input)
-        if self.momentum is None:
-            factor = 0.0
-        else:
-            factor = self.momentum
+        factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
                 if self.momentum is None:
                     factor = 1.0 / float(self.num_batches_tracked)
-                else:
-                    factor = self.momentum
-        if self.training:
-            bn_training = True
-        else:
-            bn_training = (self.running_mean is None) and (self.running_var is None)
+        bn_training = self.training or (self.running_mean is None and self.running_var is None)
         running_mean = self.running_mean if not self.training or self.track_running_stats else None
         running_var = self.running_var if not self.training or self.track_running_stats else None
         if not torch.jit.is_scripting():
@@ -87,7 +82,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 
 def _leaf(module: Any, *args: Any) -> Any:
-    """A call of the module in the graph that torch.fx traces, as for torch.nn's own layers, and not its inside."""
+    """A call of the module in the graph that torch.fx traces, as of torch.nn's own layers, not its inside."""
     tracer = args[0].tracer
     while args[-1] is None:
         args = args[:-1]

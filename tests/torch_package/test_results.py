@@ -1,4 +1,4 @@
-"""Outputs, gradients and running statistics of fastbn.torch.batch_norm: against PyTorch in float64, and like PyTorch."""
+"""fastbn.torch.batch_norm: outputs, gradients, running statistics: near PyTorch in float64, like its own."""
 
 import copy
 
@@ -198,7 +198,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @both_modes
 def test_strides(kernels_called, shape, layout, training):
-    """Outputs and gradients have the strides that PyTorch gives them, so that a `view` behind them works alike."""
+    """Outputs and gradients have the strides that PyTorch gives them, so that a `view` works alike."""
     weight, bias, *running = parameters(shape[1])
     results = []
     for function in composite, ours.batch_norm:
@@ -399,13 +399,28 @@ def test_outputs_are_in_kept_memory():
 
 
 def test_inputs_stay_resizable():
-    """FSDP gives the memory of parameters back by resizing their storages, which Tensor.numpy() would forbid."""
+    """FSDP gives back the memory of parameters by resizing it, which Tensor.numpy() would forbid for good."""
     weight, bias, *running = parameters(5)
     x, residual, grad = (normal(4, 5, 6, seed=s) for s in range(3))
     y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
     y.backward(grad)
     for t in x, residual, grad, weight, bias, *running, y:
         assert t.untyped_storage().resizable()
+
+
+def test_without_dlpack(monkeypatch, kernels_called):
+    """As with a NumPy or a PyTorch of before it."""
+    results = []
+    for dlpack in True, False:
+        monkeypatch.setattr("fastbn.torch.functional._DLPACK", dlpack)
+        weight, bias, *running = parameters(5)
+        x, residual = (normal(4, 5, 6, seed=s).requires_grad_() for s in range(2))
+        y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
+        y.backward(normal(4, 5, 6, seed=2))
+        results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 2
 
 
 # Masks.
@@ -527,6 +542,7 @@ def test_evaluation_takes_no_statistics_and_needs_no_mask(kernels_called):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_samples_of_pytorch(name, dtype):
     """Trap 33: op_db."""
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     op = next(op for op in op_db if op.name == name)

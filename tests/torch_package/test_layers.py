@@ -1,4 +1,4 @@
-"""BatchNorm1d, 2d and 3d of fastbn.torch in place of torch.nn's: state, modes, errors, and all that handles modules."""
+"""BatchNorm1d, 2d and 3d of fastbn.torch in place of torch.nn's: state, modes, errors, tools on modules."""
 
 import copy
 import io
@@ -15,7 +15,6 @@ from judge import (  # noqa: E402
     ACTIVATIONS,
     SLOPE,
     assert_near,
-    assert_same,
     composite,
     normal,
     outcome,
@@ -139,37 +138,42 @@ def test_counter_like_torch(shape, track, training):
 
 # Trap 10.
 
+X = 4, 5, 6, 7
 CALLS = {
     "channels": lambda layer: layer(normal(4, 3, 6, 7)),
     "rank": lambda layer: layer(normal(4, 5, 6)),
-    "float64": lambda layer: layer(normal(4, 5, 6, 7).double()),
-    "int64": lambda layer: layer(torch.ones(4, 5, 6, 7, dtype=torch.int64)),
-    "complex": lambda layer: layer(torch.ones(4, 5, 6, 7, dtype=torch.complex64)),
-    "bool": lambda layer: layer(torch.ones(4, 5, 6, 7, dtype=torch.bool)),
+    "float64": lambda layer: layer(normal(*X).double()),
+    "int64": lambda layer: layer(torch.ones(X, dtype=torch.int64)),
+    "complex": lambda layer: layer(torch.ones(X, dtype=torch.complex64)),
+    "bool": lambda layer: layer(torch.ones(X, dtype=torch.bool)),
     "one_value": lambda layer: layer(normal(1, 5, 1, 1)),
-    "array": lambda layer: layer(normal(4, 5, 6, 7).numpy()),
+    "array": lambda layer: layer(normal(*X).numpy()),
     "none": lambda layer: layer(None),
     "number": lambda layer: layer(1.0),
-    "sparse": lambda layer: layer(normal(4, 5, 6, 7).to_sparse()),
-    "eps_zero": lambda layer: (setattr(layer, "eps", 0.0), layer(normal(4, 5, 6, 7)))[1],
-    "eps_negative": lambda layer: (setattr(layer, "eps", -1.0), layer(normal(4, 5, 6, 7)))[1],
-    "eps_text": lambda layer: (setattr(layer, "eps", "1"), layer(normal(4, 5, 6, 7)))[1],
-    "eps_nan": lambda layer: (setattr(layer, "eps", torch.nan), layer(normal(4, 5, 6, 7)))[1],
-    "momentum_text": lambda layer: (setattr(layer, "momentum", "1"), layer(normal(4, 5, 6, 7)))[1],
-    "momentum_nan": lambda layer: (setattr(layer, "momentum", torch.nan), layer(normal(4, 5, 6, 7)))[1],
-    "one_running": lambda layer: (setattr(layer, "running_mean", None), layer(normal(4, 5, 6, 7)))[1],
-    "running_shape": lambda layer: (setattr(layer, "running_mean", torch.ones(3)), layer(normal(4, 5, 6, 7)))[1],
-    "weight_dtype": lambda layer: (
-        setattr(layer, "weight", torch.nn.Parameter(torch.ones(5).double())), layer(normal(4, 5, 6, 7)),
-    )[1],
-    "weight_matrix": lambda layer: (
-        setattr(layer, "weight", torch.nn.Parameter(torch.ones(5, 1))), layer(normal(4, 5, 6, 7)),
-    )[1],
-    "running_requires_grad": lambda layer: (layer.running_mean.requires_grad_(), layer(normal(4, 5, 6, 7)))[1],
-    "meta_input": lambda layer: layer(torch.empty(4, 5, 6, 7, device="meta")),
-    "meta_layer": lambda layer: layer.to("meta")(normal(4, 5, 6, 7)),
+    "sparse": lambda layer: layer(normal(*X).to_sparse()),
+    "eps_zero": lambda layer: with_(layer, eps=0.0)(normal(*X)),
+    "eps_negative": lambda layer: with_(layer, eps=-1.0)(normal(*X)),
+    "eps_text": lambda layer: with_(layer, eps="1")(normal(*X)),
+    "eps_nan": lambda layer: with_(layer, eps=torch.nan)(normal(*X)),
+    "momentum_text": lambda layer: with_(layer, momentum="1")(normal(*X)),
+    "momentum_nan": lambda layer: with_(layer, momentum=torch.nan)(normal(*X)),
+    "one_running": lambda layer: with_(layer, running_mean=None)(normal(*X)),
+    "running_shape": lambda layer: with_(layer, running_mean=torch.ones(3))(normal(*X)),
+    "running_requires_grad": lambda layer: with_(layer, running_mean=torch.ones(5, requires_grad=True))(
+        normal(*X)
+    ),
+    "weight_dtype": lambda layer: with_(layer, weight=torch.nn.Parameter(torch.ones(5).double()))(normal(*X)),
+    "weight_matrix": lambda layer: with_(layer, weight=torch.nn.Parameter(torch.ones(5, 1)))(normal(*X)),
+    "meta_input": lambda layer: layer(torch.empty(X, device="meta")),
+    "meta_layer": lambda layer: layer.to("meta")(normal(*X)),
     "no_argument": lambda layer: layer(),
-}  # fmt: skip
+}
+
+
+def with_(layer, **attributes):
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -259,23 +263,16 @@ def test_symbolic_trace():
     assert torch.equal(graph(x, residual), module(x, residual))
 
 
-def test_feature_extractor():
+def test_feature_extractor(torchvision):
     """torchvision's, which traces by torch.fx."""
-    extraction = import_torchvision("torchvision.models.feature_extraction")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     net = Net().eval()
-    extractor = extraction.create_feature_extractor(net, ["bn", "deep.1"])
+    extractor = create_feature_extractor(net, ["bn", "deep.1"])
     x = normal(2, 3, 8, 8)
     features = extractor(x)
     assert torch.equal(features["bn"], net.bn(net.conv(x)))
     assert torch.equal(features["deep.1"], net(x))
-
-
-def import_torchvision(name):
-    """A wheel for another device than PyTorch's is no torchvision."""
-    try:
-        return __import__(name, fromlist=["x"])
-    except (ImportError, RuntimeError) as error:
-        pytest.skip(f"torchvision cannot be imported: {error}")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -309,7 +306,7 @@ def test_traced_and_exported_programs_are_pytorchs(kernels_called):
     """They run where fastbn is not installed."""
     net = Net().eval()
     x = normal(2, 3, 8, 8)
-    traced = torch.jit.trace(net, x)
+    traced = torch.jit.trace(net, x, check_trace=False)
     assert "aten::batch_norm" in str(traced.inlined_graph)
     assert "PythonOp" not in str(traced.inlined_graph)
     exported = torch.export.export(net, (x,))
@@ -319,6 +316,18 @@ def test_traced_and_exported_programs_are_pytorchs(kernels_called):
     assert not kernels_called
     for program in traced, exported.module():
         torch.testing.assert_close(program(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_in_one_graph(training):
+    """Nothing in the way to PyTorch's operations makes Dynamo break the graph."""
+    torch.compiler.reset()
+    net = Net().train(training)
+    theirs = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    x = normal(2, 3, 8, 8)
+    torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert_alike(net, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -581,7 +590,6 @@ def test_state_dict_both_ways(tmp_path):
     train_a_little(mine)
     torch.save(mine.state_dict(), tmp_path / "state.pt")
     theirs.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert_alike(copy.deepcopy(mine).requires_grad_(False), theirs.requires_grad_(False)) if False else None
     for key, value in mine.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[key])
     assert mine.state_dict()._metadata == theirs.state_dict()._metadata
@@ -668,6 +676,7 @@ def test_channels_last_module():
 @pytest.mark.parametrize("training", [True, False])
 def test_samples_of_pytorch(name, dtype, training):
     """Trap 33: module_db."""
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_modules import module_db
 
     (info,) = (info for info in module_db if info.name == f"nn.{name}")
@@ -686,7 +695,6 @@ def test_samples_of_pytorch(name, dtype, training):
         assert_near(y, expected, 2e-5 * expected.abs().clamp(min=1))
         assert_near(dx, expected_dx, 1e-4)
         assert_alike(mine, theirs)
-        assert_same(y.detach().sign(), y.detach().sign())
 
 
 def test_public_names():
@@ -696,13 +704,24 @@ def test_public_names():
     import fastbn
 
     assert fastbn.torch is ours
-    program = "import sys, fastbn; assert 'torch' not in sys.modules; fastbn.torch.batch_norm; print('torch' in sys.modules)"
+    program = (
+        "import sys, fastbn\n"
+        "assert 'torch' not in sys.modules\n"
+        "fastbn.torch.batch_norm\n"
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
 
 
 def test_without_pytorch():
-    program = "import sys; sys.modules['torch'] = None\nimport fastbn\ntry: fastbn.torch\nexcept ImportError as e: print(e)"
+    program = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "import fastbn\n"
+        "try: fastbn.torch\n"
+        "except ImportError as error: print(error)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert re.search(r"pip install 'fastbn\[torch\]'", done.stdout), done.stderr
 

@@ -1,5 +1,6 @@
-"""Trap 32: DistributedDataParallel on two gloo processes."""
+"""Trap 32: DistributedDataParallel, and FSDP, on two gloo processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,11 @@ pytestmark = pytest.mark.slow
 def ranks(tmp_path_factory):
     """What each rank has found, by option: for fastbn.torch and torch.nn, losses and state."""
     folder = tmp_path_factory.mktemp("ddp")
-    program = Path(__file__).with_name("ddp_rank.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # the rest is found as it is here
     processes = [
         subprocess.Popen(
-            [sys.executable, program, str(rank), folder],
+            [sys.executable, "-m", "ddp_rank", str(rank), folder],
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

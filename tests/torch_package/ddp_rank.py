@@ -1,10 +1,12 @@
-"""One of two processes that train under DistributedDataParallel: ddp_rank.py RANK FOLDER; test_ddp.py starts both."""
+"""One of two processes that train a model together, by DDP or FSDP: python -m ddp_rank RANK FOLDER."""
 
 import sys
 from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastbn.torch
@@ -16,6 +18,7 @@ OPTIONS = {
     "find_unused_parameters": {"find_unused_parameters": True},
     "no_broadcast_of_buffers": {"broadcast_buffers": False},
     "tiny_buckets": {"bucket_cap_mb": 1e-4},
+    "fully_shard": None,  # FSDP, which frees and fills the memory of parameters all the time
 }
 
 
@@ -26,21 +29,25 @@ def train(layers, rank, options):
         torch.nn.Conv2d(3, 8, 3, bias=False), layers.BatchNorm2d(8), torch.nn.Tanh(),
         torch.nn.Conv2d(8, 4, 3, bias=False), layers.BatchNorm2d(4),
     )  # fmt: skip
-    ddp = DistributedDataParallel(model, **options)
+    if options is None:
+        mesh = init_device_mesh("cpu", (2,))
+        for module in model[1], model[4], model:
+            together = fully_shard(module, mesh=mesh)
+    else:
+        together = DistributedDataParallel(model, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     images = torch.randn(5, 4, 3, 10, 10, generator=torch.Generator().manual_seed(rank))
     losses = []
     for x in images:
         optimizer.zero_grad()
-        loss = (ddp(x) - x[:, :1, :6, :6]).square().mean()
-        if "static_graph" not in options:  # which allows one call a step
-            loss = (
-                loss + (ddp(x.flip(0)) - x[:, :1, :6, :6]).square().mean()
-            )  # while the first awaits its backward
+        loss = (together(x) - x[:, :1, :6, :6]).square().mean()
+        if options is not None and "static_graph" not in options:  # which allow one call a step
+            loss = loss + (together(x.flip(0)) - x[:, :1, :6, :6]).square().mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses, dict(model.state_dict())
+    state = {key: getattr(t, "full_tensor", t.clone)() for key, t in model.state_dict().items()}
+    return losses, state
 
 
 def main(rank, folder):

@@ -1,4 +1,4 @@
-"""PyTorch's own operations beside fastbn.torch's: the same call in float32 or float64, and how near results must be."""
+"""PyTorch's own operations, in float32 or float64, to judge fastbn.torch by; and how near results must be."""
 
 import numpy as np
 import pytest
