@@ -27,6 +27,7 @@ finally:
         del _os.environ["GOMP_SPINCOUNT"]
 
 # ruff: noqa: E402
+from fastbn.adaptation import adapt
 from fastbn.config import show_config
 from fastbn.folding import fold_conv, fold_conv_next, fold_linear, fold_linear_next
 from fastbn.frozen import FrozenBatchNorm
@@ -41,8 +42,10 @@ from fastbn.functional import (
 )
 from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.outputs import empty_output_cache, set_output_cache
+from fastbn.population import recalibrate
 from fastbn.statistics import BatchStats, GradSums
 from fastbn.threads import get_num_threads, set_num_threads
+from fastbn.variants import Renorm
 
 if _TYPE_CHECKING:
     from fastbn import interop
@@ -59,6 +62,8 @@ __all__ = [
     "BatchStats",
     "FrozenBatchNorm",
     "GradSums",
+    "Renorm",
+    "adapt",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_backward_sums",
@@ -71,6 +76,7 @@ __all__ = [
     "fold_linear_next",
     "get_num_threads",
     "interop",
+    "recalibrate",
     "set_num_threads",
     "set_output_cache",
     "show_config",

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fastbn import _kernels
+from fastbn import _kernels, variants
 from fastbn.frozen import FrozenBatchNorm
-from fastbn.functional import _NEEDS, batch_norm_backward
+from fastbn.functional import _NEEDS, BatchNormGrads, _needed, batch_norm_backward
+from fastbn.stand_ins import stand_ins, stood_in
 from fastbn.statistics import BatchStats, _read_only
 
 if TYPE_CHECKING:
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from fastbn.functional import Array, BatchNormGrads
+    from fastbn.functional import Array
     from fastbn.statistics import GradSums
+    from fastbn.variants import Renorm
 
     Float64 = NDArray[np.float64]
+    # Of grad_output, x, residual and num_threads.
+    Gradients = Callable[[Array, Array, Array | None, int | None], BatchNormGrads]
+    _Call = tuple[Array, Array | None, Array | None, BatchStats | None, Gradients | None]
 
 # In the order of PyTorch's state_dict.
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -28,6 +33,7 @@ _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 # Options that a repr tells only where they are not these.
 _SELDOM = {
     "axis": 1, "unbiased": True, "activation": None, "negative_slope": 0.01, "skip_nonfinite": False,
+    "virtual_batch_size": None, "renorm": None,
 }  # fmt: skip
 
 
@@ -72,6 +78,12 @@ class BatchNorm:
         Whether the running averages of a channel stay as they are where a batch gives it a mean or variance
         that float32 has no number for: NaN, infinite, or beyond its range. The layer says so once, by a
         RuntimeWarning. Not with momentum=None. With False, as in PyTorch, they enter the averages.
+    virtual_batch_size : int or None
+        Train on ghost batches (Hoffer et al., 2017): a batch of more rows, along its first axis, is cut into
+        as few parts as make none larger, in sizes that differ by one at most. Each part is normalized by
+        itself and enters the running averages and the counter as a batch of its own, one after the other.
+    renorm : Renorm, bool or None
+        Train with batch renormalization, with the options of a :class:`fastbn.Renorm`; True for its defaults.
 
     Attributes
     ----------
@@ -98,6 +110,10 @@ class BatchNorm:
     ``eps=0``. It counts as long as it rounds to what the float32 arrays hold, so that one may write into
     these; copies and pickles keep it, a state_dict does not.
 
+    TabNet has the same ghost batches where the parts are equally large; otherwise its last part is the
+    smallest, and may be a single row. Keras 2 refused what does not divide, and moved its averages once a
+    batch, to the mean of the parts.
+
     With ``track_running_stats`` set to False later, training leaves the averages alone, and evaluation still
     goes by them, as in PyTorch.
 
@@ -106,10 +122,12 @@ class BatchNorm:
     Raises
     ------
     ValueError
-        If `num_features`, `eps`, `momentum`, `activation` or `negative_slope` is out of range; also where an
-        attribute is set to such a value later, or to an array of another shape.
+        If `num_features`, `eps`, `momentum`, `activation`, `negative_slope`, `virtual_batch_size` or a bound
+        of `renorm` is out of range, or `renorm` comes without running averages; also where an attribute is
+        set to such a value later, or to an array of another shape.
     TypeError
-        If `num_features` or `axis` is not an integer, or an attribute is set to what is no float32 array.
+        If `num_features`, `axis` or `virtual_batch_size` is not an integer, `renorm` no Renorm, or an
+        attribute is set to what is no float32 array.
     """
 
     _ranks: tuple[int, ...] | None = None  # None: whatever functional.py takes
@@ -120,7 +138,9 @@ class BatchNorm:
     running_mean: Any
     running_var: Any
     num_batches_tracked: Any
+    renorm: Any
     _exact: tuple[Float64, Float64] | None  # what the running averages were rounded from
+    _followed: tuple[Float64, Float64] | None  # mean and deviation for `renorm` alone
 
     def __init__(
         self,
@@ -136,6 +156,8 @@ class BatchNorm:
         activation: str | None = None,
         negative_slope: float = 0.01,
         skip_nonfinite: bool = False,
+        virtual_batch_size: int | None = None,
+        renorm: Renorm | bool | None = None,
     ) -> None:
         self.num_features = num_features
         self.eps = eps
@@ -147,10 +169,13 @@ class BatchNorm:
         self.activation = activation
         self.negative_slope = negative_slope
         self.skip_nonfinite = skip_nonfinite
+        self.virtual_batch_size = virtual_batch_size
+        self.renorm = renorm
         self._said_nonfinite = False
         self.training = True
-        # The latest call, in a list, because writing into that does not go through __setattr__.
-        self._saved: list[tuple[Array, Array | None, Array | None, BatchStats | None] | None] = [None]
+        # The latest call, in a list, because writing into that does not go through __setattr__: its arrays,
+        # the statistics of its batch if it went by them, and what gives its gradients if backward() cannot.
+        self._saved: list[_Call | None] = [None]
 
         def vector(wanted: bool) -> Array | None:
             return np.empty(self.num_features, np.float32) if wanted else None
@@ -168,7 +193,7 @@ class BatchNorm:
 
     def reset_running_stats(self) -> None:
         """Forget all batches: running_mean 0, running_var 1, num_batches_tracked 0, in place."""
-        self._saved[0] = self._exact = None
+        self._saved[0] = self._exact = self._followed = None
         for name, value in ("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0):
             array = getattr(self, name)
             if array is not None:
@@ -225,18 +250,33 @@ class BatchNorm:
         TypeError
             If an array is not float32.
         """
-        if self.training or self.running_mean is None or self.running_var is None:
-            return self._normalize_by_batch(x, residual, out, num_threads)
+        if stand_ins:
+            y = stood_in(self, x, residual, out, num_threads)
+            if y is not None:
+                return y
+        if self.training:
+            if self.virtual_batch_size is None and self.renorm is None:
+                return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias)
+            return variants.train(self, x, residual, out, num_threads)
+        running_mean, running_var = self.running_mean, self.running_var
+        if running_mean is None or running_var is None:
+            return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias)
         y = _kernels.normalize(
-            x, self.running_mean, self.running_var, False, self.weight, self.bias, self.eps, self.axis,
+            x, running_mean, running_var, False, self.weight, self.bias, self.eps, self.axis,
             residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
             self._exact,
         )  # fmt: skip
-        self._saved[0] = (x, residual, out, None)
+        self._saved[0] = (x, residual, out, None, None)
         return y
 
     def _normalize_by_batch(
-        self, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
+        self,
+        x: Array,
+        residual: Array | None,
+        out: Array | None,
+        num_threads: int | None,
+        weight: Array | None,
+        bias: Array | None,
     ) -> Array:
         x = _kernels.array32(x, "x")
         _kernels.check_input(x, self.axis, self._ranks, self.num_features)
@@ -251,8 +291,9 @@ class BatchNorm:
             exact, counter = self._exact, self.num_batches_tracked
             if exact is None:  # zeros do as well as any others that do not round to the averages
                 exact = self._exact = (np.zeros(self.num_features), np.zeros(self.num_features))
-            if self.momentum is not None:
-                momentum = self.momentum
+            given = self.momentum
+            if given is not None:
+                momentum = given
             else:
                 if counter is None:
                     raise ValueError(
@@ -261,11 +302,11 @@ class BatchNorm:
                     )
                 momentum = 1 / max(counter.item() + 1, 1)
         y, mean, var, count = _kernels.forward(
-            x, self.weight, self.bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
+            x, weight, bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
             out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
             exact, counter, self.skip_nonfinite,
         )  # fmt: skip
-        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count))
+        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count), None)
         if self.skip_nonfinite and running_var is not None and not self._said_nonfinite:
             self._tell_nonfinite(var)
         return y
@@ -297,7 +338,7 @@ class BatchNorm:
                 f"channel {skipped[0]} the first; their running averages stay as they are "
                 f"(skip_nonfinite=True), now and whenever that happens again",
                 RuntimeWarning,
-                stacklevel=4,
+                stacklevel=4 if self.virtual_batch_size is None and self.renorm is None else 5,
             )
 
     def backward(
@@ -350,13 +391,23 @@ class BatchNorm:
                 "a layer that is used several times in a forward pass, or gradients of one call for several "
                 "losses, use batch_norm_forward() and batch_norm_backward(), or one layer for each call"
             )
-        x, residual, out, stats = self._saved[0]
+        x, residual, out, stats, gradients = self._saved[0]
         x = _kernels.array32(x, "x")
         if out is not None and np.shares_memory(x, _kernels.array32(out, "out")):
             raise RuntimeError(
                 "backward() needs the x of the latest call, which its result has replaced (out=x); "
                 "call the layer without out= or with an array of its own"
             )
+        if gradients is not None:
+            if sums is not None:
+                raise ValueError(
+                    "sums are of one batch and its statistics, of which virtual_batch_size and renorm make "
+                    "others; leave out sums"
+                )
+            needed = _needed(needs)
+            grads = gradients(grad_output, x, residual, num_threads)
+            self._saved[0] = None
+            return BatchNormGrads(*(grad if needed >> i & 1 else None for i, grad in enumerate(grads)))
         training = stats is not None
         if output is not None and residual is None:  # whose gradient it would stand for
             needs = [name for name in needs if name != "residual"]
@@ -444,7 +495,7 @@ class BatchNorm:
         loaded = [name for name in state if name in state_dict]
         # New arrays, even where the values are those of the layer itself under other names.
         values = [_loadable(name, state_dict[name], state[name], self.eps) for name in loaded]
-        self._saved[0] = self._exact = None
+        self._saved[0] = self._exact = self._followed = None
         any(map(np.copyto, (state[name] for name in loaded), values))  # one call: no signal comes in between
         return IncompatibleKeys(missing, unexpected)
 
@@ -456,7 +507,10 @@ class BatchNorm:
         return self.__dict__ | {"_saved": [None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        added = {"skip_nonfinite": False, "_said_nonfinite": False, "_exact": None}  # since version 0.1.0
+        added = {  # since version 0.1.0
+            "skip_nonfinite": False, "virtual_batch_size": None, "renorm": None,
+            "_said_nonfinite": False, "_exact": None, "_followed": None,
+        }  # fmt: skip
         self.__dict__.update(added | state | {"_saved": [None]})
 
     def __repr__(self) -> str:
@@ -495,7 +549,7 @@ def _set_num_features(layer: BatchNorm, value: int) -> int:
     value = _kernels.whole(value, "num_features", "be less than 2**63")
     if value < 1:
         raise ValueError(f"num_features must be at least 1, got {value}")
-    layer._exact = None  # of as many channels
+    layer._exact = layer._followed = None  # of as many channels
     return value
 
 
@@ -516,6 +570,17 @@ def _set_skip_nonfinite(layer: BatchNorm, value: bool) -> bool:
     if value and layer.momentum is None:
         raise ValueError(_NO_MEAN_OF_SOME)
     return bool(value)
+
+
+def _set_virtual_batch_size(layer: BatchNorm, value: int | None) -> int | None:
+    return variants.checked_size(value)
+
+
+def _set_renorm(layer: BatchNorm, value: Any) -> Renorm | None:
+    renorm = variants.checked_renorm(value)
+    if renorm is not None and not layer.track_running_stats:
+        raise ValueError("renorm needs running averages, and track_running_stats=False keeps none")
+    return renorm
 
 
 _NO_MEAN_OF_SOME = (
@@ -556,6 +621,8 @@ _CHECKS: dict[str, Callable[[BatchNorm, Any], Any]] = {
     "eps": _set_eps,
     "momentum": _set_momentum,
     "skip_nonfinite": _set_skip_nonfinite,
+    "virtual_batch_size": _set_virtual_batch_size,
+    "renorm": _set_renorm,
     "axis": _set_axis,
     "activation": _set_activation,
     "negative_slope": _set_negative_slope,

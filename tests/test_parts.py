@@ -400,6 +400,19 @@ def test_layers(training, add):
         np.testing.assert_allclose(given.grad_input, expected.grad_input, rtol=0, atol=1e-6)
 
 
+def test_layers_with_a_training_of_their_own():
+    p = problem((8, 5, 6))
+    layer = fastbn.BatchNorm(5, virtual_batch_size=4)
+    layer(p.x, p.residual)
+    with pytest.raises(ValueError, match="leave out sums"):
+        layer.backward(p.grad_output, sums=sums_of(count=48))
+    expected = layer.backward(p.grad_output)
+    layer(p.x, p.residual)
+    some = layer.backward(p.grad_output, needs=("weight", "residual"))
+    assert [g is None for g in some] == [True, False, True, False]
+    assert np.array_equal(some.grad_weight, expected.grad_weight)
+
+
 def test_a_layer_refuses_and_goes_on():
     p = problem((8, 5, 6))
     layer = fastbn.BatchNorm(5)
