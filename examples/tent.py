@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from fastbn.torch import BatchNorm2d, adapt
+from fastbn.torch import BatchNorm2d, adapt, recalibrate
 
 BATCH = 50
 SHIFTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,12 +86,13 @@ def shift(images, amount):
 def train(images, labels, epochs):
     torch.manual_seed(0)
     network = make_network()
-    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
     for _ in track(range(epochs), "training"):
         for batch in torch.randperm(len(images)).split(BATCH)[:-1]:
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()
             optimizer.step()
+    recalibrate(network, images.split(BATCH), method="sequential")  # moving averages lag behind the weights
     return network.eval()
 
 
