@@ -116,9 +116,10 @@ def answer(network, images, way):
 def draw(path, images, accuracies):
     """Some digits as they get worse, and the share of right answers beside them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    rows = [torch.cat(list(shift(images[:8], amount)[:, 0]), 1) for amount in SHIFTS]
-    left.imshow(torch.cat(rows).numpy(), cmap="gray_r", vmin=0, vmax=1)
-    left.set_yticks([8 * i + 4 for i in range(len(SHIFTS))], [f"{amount:g}" for amount in SHIFTS])
+    framed = [nn.functional.pad(shift(images[:8], amount), (1, 1, 1, 1)) for amount in SHIFTS]
+    rows = torch.stack(framed)[:, :, 0]  # (shifts, digits, 10, 10)
+    left.imshow(rows.transpose(1, 2).flatten(2).flatten(0, 1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+    left.set_yticks([10 * i + 4.5 for i in range(len(SHIFTS))], [f"{amount:g}" for amount in SHIFTS])
     left.set_xticks([])
     left.set_ylabel("shift")
     for way, values in accuracies.items():
