@@ -36,11 +36,10 @@ ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 # another device, negated by a bit, batched by vmap, functionalized, or of a subclass. Those made in inference
 # mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
-_plain = torch.empty(0, device="cpu")
+with torch.inference_mode(False):
+    _KEYS_WITH_GRAD = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode():
-    _plain_in_inference = torch.empty(0, device="cpu")
-_KEYS_WITH_GRAD = {_dispatch_keys(_plain).raw_repr()}
-_KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(_plain_in_inference).raw_repr()}
+    _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 
 # Both must know DLPack's first stable version.
 _DLPACK = hasattr(torch._C, "_to_dlpack_versioned") and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
@@ -117,36 +116,33 @@ def batch_norm(
         mask = None  # evaluation takes no statistics
     if activation not in _FUSED:
         z = batch_norm(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            residual=residual,
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual,
             mask=mask,
-        )
+        )  # fmt: skip
         return activate(z, activation, negative_slope)
     if (
         mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
     ):
-        options = (running_mean, running_var, training, momentum, eps, activation, negative_slope)
+        wants_grad = torch.is_grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
         try:
-            if torch.is_grad_enabled() and (
-                input.requires_grad
-                or (weight is not None and weight.requires_grad)
-                or (bias is not None and bias.requires_grad)
-                or (residual is not None and residual.requires_grad)
-            ):
-                return _apply(input, weight, bias, residual, options)
-            return _forward(input, weight, bias, residual, *options, False)[0]
+            done = _forward(
+                input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+                negative_slope, wants_grad,
+            )  # fmt: skip
         except (TypeError, ValueError):
             # What the kernels refuse and PyTorch may take, such as running statistics that share memory or
             # are below -eps. They check before they write.
             pass
+        else:
+            if not wants_grad:
+                return done[0]
+            return _apply(input, weight, bias, residual, (done, training, eps, activation, negative_slope))
     return composite(
         input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
         negative_slope, mask,
@@ -305,7 +301,7 @@ def _memory_format(t: Tensor) -> torch.memory_format:
     shape = t.shape
     least = 0
     for d in (1, *range(ndim - 1, 1, -1), 0):
-        if strides[d] < least or (d == 0 and least == strides[1]):
+        if strides[d] < least:
             return torch.contiguous_format
         least = strides[d] * shape[d]
     return torch.channels_last if ndim == 4 else torch.channels_last_3d
@@ -350,19 +346,19 @@ def _array(t: Tensor | None) -> Any:
 
 def _forward(
     input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
+    residual: Tensor | None,
     activation: str | None,
     negative_slope: float,
     want_stats: bool,
 ) -> tuple[Tensor, Any, Any, int]:
-    """The output, and in training the statistics of the batch: mean, variance, count."""
+    """The output, and if wanted mean, variance and count of what it was normalized with, in float64."""
     memory_format = torch.contiguous_format if input.is_contiguous() else _memory_format(input)
     y = _room_for(input, memory_format)
     out = _array(y)
@@ -371,31 +367,20 @@ def _forward(
     threads = torch.get_num_threads()
     if training:
         array, mean, var, count = _kernels.forward(
-            x,
-            w,
-            b,
-            eps,
-            1,
-            r,
-            activation,
-            negative_slope,
-            out,
-            threads,
-            mean,
-            var,
-            momentum,
-            True,
+            x, w, b, eps, 1, r, activation, negative_slope, out, threads, mean, var, momentum, True,
             want_stats,
-        )
+        )  # fmt: skip
     else:
         array = _kernels.normalize(
             x, mean, var, False, w, b, eps, 1, r, activation, negative_slope, out, threads, None
         )
+        if want_stats:  # copies: the running statistics may move before the backward pass
+            mean, var = mean.astype(np.float64), var.astype(np.float64)
     return _as_tensor(array, memory_format) if y is None else y, mean, var, count
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The kernels with their gradient."""
+    """The gradient of what `_forward` has done."""
 
     @staticmethod
     def forward(
@@ -404,20 +389,14 @@ class _BatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        options: tuple[Any, ...],
+        call: tuple[Any, ...],
     ) -> Tensor:
-        running_mean, running_var, training, momentum, eps, activation, negative_slope = options
-        y, mean, var, count = _forward(
-            input, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation,
-            negative_slope, True,
-        )  # fmt: skip
-        if not training:  # what was normalized with, whatever becomes of the running statistics
-            mean, var = mean.astype(np.float64), var.astype(np.float64)
+        (y, *stats), training, eps, activation, negative_slope = call
         if activation is None:
             bias = residual = None  # without a kink to find again they do not matter
         ctx.save_for_backward(input, weight, bias, residual)
         ctx.set_materialize_grads(False)
-        ctx.call = mean, var, count, training, eps, activation, negative_slope
+        ctx.call = (*stats, training, eps, activation, negative_slope)
         return y
 
     @staticmethod
@@ -466,7 +445,7 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     create_graph = torch.is_grad_enabled()
     running = (None, None)
     if not training:
-        dtype = input.dtype if weight is None else weight.dtype
+        dtype = next(parameter for dtype, parameter in _DTYPES if dtype is input.dtype)
         running = torch.from_numpy(mean).to(dtype), torch.from_numpy(var).to(dtype)
     with torch.enable_grad():
         # Aliases, so that the hooks of the tensors themselves are not called once more.
@@ -476,18 +455,8 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
                 leaves[2] = input.new_zeros(input.shape[1], requires_grad=True)
             if ctx.needs_input_grad[3]:
                 leaves[3] = torch.zeros_like(input, requires_grad=True)
-        y = composite(
-            leaves[0],
-            *running,
-            leaves[1],
-            leaves[2],
-            training,
-            0.0,
-            eps,
-            leaves[3],
-            activation,
-            negative_slope,
-        )
+        input, weight, bias, residual = leaves
+        y = composite(input, *running, weight, bias, training, 0.0, eps, residual, activation, negative_slope)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad_output, create_graph=create_graph)
     grads: list[Tensor | None] = [None] * 5

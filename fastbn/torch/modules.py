@@ -55,13 +55,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            batches = self.num_batches_tracked
+            if batches is not None:
+                batches.add_(1)
                 if self.momentum is None:
-                    factor = 1.0 / float(self.num_batches_tracked)
-        bn_training = self.training or (self.running_mean is None and self.running_var is None)
-        running_mean = self.running_mean if not self.training or self.track_running_stats else None
-        running_var = self.running_var if not self.training or self.track_running_stats else None
+                    factor = 1.0 / float(batches)
+        running_mean, running_var = self.running_mean, self.running_var
+        bn_training = self.training or (running_mean is None and running_var is None)
+        if self.training and not self.track_running_stats:
+            running_mean, running_var = None, None
         if not torch.jit.is_scripting():
             return batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
@@ -90,12 +92,36 @@ def _leaf(module: Any, *args: Any) -> Any:
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` by fastbn: (N, C) and (N, C, L)."""
+    """``torch.nn.BatchNorm1d`` by fastbn, of (N, C) and (N, C, L).
+
+    Parameters, state and errors are PyTorch's. What comes on top is the same for 1d, 2d and 3d:
+
+    Parameters
+    ----------
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
+        Applied last.
+    negative_slope : float
+        Of "leaky_relu".
+
+    Raises
+    ------
+    ValueError
+        If `activation` is none of these.
+
+    Notes
+    -----
+    A call may have a `residual`, which is added before the activation, and a `mask` of what is real:
+    ``layer(input, residual, mask)``, see :func:`fastbn.torch.batch_norm`. Functions of PyTorch that fold a
+    batch norm into a convolution, or exchange it for another, know nothing of an activation: there, keep it
+    in a module of its own.
+
+    A scripted layer is made of PyTorch's own operations, as is one that is traced, exported or compiled.
+    """
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` by fastbn: (N, C, H, W)."""
+    """``torch.nn.BatchNorm2d`` by fastbn, of (N, C, H, W), with the options of :class:`BatchNorm1d`."""
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` by fastbn: (N, C, D, H, W)."""
+    """``torch.nn.BatchNorm3d`` by fastbn, of (N, C, D, H, W), with the options of :class:`BatchNorm1d`."""

@@ -386,6 +386,22 @@ def test_saved_tensors_go_through_hooks():
     assert x.grad is not None
 
 
+def test_error_of_a_hook_is_not_taken_for_one_of_the_kernels():
+    """Which would mean a second call, by PyTorch, and statistics that move twice."""
+
+    def pack(t):
+        raise ValueError("no room")
+
+    layer, theirs = layers()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        pytest.raises(ValueError, match="no room"),
+    ):
+        layer(normal(4, 5, 3, 2).requires_grad_())
+    theirs(normal(4, 5, 3, 2))
+    torch.testing.assert_close(layer.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-6)
+
+
 # Trap 12: modes that watch or replace operations.
 
 
@@ -572,6 +588,20 @@ def test_input_is_not_kept_without_gradient(kernels_called, way):
         assert not y.requires_grad
         assert y.is_inference() == (way is torch.inference_mode)
     assert len(kernels_called) == 2
+
+
+def test_imported_in_inference_mode():
+    """What is plain does not depend on where the package was first imported."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from fastbn.torch import functional
+
+    spec = spec_from_file_location("another_functional", functional.__file__)
+    module = module_from_spec(spec)
+    with torch.inference_mode():
+        spec.loader.exec_module(module)
+    x = normal(4, 5, 3).requires_grad_()
+    assert module.why_not(x, None, None, None, None, True, None) is None
 
 
 def test_inference_tensors_elsewhere():

@@ -331,6 +331,21 @@ def test_compiled_in_one_graph(training):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@named
+@pytest.mark.parametrize(
+    "options", [{"track_running_stats": False}, {"affine": False}, {"bias": False}], ids=str
+)
+def test_scripts_without_some_tensors(name, options):
+    layer = getattr(ours, name)(5, **options)
+    scripted = torch.jit.script(copy.deepcopy(layer))
+    x = normal(*SHAPES[name])
+    for training in True, False:
+        for module in layer, scripted:
+            module.train(training)
+        assert_near(scripted(x), layer(x), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_network():
     scripted, net = torch.jit.script(Net().eval()), Net().eval()
     net.load_state_dict(scripted.state_dict())

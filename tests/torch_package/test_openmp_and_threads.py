@@ -71,6 +71,7 @@ def test_threads_follow_torch(kernels_called, num_threads, threads):
     assert kernels_called == [("forward", threads), ("backward", threads), ("normalize", threads)]
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12
 def test_workers_of_a_loader_have_one_thread():
     """PyTorch sets one thread in each worker process, and the kernels follow."""
     loader = torch.utils.data.DataLoader(Normalized(), batch_size=None, num_workers=1)
