@@ -48,7 +48,7 @@ from fastbn.threads import get_num_threads, set_num_threads
 from fastbn.variants import Renorm
 
 if _TYPE_CHECKING:
-    from fastbn import interop
+    from fastbn import distributed, interop
     from fastbn import torch as torch
 
 __version__ = "0.1.0"
@@ -69,6 +69,7 @@ __all__ = [
     "batch_norm_backward_sums",
     "batch_norm_forward",
     "batch_stats",
+    "distributed",
     "empty_output_cache",
     "fold_conv",
     "fold_conv_next",
@@ -85,7 +86,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("interop", "torch"):  # when it is first asked for
+    if name in ("distributed", "interop", "torch"):  # when it is first asked for
         from importlib import import_module
 
         return import_module(f"fastbn.{name}")

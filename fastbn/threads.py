@@ -25,6 +25,7 @@ _SERIAL = (1, "built without OpenMP")
 
 _chosen: tuple[int, str] | None = None  # by set_num_threads: the count and why
 _default: tuple[int, str] | None = None  # None until it is asked for
+_sharers = 1  # processes on the same CPUs that want to divide them
 _warned_of_fewer = _warned_of_serial = False
 
 
@@ -37,7 +38,9 @@ def get_num_threads() -> int:
       thread, whichever thread asks,
     - the CPU quota of its cgroup (v1 or v2) and of all around it, rounded up: 0.5 gives 1, 1.5 gives 2,
     - the environment variable ``OMP_NUM_THREADS``, of a list its first number,
-    - the environment variable ``FASTBN_NUM_THREADS``, and
+    - the environment variable ``FASTBN_NUM_THREADS``,
+    - of CPUs that a :class:`fastbn.distributed.SyncBatchNorm` shares with other ranks its part, unless one of
+      these variables is set, and
     - 1024,
 
     all looked up once, when it is first needed, and
@@ -113,6 +116,12 @@ def set_num_threads(n: int | None) -> None:
     if not 1 <= count <= MAX_THREADS:
         raise ValueError(f"n must be from 1 to {MAX_THREADS}, got {count}")
     _chosen = _SERIAL if _kernels.openmp is None and count > 1 else (count, "set_num_threads")
+
+
+def share_cpus(processes: int) -> None:
+    """Take so many processes to run on the CPUs of this one, and divide these where nobody says how many."""
+    global _sharers, _default
+    _sharers, _default = processes, None
 
 
 def warn_if_serial(num_threads: int | None) -> None:
@@ -212,6 +221,9 @@ def _least_limit() -> tuple[int, str]:
     asked_for = _asked_for()
     if asked_for is not None:
         limits.append((asked_for, "FASTBN_NUM_THREADS"))
+    if _sharers > 1 and not omp and asked_for is None:
+        cpus = min(limits, key=operator.itemgetter(0))[0]
+        limits.append((max(1, cpus // _sharers), f"{cpus} CPUs shared by {_sharers} ranks"))
     return min(limits, key=operator.itemgetter(0))
 
 

@@ -1,0 +1,101 @@
+"""fastbn.distributed on processes, under mpiexec: 1 to 4 ranks, their threads, and what ends them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mpi4py", reason="needs the extra [mpi]")
+MPIEXEC = shutil.which(
+    "mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+)
+if MPIEXEC is None:
+    pytest.skip("there is no mpiexec: pip install mpich", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ROOT / "tests" / "mpi" / "programs.py"
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def mpiexec(size, program, *arguments, timeout=120, **environment):
+    """Run a program on so many ranks, as the documentation says to."""
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"} | environment
+    return subprocess.run(
+        [MPIEXEC, "-n", str(size), sys.executable, "-m", "mpi4py", str(program), *arguments],
+        env=variables, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_programs(size):
+    done = mpiexec(size, PROGRAMS, "merge", "layers", "groups", "out_of_step", "one_evaluates")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_example():
+    """Four ranks train to the weights that one process gets from whole batches."""
+    pytest.importorskip("sklearn", reason="the examples need the extra [demo]")
+    program = ROOT / "examples" / "mpi_train.py"
+    if not program.exists():
+        pytest.skip("the tests were copied without examples/")
+    done = mpiexec(4, program, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"[0-9.]+% of the test digits", done.stdout)[0].partition("%")[0]) > 90
+    assert float(re.search(r"the same to (\S+)", done.stdout)[1]) < 1e-5
+
+
+@pytest.mark.parametrize(("program", "sign"), [("raises", "RuntimeError: done for"), ("killed", "signal 9")])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_that_ends_ends_all(size, program, sign):
+    done = mpiexec(size, PROGRAMS, program)
+    seconds = time.time() - float(re.search(r"the end comes at ([0-9.]+)", done.stdout)[1])
+    assert done.returncode != 0
+    assert sign in done.stdout + done.stderr
+    assert seconds < 10
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells of CPUs")
+@pytest.mark.parametrize(
+    ("size", "environment", "expected"),
+    [
+        (1, {}, CPUS),
+        (2, {}, max(1, CPUS // 2)),
+        (3, {}, max(1, CPUS // 3)),
+        (2, {"OMP_NUM_THREADS": "2"}, min(2, CPUS)),
+        (2, {"FASTBN_NUM_THREADS": "2"}, min(2, CPUS)),
+    ],
+)
+def test_threads_per_rank(size, environment, expected):
+    done = mpiexec(size, PROGRAMS, "threads", **environment)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:-1]) == [f"rank {rank}: {expected}" for rank in range(size)]
+
+
+@pytest.mark.skipif(CPUS < 2, reason="needs two CPUs")
+def test_threads_of_ranks_on_cpus_of_their_own():
+    done = mpiexec(2, PROGRAMS, "threads_bound")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:-1]) == ["rank 0: 1", "rank 1: 2"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_guide(size, tmp_path):
+    """Every program of docs/many_machines.md."""
+    page = ROOT / "docs" / "many_machines.md"
+    if not page.exists():
+        pytest.skip("the tests were copied without docs/")
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(programs) == 2
+    checks = ["assert np.isfinite(y).all()\n", "assert abs(bn.running_mean - 100).max() < 0.1\n"]
+    for program, check in zip(programs, checks, strict=True):
+        path = tmp_path / "program.py"
+        path.write_text(program + check, encoding="utf-8")
+        done = mpiexec(size, path)
+        assert done.returncode == 0, done.stderr
