@@ -148,7 +148,7 @@ def _forward(
     """By the running averages if there are any, else by the batch. Returns those, too, in float64."""
     training = running_mean is None
     y, mean, var, _ = functional._forward(
-        input, weight, bias, residual, running_mean, running_var, training, 0.0, eps, activation,
+        input, running_mean, running_var, weight, bias, training, 0.0, eps, residual, activation,
         negative_slope, True,
     )  # fmt: skip
     return y, torch.from_numpy(np.array(mean, np.float64)), torch.from_numpy(np.array(var, np.float64))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 from torch._C import _dispatch_keys
 from torch._compile import _disable_dynamo
@@ -15,16 +16,13 @@ from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
 import fastbn
+from fastbn.distributed import _Ranks
 from fastbn.statistics import BatchStats, GradSums
 from fastbn.torch import functional
 from fastbn.torch.modules import _BatchNorm
 from fastbn.torch.population import batch_stats
 
 _TORCHS = torch.nn.modules.batchnorm._BatchNorm
-
-# So many numbers go round first, whatever the layer: the first three tell pass, channels and count, so that
-# ranks at different layers notice. Behind them there is room for 256 channels.
-_FIRST = 3 + 2 * 256
 
 
 class BatchNorm(_BatchNorm):
@@ -98,9 +96,6 @@ class SyncBatchNorm(BatchNorm):
         group = self._group()
         if group is None or isinstance(input, Proxy):
             return super().forward(input, residual, mask)
-        self._check_input_dim(input)
-        if input.size(1) != self.num_features:
-            return super().forward(input, residual, mask)  # which raises PyTorch's error, if it is one
         running_mean, running_var = self.running_mean, self.running_var
         momentum = self.momentum
         if not self.track_running_stats:
@@ -111,7 +106,7 @@ class SyncBatchNorm(BatchNorm):
                 momentum = 1.0 / float(self.num_batches_tracked)
         return _synchronized(
             input, running_mean, running_var, self.weight, self.bias, momentum or 0.0, self.eps, residual,
-            self.activation, self.negative_slope, mask, group,
+            self.activation, self.negative_slope, mask, _Ranks(_Group(group)),
         )  # fmt: skip
 
     def _group(self) -> Any:
@@ -214,16 +209,27 @@ def _synchronized(
     activation: str | None,
     negative_slope: float,
     mask: Tensor | None,
-    group: Any,
+    ranks: _Ranks,
 ) -> Tensor:
-    """:func:`fastbn.torch.batch_norm` in training, by the statistics of all ranks of a group."""
+    """:func:`fastbn.torch.batch_norm` in training, by the statistics of all ranks."""
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16):  # a half result is that of the widened input, rounded
         widened = [t if t is None else t.float() for t in (input, weight, bias, residual)]
         input, weight, bias, residual = widened
-    real = None if mask is None else functional._mask_like(mask, input)
-    own = batch_stats(input) if real is None else _masked_stats(input, real)
-    stats = _merge(own, group)
+    real, own = None, BatchStats([], [], 0)
+
+    def of_shard() -> BatchStats:
+        nonlocal real, own
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        vectors = running_mean, running_var, weight, bias
+        if any(vector is not None and len(vector) != input.size(1) for vector in vectors):
+            functional.composite(input, *vectors, training=True)  # raises PyTorch's own error
+        real = None if mask is None else functional._mask_like(mask, input)
+        own = batch_stats(input) if real is None else _masked_stats(input, real)
+        return own
+
+    stats: BatchStats = ranks.merge(of_shard, 0)
     if stats.count == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got 1 on all ranks of the group "
@@ -235,9 +241,9 @@ def _synchronized(
         and (activation != "leaky_relu" or negative_slope > 0)
         and functional.why_not(input, None, None, weight, bias, True, residual, 0.0, eps) is None
     ):
-        y = _Fused.apply(input, weight, bias, residual, stats, eps, activation, negative_slope, group)
+        y = _Fused.apply(input, weight, bias, residual, stats, eps, activation, negative_slope, ranks)
     else:
-        y = _Composite.apply(input, weight, bias, real, stats, own.count, eps, group)
+        y = _Composite.apply(input, weight, bias, real, stats, own.count, eps, ranks)
         y = functional.activate(y if residual is None else y + residual, activation, negative_slope)
     if stats.count and running_mean is not None and running_var is not None:
         new = stats.mean, stats.var * (stats.count / (stats.count - 1))
@@ -261,9 +267,10 @@ class _Fused(torch.autograd.Function):
         eps: float,
         activation: str | None,
         negative_slope: float,
-        group: Any,
+        ranks: _Ranks,
     ) -> Tensor:
-        memory_format = functional._memory_format(input)
+        contiguous = input.is_contiguous()
+        memory_format = torch.contiguous_format if contiguous else functional._memory_format(input)
         y = functional._room_for(input, memory_format)
         x, w, b, r = map(functional._array, (input, weight, bias, residual))
         array, _ = fastbn.batch_norm_forward(
@@ -276,14 +283,14 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(
             input, weight, bias, y if residual is not None and activation is not None else None
         )
-        ctx.call = stats, eps, activation, negative_slope, group
+        ctx.call = stats, eps, activation, negative_slope, ranks
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, y = ctx.saved_tensors
-        stats, eps, activation, negative_slope, group = ctx.call
+        stats, eps, activation, negative_slope, ranks = ctx.call
         of_input, of_weight, of_bias, of_residual, *_ = ctx.needs_input_grad
         if _dispatch_keys(grad_output).raw_repr() not in functional._KEYS_WITHOUT_GRAD:
             grad_output = grad_output.clone()  # of a tensor that has no memory, or is negated by a bit
@@ -296,11 +303,12 @@ class _Fused(torch.autograd.Function):
             num_threads=threads,
         )  # fmt: skip
         grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, eps))
+        pooled = ranks.merge(lambda: sums, 0) if of_input else None
         through_activation = of_residual and y is not None  # else it is grad_output itself
         grads = fastbn.batch_norm_backward(
-            dy, x, stats, w, b, eps, training=of_input, sums=_merge(sums, group) if of_input else None,
-            output=output, activation=activation, negative_slope=negative_slope, out=functional._array(dx),
-            needs=["input"] * of_input + ["residual"] * through_activation, num_threads=threads,
+            dy, x, stats, w, b, eps, training=of_input, sums=pooled, output=output, activation=activation,
+            negative_slope=negative_slope, out=functional._array(dx), num_threads=threads,
+            needs=["input"] * of_input + ["residual"] * through_activation,
         )  # fmt: skip
         if of_input and dx is None:
             dx = functional._as_tensor(grads.grad_input, memory_format)
@@ -328,10 +336,10 @@ class _Composite(torch.autograd.Function):
         stats: BatchStats,
         count: int,
         eps: float,
-        group: Any,
+        ranks: _Ranks,
     ) -> Tensor:
         ctx.save_for_backward(input, weight, bias, real)
-        ctx.call = stats, count, eps, group
+        ctx.call = stats, count, eps, ranks
         y = _deviation(input, stats) * _scale(input, weight, stats, eps)
         return (y if bias is None else y + _column(bias, y)).to(input.dtype)
 
@@ -339,7 +347,7 @@ class _Composite(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, real = ctx.saved_tensors
-        stats, count, eps, group = ctx.call
+        stats, count, eps, ranks = ctx.call
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
         dz, dev = grad_output.double(), _deviation(input, stats)
         if real is not None:  # what is not finite under False is in no sum
@@ -352,8 +360,8 @@ class _Composite(torch.autograd.Function):
         if of_bias:
             grad_bias = torch.tensor(sums.dz).to(bias)
         if of_input:
-            sums, n = _merge(sums, group), max(stats.count, 1)
-            through = _column(sums.dz / n, dz) + dev * _column(sums.dz_dev / n / (stats.var + eps), dz)
+            pooled, n = ranks.merge(lambda: sums, 0), max(stats.count, 1)
+            through = _column(pooled.dz / n, dz) + dev * _column(pooled.dz_dev / n / (stats.var + eps), dz)
             if real is not None:
                 through = torch.where(real, through, 0.0)
             dx = ((dz - through) * _scale(input, weight, stats, eps)).to(input.dtype)
@@ -388,31 +396,14 @@ def _masked_stats(input: Tensor, real: Tensor) -> BatchStats:
     return BatchStats(mean.cpu().numpy(), var.cpu().numpy(), len(x))
 
 
-def _merge(part: Any, group: Any) -> Any:
-    """The parts of all ranks together, merged in the order of the ranks: the same bits on each of them."""
-    kind = type(part)
-    vectors = (part.mean, part.var) if kind is BatchStats else (part.dz, part.dz_dev)
-    C = len(vectors[0])
-    row = torch.zeros(max(_FIRST, 3 + 2 * C), dtype=torch.float64)
-    row[: 3 + 2 * C] = torch.from_numpy(np.concatenate([[kind is GradSums, C, part.count], *vectors]))
-    rows = _gather(row[:_FIRST], group)
-    told = [(int(backward), int(channels)) for backward, channels in rows[:, :2]]
-    if len(set(told)) > 1:
-        said = ", ".join(
-            f"rank {rank} in the {'backward' if backward else 'forward'} pass of one of {channels} channels"
-            for rank, (backward, channels) in enumerate(told)
-        )
-        raise ValueError(
-            f"all ranks must be at the same SyncBatchNorm at a time, got {said}; do they have the same "
-            f"model, and all of its layers in training mode?"
-        )
-    if len(row) > _FIRST:
-        rows = torch.cat([rows, _gather(row[_FIRST:], group)], 1)
-    parts = [kind(row[3 : 3 + C], row[3 + C : 3 + 2 * C], int(row[2])) for row in rows.numpy()]
-    return parts[0].merge(*parts[1:])
+class _Group:
+    """A process group, as fastbn.distributed wants what it merges over."""
 
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size = distributed.get_world_size(group)
 
-def _gather(vector: Tensor, group: Any) -> Tensor:
-    rows = vector.new_empty(distributed.get_world_size(group), len(vector))
-    distributed.all_gather(list(rows.unbind()), vector, group)
-    return rows
+    def all_gather(self, vector: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        rows = torch.empty(self.size, len(vector), dtype=torch.float64)
+        distributed.all_gather(list(rows), torch.from_numpy(vector), self.group)
+        return list(rows.numpy())

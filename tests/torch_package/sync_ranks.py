@@ -298,9 +298,15 @@ def one_value_in_all(rank):
 
 @case
 def other_channels(rank):
-    for C in (8 if rank else 5), (300 if rank == 2 else 5), (300 if rank == 2 else 290):
-        with pytest.raises(ValueError, match=f"rank {rank} in the forward pass of one of {C} channels"):
-            SyncBatchNorm(C)(torch.randn(4, C))
+    for channels, told in (
+        ((5, 8, 8), "rank 0: statistics of 5 channels; rank 1, 2: statistics of 8 channels"),
+        ((5, 5, 300), "rank 0, 1: statistics of 5 channels; rank 2: statistics of 300 channels"),
+        ((290, 290, 300), "rank 0, 1: statistics of 290 channels; rank 2: statistics of 300 channels"),
+    ):
+        layer = SyncBatchNorm(channels[rank])
+        with pytest.raises(ValueError, match=f"ranks are not in step .{told}"):
+            layer(torch.randn(4, channels[rank]))
+        assert not layer.running_mean.any()
 
 
 @case
@@ -309,9 +315,7 @@ def evaluation_on_one_rank(rank):
     model = nn.Sequential(SyncBatchNorm(4), nn.Linear(4, 6), SyncBatchNorm(6))
     if rank == 1:
         model[0].eval()
-    with pytest.raises(
-        ValueError, match=r"rank 0 in the forward pass of one of 4 channels, .* training mode\?"
-    ):
+    with pytest.raises(ValueError, match=r"rank 0, 2: statistics of 4 channels; rank 1: statistics of 6"):
         model(torch.randn(4, 4))
 
 
@@ -321,7 +325,7 @@ def different_passes(rank):
     x = torch.randn(4, 4, requires_grad=True)
     y = layer(x)
     with pytest.raises(
-        ValueError, match=r"rank 0 in the backward pass of one of 4 channels, rank 1 in the forward"
+        ValueError, match=r"rank 0: sums of the gradient of 4 channels; rank 1, 2: statistics"
     ):
         y.sum().backward() if rank == 0 else layer(x)
 
@@ -349,13 +353,20 @@ def a_group_of_one_does_not_communicate(rank):
 
 
 @case
-def errors_of_one_rank_alone(rank):
-    """Before ranks meet, and PyTorch's own."""
+def what_one_rank_gets_wrong(rank):
+    """It raises PyTorch's own error, and the others are told."""
     layer = SyncBatchNorm(4)
-    with pytest.raises(RuntimeError, match="running_mean should contain 5 elements not 4"):
-        layer(torch.randn(3, 5))
-    with pytest.raises(ValueError, match=r"expected at least 2D input \(got 1D input\)"):
-        layer(torch.randn(4))
+    mask = torch.ones(3, dtype=torch.bool)
+    for wrong, error, text in (
+        ((torch.randn(3, 5),), RuntimeError, "running_mean should contain 5 elements not 4"),
+        ((torch.randn(4),), ValueError, r"expected at least 2D input \(got 1D input\)"),
+        ((torch.randn(3, 4), None, mask.float()), TypeError, "mask must be of torch.bool"),
+    ):
+        told = pytest.raises(ValueError, match="rank 1 could not take part")
+        with pytest.raises(error, match=text) if rank == 1 else told:
+            layer(*wrong if rank == 1 else (torch.randn(3, 4),))
+    assert torch.equal(layer.running_mean, torch.zeros(4))
+    layer(torch.randn(3, 4), None, mask)
 
 
 @case
@@ -439,7 +450,7 @@ OPTIONS = {
 
 @case
 def ddp(rank):
-    """20 steps on uneven batches as one process takes them on whole ones, and the same bits on all ranks."""
+    """Steps on uneven batches as one process takes them on whole ones, and the same bits on all ranks."""
     for name, options in OPTIONS.items():
         for group in (None, PAIR) if name == "tiny_buckets" else (PAIR,):
             sizes = [2, 5, 1] if group is None else [2, 6]
@@ -449,7 +460,7 @@ def ddp(rank):
             model = convert_sync_batchnorm(copy.deepcopy(single), group)
             ddp = DistributedDataParallel(model, process_group=group, **options)
             optimizers = [torch.optim.SGD(m.parameters(), 0.05) for m in (single, model)]
-            for step in range(20):
+            for step in range(20 if group is None else 5):
                 images = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(step))
                 for optimizer in optimizers:
                     optimizer.zero_grad()
