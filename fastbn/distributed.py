@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from fastbn.functional import Array, BatchNormGrads
 
     Float64 = NDArray[np.float64]
-    Move = Callable[[Float64, Float64, int], None]
 
 __all__ = ["SyncBatchNorm", "all_merge"]
 
@@ -173,16 +172,25 @@ class SyncBatchNorm(BatchNorm):
     ) -> Array:
         if not self.training or (ranks := _Ranks(self.comm)).size == 1:
             return super()._normalize_by_batch(x, residual, out, num_threads, weight, bias)
-        move: Move | None = None
+        averages: tuple[Any, Any] = (None, None)
+        options: tuple[Any, ...] = ()
+
+        def move(mean: Float64, var: Float64, count: int) -> None:
+            _kernels.update_running(*averages, mean, var, count, *options)
 
         def of_shard() -> BatchStats:
-            nonlocal x, move
+            nonlocal x, averages, options
             x = _kernels.array32(x, "x")
             _kernels.check_input(x, self.axis, self._ranks, self.num_features)
             for name, array in ("residual", residual), ("out", out):
                 if array is not None and (found := _kernels.array32(array, name).shape) != x.shape:
                     raise ValueError(f"{name} must have the shape of x, {x.shape}, got {found}")
-            move = self._averaging()
+            running_mean, running_var, exact, counter, momentum = self._to_move()
+            averages = running_mean, running_var
+            options = (momentum, self.unbiased, exact, counter, self.skip_nonfinite)
+            if averages[0] is not None:
+                nothing = np.zeros(self.num_features)
+                move(nothing, nothing, 0)  # but what it checks
             return BatchStats._wrap(*_kernels.stats(x, self.axis, num_threads))
 
         stats = ranks.merge(of_shard, self._number)
@@ -195,36 +203,12 @@ class SyncBatchNorm(BatchNorm):
             x, stats.mean, stats.var, True, weight, bias, self.eps, self.axis, residual, self.activation,
             self.negative_slope, out, num_threads, self._ranks,
         )  # fmt: skip
-        if move is not None:
+        if averages[0] is not None:
             move(stats.mean, stats.var, stats.count)
             if self.skip_nonfinite and not self._said_nonfinite:
                 self._tell_nonfinite(stats.var)
         self._saved[0] = (x, residual, out, stats, None)
         return y
-
-    def _averaging(self) -> Move | None:
-        """What moves the running averages, already checked; None where there is nothing to move."""
-        if not self.track_running_stats or not self._has_averages():
-            return None
-        if self._exact is None:
-            self._exact = (np.zeros(self.num_features), np.zeros(self.num_features))
-        averages, exact = (self.running_mean, self.running_var), self._exact
-        counter, momentum = self.num_batches_tracked, self.momentum
-        if momentum is None:
-            if counter is None:
-                raise ValueError(
-                    "momentum=None averages over all batches and needs to count them, but "
-                    "num_batches_tracked is None; set it to 0, or momentum to a number"
-                )
-            momentum = 1 / max(counter.item() + 1, 1)
-        options: tuple[Any, ...] = (momentum, self.unbiased, exact, counter, self.skip_nonfinite)
-
-        def move(mean: Float64, var: Float64, count: int) -> None:
-            _kernels.update_running(*averages, mean, var, count, *options)
-
-        nothing = np.zeros(self.num_features)
-        move(nothing, nothing, 0)  # but what it checks
-        return move
 
     def backward(
         self,

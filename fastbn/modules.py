@@ -280,6 +280,20 @@ class BatchNorm:
     ) -> Array:
         x = _kernels.array32(x, "x")
         _kernels.check_input(x, self.axis, self._ranks, self.num_features)
+        running_mean, running_var, exact, counter, momentum = self._to_move()
+        y, mean, var, count = _kernels.forward(
+            x, weight, bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
+            out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
+            exact, counter, self.skip_nonfinite,
+        )  # fmt: skip
+        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count), None)
+        if self.skip_nonfinite and running_var is not None and not self._said_nonfinite:
+            self._tell_nonfinite(var)
+        return y
+
+    def _to_move(self) -> tuple[Any, Any, tuple[Float64, Float64] | None, Any, float]:
+        """What a batch moves, each None if it does not: averages, what they were rounded from, counter;
+        and the weight of the batch."""
         running_mean, running_var = self.running_mean, self.running_var
         if self.training and not self.track_running_stats:
             running_mean = running_var = None
@@ -301,15 +315,7 @@ class BatchNorm:
                         "num_batches_tracked is None; set it to 0, or momentum to a number"
                     )
                 momentum = 1 / max(counter.item() + 1, 1)
-        y, mean, var, count = _kernels.forward(
-            x, weight, bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
-            out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
-            exact, counter, self.skip_nonfinite,
-        )  # fmt: skip
-        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count), None)
-        if self.skip_nonfinite and running_var is not None and not self._said_nonfinite:
-            self._tell_nonfinite(var)
-        return y
+        return running_mean, running_var, exact, counter, momentum
 
     def _has_averages(self) -> bool:
         """Whether there are running averages; of one alone nobody can say what is meant."""

@@ -65,8 +65,8 @@ def recalibrate(
 
         "one_pass": by the statistics of each batch, as in training. Exact for layers that no other batch norm
         stands before. For the others it is not, because they see what is normalized by batch: their
-        statistics are off by some percent of a deviation with shuffled batches, and by as much as 3.4
-        deviations with batches sorted by class.
+        statistics are off by some percent with shuffled batches, and were by up to 3.4 times with batches
+        sorted by class.
 
         "sequential": layer after layer, in the order of their first calls, those before by their new
         averages. Exact for all, for as many passes over the batches as there are layers; all but the first

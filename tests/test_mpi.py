@@ -22,7 +22,7 @@ PROGRAMS = ROOT / "tests" / "mpi" / "programs.py"
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def mpiexec(size, program, *arguments, timeout=120, **environment):
+def mpiexec(size, program, *arguments, timeout=240, **environment):
     """Run a program on so many ranks, as the documentation says to."""
     variables = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"} | environment

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastbn
 from fastbn import BatchNorm, BatchNorm1d, BatchNorm2d, BatchStats, recalibrate
@@ -148,6 +150,26 @@ def test_evaluation_takes_what_float32_averages_have_lost(rng):
     np.testing.assert_allclose(layer(x), expected, atol=2e-6 * np.abs(expected).max())
 
 
+@given(
+    ends=st.lists(st.integers(0, 40), max_size=8),
+    seed=st.integers(0, 9),
+    offset=st.sampled_from([0, 1e3, -1e5]),
+    unbiased=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_cut_and_order_do_not_matter(ends, seed, offset, unbiased):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((40, 3, 2)) + offset).astype(np.float32)
+    parts = np.split(x, sorted(ends))
+    rng.shuffle(parts)
+    whole, cut = BatchNorm1d(3, unbiased=unbiased), BatchNorm1d(3, unbiased=unbiased)
+    expected, stats = recalibrate(whole, [x]), recalibrate(cut, parts)
+    assert stats.count == expected.count == 80
+    assert distance(stats, expected) < 1e-6
+    np.testing.assert_allclose(cut.running_mean, whole.running_mean, rtol=2e-7, atol=1e-6)
+    np.testing.assert_allclose(cut.running_var, whole.running_var, rtol=1e-6)
+
+
 def test_empty_batches_and_single_rows(rng):
     x = rng.standard_normal((401, 4), np.float32)
     layer = BatchNorm1d(4)
@@ -247,18 +269,20 @@ def test_a_list_of_layers_and_functions(rng):
 
 @pytest.mark.parametrize("method", ["one_pass", "sequential"])
 def test_calls_of_one_layer_are_pooled(rng, method):
-    shared, after = BatchNorm1d(4), BatchNorm1d(4)
+    first, shared, last = BatchNorm1d(4), BatchNorm1d(4), BatchNorm1d(4)
     x = rng.standard_normal((50, 4), np.float32)
 
     def siamese(x):
-        return after(shared(x) - shared(3 * x + 1))
+        y = first(x)
+        return last(shared(y) - shared(3 * y + 1))
 
     found = recalibrate(siamese, cut(x, 20), method=method)
-    both = np.concatenate([x, 3 * x + 1])
-    assert distance(found[shared], BatchStats(*reference.batch_stats(both))) < 1e-6
-    assert found[shared].count == 100
-    assert shared.num_batches_tracked == after.num_batches_tracked == 3
-    assert found[after].count == 50
+    assert [stats.count for stats in found.values()] == [50, 100, 50]
+    assert first.num_batches_tracked == shared.num_batches_tracked == last.num_batches_tracked == 3
+    if method == "sequential":
+        y = first.eval()(x)
+        both = np.concatenate([y, 3 * y + 1])
+        assert distance(found[shared], BatchStats(*reference.batch_stats(both))) < 1e-6
 
 
 def test_a_layer_that_is_called_again_behind_another(rng):
@@ -544,6 +568,7 @@ np.save(sys.argv[2], [bn.running_mean, bn.running_var])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux'")
 def test_a_file_larger_than_memory(rng, tmp_path):
     x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1000, 16, 64, 64))  # 262 MB

@@ -84,6 +84,35 @@ def test_the_least_limit_decides(machine, monkeypatch, cpus, quota, omp, ours, c
     assert threads.get_num_threads() == count
 
 
+@pytest.mark.parametrize(
+    ("quota", "omp", "ours", "processes", "count", "reason"),
+    [
+        (None, None, None, 1, 8, "CPU affinity"),
+        (None, None, None, 3, 2, "8 CPUs shared by 3 ranks"),
+        (None, None, None, 9, 1, "8 CPUs shared by 9 ranks"),
+        (3.5, None, None, 2, 2, "4 CPUs shared by 2 ranks"),
+        (None, "6", None, 2, 6, "OMP_NUM_THREADS"),
+        (None, None, "6", 2, 6, "FASTBN_NUM_THREADS"),
+        (None, "", " ", 2, 4, "8 CPUs shared by 2 ranks"),
+    ],
+)
+def test_ranks_share_cpus_unless_told_how_many(
+    machine, monkeypatch, quota, omp, ours, processes, count, reason
+):
+    machine(8, quota)
+    for variable, value in zip(VARIABLES, (omp, ours), strict=True):
+        if value is not None:
+            monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(threads, "_sharers", 1)
+    assert threads.get_num_threads() >= count  # and not for good
+    threads.share_cpus(processes)
+    assert threads.explain_num_threads() == (count, reason)
+    threads.set_num_threads(5)
+    assert threads.get_num_threads() == 5
+    threads.set_num_threads(None)
+    assert threads.explain_num_threads() == (count, reason)
+
+
 @pytest.mark.parametrize("value", ["many", "0", "-2", "1.5", ",4", "1e3", "9" * 5000])
 def test_senseless_omp_num_threads_is_ignored_with_a_warning(machine, monkeypatch, value):
     machine(cpus=8)

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fastbn
@@ -119,6 +119,7 @@ def test_tabnets_ghost_batches(rng, rows, size):
 
 
 @given(rows=st.integers(0, 60), size=st.integers(2, 70))
+@example(rows=3, size=2)
 @settings(deadline=None, max_examples=60)
 def test_ghost_batches_are_few_and_alike(rows, size):
     x = np.arange(rows * 2, dtype=np.float32).reshape(rows, 2) ** 2
@@ -438,8 +439,12 @@ def test_a_pickle_of_an_older_version(rng):
 @all_variants
 def test_an_empty_batch(rng, options):
     layer = randomize(BatchNorm2d(C, **options), rng)
-    before = layer.state_dict()
+    if layer.renorm is not None:
+        layer.renorm = layer.renorm._replace(momentum=0.5)
+    layer(batch(rng))
+    before, followed = layer.state_dict(), layer._followed
     y = layer(np.empty((0, C, 3, 2), np.float32))
+    assert layer._followed is followed
     assert y.shape == (0, C, 3, 2)
     grads = layer.backward(y)
     assert grads.grad_weight.tolist() == grads.grad_bias.tolist() == [0] * C
@@ -542,15 +547,16 @@ def test_options_are_switched_off():
 
 
 def cases(rng):
-    """Name, and what is to be changed of a good call of a layer with `virtual_batch_size=4`."""
+    """Name, x, other arguments and what the error says."""
     x = batch(rng)
-    wide, locked = np.empty((11, C, 3, 2), np.float32), np.zeros_like(x)
+    wide, locked = np.empty((15, C, 3, 2), np.float32), np.zeros_like(x)
     locked.setflags(write=False)
     return {
         "residual of more rows": (x, {"residual": batch(rng, (20, C, 3, 2))}, "residual must have the shape"),
         "out of more rows": (x, {"out": np.empty((20, C, 3, 2), np.float32)}, "out must have the shape"),
-        "out over x, a row further": (wide[:10], {"out": wide[1:]}, "out overlaps x"),
-        "out over residual": (x, {"residual": wide[:10], "out": wide[1:]}, "out overlaps residual"),
+        "out over x, a row further": (wide[:10], {"out": wide[1:11]}, "out overlaps x"),
+        "out over later parts of x": (wide[:10], {"out": wide[5:]}, "out overlaps x"),
+        "out over residual": (x, {"residual": wide[:10], "out": wide[5:]}, "out overlaps residual"),
         "out with rows in one place": (
             x,
             {"out": np.lib.stride_tricks.as_strided(wide, x.shape, (24, 24, 8, 4))},
@@ -592,6 +598,14 @@ def test_averages_within_a_later_part(rng, overlapped, average):
         layer(arrays["x"], out=arrays["out"])
     for name, array in arrays.items():
         assert np.array_equal(array, before[name])
+
+
+def test_rows_of_out_in_one_place(rng):
+    layer = BatchNorm2d(C, virtual_batch_size=1)
+    out = np.lib.stride_tricks.as_strided(np.zeros((C, 3, 2), np.float32), (10, C, 3, 2), (0, 24, 8, 4))
+    with pytest.raises(ValueError, match="out has elements that share memory"):
+        layer(batch(rng), out=out)
+    assert not out.any()
 
 
 def test_a_backward_of_another_shape(rng):
