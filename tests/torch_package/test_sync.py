@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,7 +14,12 @@ nn = torch.nn
 import sync_ranks  # noqa: E402
 
 import fastbn.torch  # noqa: E402
-from fastbn.torch import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm  # noqa: E402
+from fastbn.torch import (  # noqa: E402
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    recalibrate,
+    revert_sync_batchnorm,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,77 @@ def test_a_rank_that_fails_makes_the_others_fail(ranks):
         left, seconds = torch.load(ranks / f"left{rank}.pt")
         assert left.startswith(("RuntimeError", "DistBackendError")), left
         assert seconds < 30  # and not for ever, or for the group's timeout
+
+
+class Twins:
+    """In place of ranks: another one that has the same."""
+
+    def merge(self, make, number):
+        part = make()
+        return part.merge(part)
+
+
+@pytest.fixture
+def twins(monkeypatch):
+    monkeypatch.setattr(SyncBatchNorm, "_group", lambda layer: "a group")
+    monkeypatch.setattr(fastbn.torch.sync, "_Group", lambda group: group)
+    monkeypatch.setattr(fastbn.torch.sync, "_Ranks", lambda group: Twins())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_twin(twins, residual, activation, masked, dtype):
+    """As one layer of PyTorch's that has the batch twice."""
+    torch.manual_seed(0)
+    x, r, grad = torch.randn(3, 6, 5, 4, 3).to(dtype)
+    r = r if residual else None
+    mask = torch.rand(6, 4, 3) < 0.7 if masked else None
+    parameters = torch.promote_types(dtype, torch.float32)
+    ours = SyncBatchNorm(5, momentum=0.3, activation=activation, dtype=parameters)
+    theirs = fastbn.torch.BatchNorm2d(5, momentum=0.3, activation=activation, dtype=torch.float64)
+    results = []
+    for layer, copies, wide in (ours, 1, dtype), (theirs, 2, torch.float64):
+        leaves = [None if t is None else t.clone().to(wide).requires_grad_() for t in (x, r)]
+        doubled = [None if t is None else torch.cat([t] * copies) for t in leaves]
+        y = layer(*doubled, None if mask is None else torch.cat([mask] * copies))
+        y.backward(torch.cat([grad.to(wide)] * copies))
+        gradients = [t.grad / copies for t in (*leaves, layer.weight, layer.bias) if t is not None]
+        results.append([y[:6].detach(), *gradients, layer.running_mean, layer.running_var])
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2}[dtype]
+    for found, expected in zip(*results, strict=True):
+        assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_twin_of_nothing_and_of_one_value(twins):
+    layer = SyncBatchNorm(5)
+    assert layer(torch.randn(0, 5)).shape == (0, 5)
+    x = torch.randn(1, 5, requires_grad=True)
+    layer(x).sum().backward()  # two values
+    assert torch.allclose(x.grad, torch.zeros(1, 5), atol=1e-6)
+    y = layer(x, mask=torch.zeros(1, dtype=torch.bool))
+    y.sum().backward()
+    assert torch.equal(y, layer.bias.detach().view(1, 5))
+
+
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_group_of_this_process(alone):
+    layer = SyncBatchNorm(5)
+    x = torch.randn(6, 5)
+    assert torch.equal(layer(x), fastbn.torch.BatchNorm1d(5)(x))
+    assert list(fastbn.torch.sync._Group(alone).all_gather(np.arange(3.0))[0]) == [0, 1, 2]
+    expected = recalibrate(nn.Sequential(nn.BatchNorm1d(5)), [x, x + 1])
+    assert recalibrate(nn.Sequential(nn.BatchNorm1d(5)), [x, x + 1], process_group=alone) == expected
+    with pytest.raises(TypeError, match="got ndarray"):
+        recalibrate(nn.Sequential(nn.BatchNorm1d(5)), [x, x.numpy()], process_group=alone)
 
 
 def network():
