@@ -58,8 +58,8 @@ class SyncBatchNorm(BatchNorm):
     ------
     ValueError
         From a call, on every rank: if all ranks together have one value per channel, or if they are at
-        different layers or in different passes. On the others, where one gets a call wrong, which raises there
-        what PyTorch raises.
+        different layers or in different passes. Where one rank gets a call wrong it raises what PyTorch does,
+        and the others this.
 
     Notes
     -----
