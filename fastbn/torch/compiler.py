@@ -51,20 +51,6 @@ def backend(
 # Operators. They are functional, for only such can be given a gradient: what moves the running averages are
 # operations of PyTorch's, which the compiler sees.
 
-_library = torch.library.Library("fastbn", "FRAGMENT")  # "DEF" can be had once in a process only
-_library.define(
-    "batch_norm(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
-    "Tensor? residual, float eps, str? activation, float negative_slope) "
-    "-> (Tensor output, Tensor mean, Tensor var)",
-    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
-)
-_library.define(
-    "batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, bool training, "
-    "Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float negative_slope) "
-    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
-    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
-)
-
 
 def in_graph(
     input: Tensor,
@@ -239,12 +225,31 @@ def _no_gradients(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-_library.impl("batch_norm", _forward, "CPU")
-_library.impl("batch_norm_backward", _backward, "CPU")
-torch.library.register_fake("fastbn::batch_norm", _forward_fake, lib=_library)
-torch.library.register_fake("fastbn::batch_norm_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("fastbn::batch_norm", _gradients, setup_context=_save, lib=_library)
-torch.library.register_autograd("fastbn::batch_norm_backward", _no_gradients, lib=_library)
+def _register() -> torch.library.Library:
+    library = torch.library.Library("fastbn", "FRAGMENT")  # "DEF" can be had once in a process only
+    library.define(
+        "batch_norm(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
+        "Tensor? residual, float eps, str? activation, float negative_slope) "
+        "-> (Tensor output, Tensor mean, Tensor var)",
+        tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    )
+    library.define(
+        "batch_norm_backward(Tensor grad_output, Tensor input, Tensor mean, Tensor var, bool training, "
+        "Tensor? weight, Tensor? bias, Tensor? residual, float eps, str? activation, float negative_slope) "
+        "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)",
+        tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    )
+    library.impl("batch_norm", _forward, "CPU")
+    library.impl("batch_norm_backward", _backward, "CPU")
+    torch.library.register_fake("fastbn::batch_norm", _forward_fake, lib=library)
+    torch.library.register_fake("fastbn::batch_norm_backward", _backward_fake, lib=library)
+    torch.library.register_autograd("fastbn::batch_norm", _gradients, setup_context=_save, lib=library)
+    torch.library.register_autograd("fastbn::batch_norm_backward", _no_gradients, lib=library)
+    return library
+
+
+if not hasattr(torch.ops.fastbn, "batch_norm"):  # once in a process, also where a module is imported anew
+    _library = _register()
 
 
 # Fusion. Dynamo's graph is one straight line of calls. A batch norm, the addition behind it and the

@@ -1,6 +1,7 @@
 """torch.compile: the operators, what the backend fuses and what it must not, and what is exported."""
 
 import importlib.metadata
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -130,6 +131,18 @@ def test_gradients_that_are_not_wanted():
     assert residual.grad is None
     assert x.grad is not None
     assert bias.grad is not None
+
+
+def test_imported_anew(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("fastbn.torch")]:
+        monkeypatch.delitem(sys.modules, name)
+    again = importlib.import_module("fastbn.torch.compiler")
+    assert again is not compiler
+    x = torch.randn(4, 3)
+    y = again.in_graph(x, None, None, training=True)
+    torch.testing.assert_close(y, F.batch_norm(x, None, None, training=True))
+    importlib.reload(again)
+    assert torch.equal(again.in_graph(x, None, None, training=True), y)
 
 
 # The backend.
