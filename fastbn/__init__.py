@@ -59,6 +59,7 @@ from fastbn.variants import Renorm
 
 if _TYPE_CHECKING:
     from fastbn import distributed, interop
+    from fastbn import torch as torch
 
 __version__ = "0.1.0"
 

@@ -113,8 +113,9 @@ class BatchStats(_Immutable):
             # compared with the deviation.
             origin = shards[0].mean
             shift = np.array([shard.mean - origin for shard in shards])
-            mean_shift = share @ shift
-            var = share @ (np.array([shard.var for shard in shards]) + np.square(shift - mean_shift))
+            mean_shift = _weighted(share, shift)
+            spread = np.array([shard.var for shard in shards]) + np.square(shift - mean_shift)
+            var = _weighted(share, spread)
         return BatchStats._wrap(_read_only(origin + mean_shift), _read_only(var), count)
 
     def __add__(self, other: BatchStats) -> BatchStats:
@@ -301,6 +302,14 @@ def _vectors_and_count(
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     return *vectors, count
+
+
+def _weighted(share: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of the shards' values by their shares, in order: a BLAS would give other bits on other machines."""
+    total = share[0] * values[0]
+    for weight, value in zip(share[1:], values[1:], strict=True):
+        total += weight * value
+    return total
 
 
 def _float64_vector(name: str, values: ArrayLike) -> NDArray[np.float64]:

@@ -8,5 +8,20 @@ except ImportError as _error:
 from fastbn.torch.functional import batch_norm
 from fastbn.torch.fusion import accelerate, record, restore
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.torch.population import adapt, recalibrate
+from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "accelerate", "batch_norm", "record", "restore"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "accelerate",
+    "adapt",
+    "batch_norm",
+    "convert_sync_batchnorm",
+    "recalibrate",
+    "record",
+    "restore",
+    "revert_sync_batchnorm",
+]
