@@ -1625,6 +1625,8 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     check_clear(to_mean, "running_mean", var, "stats.var")
     check_clear(to_var, "running_var", mean, "stats.mean")
     check_clear(to_var, "running_var", var, "stats.var")
+    if counter is not None:
+        check_counter(counter)
     if values == 0:
         return
     take_running(&means, to_mean, C, float64, "running_mean")

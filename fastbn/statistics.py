@@ -305,8 +305,8 @@ def _vectors_and_count(
 
 
 def _weighted(share: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The sum of the shards' values by their shares, in order: a BLAS would give other bits on other machines."""
-    total = share[0] * values[0]
+    """The sum of the shards' values by their shares, in order: a BLAS has other bits on other machines."""
+    total: NDArray[np.float64] = share[0] * values[0]
     for weight, value in zip(share[1:], values[1:], strict=True):
         total += weight * value
     return total

@@ -91,8 +91,9 @@ def test_sessions_answer_as_shown(page):
 
 def test_every_public_name_is_in_the_reference():
     listed = set(re.findall(r"^   ([\w.]+)$", PAGES["reference/index.md"], re.MULTILINE))
-    public = {name for name in fastbn.__all__ if name != "interop"}
-    public |= {f"interop.{name}" for name in fastbn.interop.__all__}
+    public = {name for name in fastbn.__all__ if name not in ("distributed", "interop")}
+    for module in ("distributed", "interop"):
+        public |= {f"{module}.{name}" for name in getattr(fastbn, module).__all__}
     assert listed - {"interop.onnx.BatchNormalization"} == public
 
 

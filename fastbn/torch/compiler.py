@@ -150,7 +150,7 @@ def _backward(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    activation: str | None,
+    activation: Any,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memory_format = functional._memory_format(input)

@@ -199,7 +199,7 @@ def revert_sync_batchnorm(module: Module) -> Module:
     return module
 
 
-@_disable_dynamo  # type: ignore[untyped-decorator]  # a compiler's graph breaks here, where ranks meet
+@_disable_dynamo  # a compiler's graph breaks here, where ranks meet
 def _synchronized(
     input: Tensor,
     running_mean: Tensor | None,
@@ -268,7 +268,7 @@ class _Fused(torch.autograd.Function):
         residual: Tensor | None,
         stats: BatchStats,
         eps: float,
-        activation: str | None,
+        activation: Any,
         negative_slope: float,
         ranks: _Ranks,
     ) -> Tensor:
@@ -290,7 +290,7 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, y = ctx.saved_tensors
         stats, eps, activation, negative_slope, ranks = ctx.call
@@ -347,7 +347,7 @@ class _Composite(torch.autograd.Function):
         return (y if bias is None else y + _column(bias, y)).to(input.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, bias, real = ctx.saved_tensors
         stats, count, eps, ranks = ctx.call
