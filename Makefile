@@ -11,7 +11,7 @@ C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
 C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
-.PHONY: help demo serve load test test-arm test-noavx test-races test-service lint format dev bench \
+.PHONY: help demo serve load test test-arm test-kernels test-noavx test-races test-service lint format dev bench \
     bench-peers bench-networks bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -35,6 +35,9 @@ test: $(VENV)/test.stamp torch build ## run the test suite and print the coverag
 
 test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
 	$(PY) -m pytest tests/emulated/check_arm.py
+
+test-kernels: $(VENV)/test.stamp build ## test the kernels without Python, under sanitizers, and how much of them is reached
+	$(PY) -m pytest tests/kernels/check_kernels.py
 
 test-noavx: $(VENV)/test.stamp build emulators ## run a part of the test suite on a CPU without AVX (emulated)
 	$(PY) -m pytest tests/emulated/check_noavx.py
@@ -67,7 +70,7 @@ lint: $(VENV)/lint.stamp ## check style, types, and C warnings (gcc and clang)
 	@if command -v gcc >/dev/null; then \
 	    CC=gcc CFLAGS=-Werror \
 	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log && \
-	    cd build/lint && echo "fastbn._kernels.__(test|.*_cython)__" | \
+	    cd build/lint && echo "fastbn._kernels.(Operands|__(test|.*_cython)__)" | \
 	    $(PY) -m mypy.stubtest --mypy-config-file ../../pyproject.toml --allowlist /dev/stdin fastbn._kernels; \
 	else echo "== Without gcc the stub of the kernels was NOT checked"; fi
 

@@ -4,57 +4,23 @@
 driver.c runs them without Python.
 """
 
-import os
 import platform
-import subprocess
 import sys
 import sysconfig
-from itertools import cycle, product
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
-from numpy.lib.stride_tricks import as_strided
-from operations import ACTIVATIONS, SLOPE, Problem, assert_within, expect
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from problems import DRIVER, PARTS, ROOT, Job, assert_same, groups, results_of, run
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="x86-64 only: what is compared with is AVX2"
 )
 
-ROOT = Path(__file__).parents[2]
 TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
 ARM, NATIVE = ROOT / "build/aarch64", ROOT / "build/objects" / TAG
-DRIVER = ROOT / "tests/kernels/driver.c"
-
-GAP = 0x5A5A5A5A  # what driver.c fills memory with
-WAY = "way, tiles, rows, stores"
-BACKWARD = {
-    WAY: np.int64, "grad_weight": np.float32, "grad_bias": np.float32, "grad_input": np.float32,
-    "grad_residual": np.float32,
-    f"{WAY} of sums": np.int64, "dz": np.float64, "dz_dev": np.float64,
-    f"{WAY} from sums": np.int64, "grad_input from sums": np.float32,
-}  # fmt: skip
-TRAINING = {
-    f"{WAY} of training": np.int64, "mean": np.float64, "var": np.float64,
-    "running_mean": np.float32, "exact mean": np.float64, "running_var": np.float32, "exact var": np.float64,
-}  # fmt: skip
-INFERENCE = {f"{WAY} of inference": np.int64}
-
-
-def results_in_order(case):
-    """The names and types of what driver.c writes."""
-    return (INFERENCE if case.frozen else TRAINING) | {"y": np.float32} | BACKWARD
-
-
-def run(*command, **environment):
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    print(done.stdout, done.stderr, sep="\n")
-    assert done.returncode == 0, f"exit status {done.returncode} of {' '.join(map(str, command))}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -80,204 +46,10 @@ def drivers(arm_build):
     """How to run the driver on each machine."""
     strict = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror"]
     for compiler, build, *link in (("aarch64-linux-gnu-gcc", ARM, "-static"), ("cc", NATIVE)):
-        parts = [
-            build / f"src_c/{name}.o" for name in ("dispatch", "machine", "plan", "schedule", "workplace")
-        ]
+        parts = [build / f"src_c/{name}.o" for name in PARTS]
         objects = [*build.glob("kernels_*.o"), *parts]
         run(compiler, *strict, *link, "-Isrc_c", DRIVER, *objects, "-lm", "-lpthread", "-o", build / "driver")
     return {"arm": ["qemu-aarch64", ARM / "driver", "baseline"], "avx2": [NATIVE / "driver", "avx2"]}
-
-
-class Case(NamedTuple):
-    rows: bool  # channels-last, or planes
-    N: int
-    C: int
-    S: int
-    activation: str | None = None
-    residual: bool = False
-    stream: bool = False  # as if there were no cache
-    frozen: bool = False
-    affine: bool = True
-    threads: int = 1
-    gaps: bool = False  # between rows and planes, or planes in another order; for rows only where fold is 1
-    values: str = "normal"
-
-
-VALUES = {
-    "normal": lambda rng, x: x,
-    "offset": lambda rng, x: x + 1e4,
-    "far": lambda rng, x: x + 1e6,
-    "outlier": lambda rng, x: np.where(np.arange(x.shape[-1]) == 0, 1e6, x),
-    "constant": lambda rng, x: np.full_like(x, 1e7),
-    "huge": lambda rng, x: np.sign(x) * 1e30,
-    "zeros": lambda rng, x: rng.choice([-0.0, 0.0], x.shape),
-    "subnormal": lambda rng, x: x * 1e-40,
-    "largest": lambda rng, x: rng.choice(np.array([1, -1]) * float(np.finfo(np.float32).max), x.shape),
-    "infinite": lambda rng, x: np.where(rng.random(x.shape) < 0.1, np.inf, x),
-    "nan": lambda rng, x: np.where(rng.random(x.shape) < 0.1, np.nan, x),
-}
-BEYOND_THE_ORACLE = ("largest", "infinite", "nan")  # only the bits are compared
-
-
-NAMES = ("activation", "residual", "stream", "frozen", "affine", "threads")
-CHOICES = list(product(ACTIVATIONS, [False, True], [False, True], [False, True], [True, False], [1, 2, 5]))
-OPTIONS = [dict(zip(NAMES, CHOICES[i * 41 % len(CHOICES)], strict=True)) for i in range(len(CHOICES))]
-
-
-def groups():
-    """Named lists of cases. What is taken in turn has periods without a common factor."""
-    option, n, gaps = (
-        cycle(OPTIONS),
-        cycle((1, 2, 3, 2, 1)),
-        cycle((True, False, False, True, False, False, False)),
-    )
-    small = list(product((1, 3, 16, 17, 64, 65, 130), range(1, 131)))
-    many = list(product((1, 3, 17), range(1, 131)))
-    large = [*product((1, 3, 16), (4095, 4096, 4097, 12544)), (65, 4097), (130, 4095)]
-    wide = list(product((1, 2, 3), (128, 144, 257, 528, 1030), (1, 2, 7, 130), (False, True)))
-    odd = [(1, 1, 1), (2, 3, 5), (3, 17, 49), (2, 65, 131), (2, 2, 4200)]
-    return {
-        "planes, every tail": [Case(False, next(n), *s, **next(option), gaps=next(gaps)) for s in small],
-        "rows, every tail": [Case(True, next(n), *s, **next(option)) for s in small],
-        "planes, many": [Case(False, 83, *s, **next(option), gaps=next(gaps)) for s in many],
-        "rows, many": [Case(True, 83, *s, **next(option)) for s in many[::3]],
-        "planes, large": [Case(False, N, *s, **next(option), gaps=N > 1) for N in (1, 2, 3) for s in large],
-        "rows, large": [Case(True, N, *s, **next(option)) for N in (1, 2, 3) for s in large],
-        "rows, wide": [Case(True, N, C, S, **next(option), gaps=gap) for N, C, S, gap in wide],
-        "options": [
-            Case(rows, *s, **every) for every in OPTIONS for rows in (False, True) for s in odd[1:3]
-        ],
-        "values": [
-            Case(rows, *s, **next(option), values=v)
-            for v in VALUES for _ in range(8) for rows in (False, True) for s in odd
-        ],
-    }  # fmt: skip
-
-
-OPERANDS = ("x", "residual", "grad_output", "y", "grad_input", "grad_residual")
-
-
-class Place:
-    """Where the elements of an operand lie in its buffer."""
-
-    def __init__(self, sizes, case, rng):
-        self.sizes = outer, inner, run = sizes
-        self.outer, self.inner, self.spare = inner * run, run, int(rng.choice([0, 0, 1, 5, 12, 16]))
-        if case.gaps and not case.rows and rng.random() < 0.3:  # a channel's planes follow one another
-            self.outer = run + rng.integers(4)
-            self.inner = outer * self.outer
-        elif case.gaps:
-            self.inner += rng.integers(4)
-            self.outer = inner * self.inner + rng.integers(20)
-        self.length = (outer - 1) * self.outer + (inner - 1) * self.inner + run
-
-    def elements(self, buffer):
-        return as_strided(buffer, self.sizes, (4 * self.outer, 4 * self.inner, 4))
-
-
-class Job:
-    """A case with values."""
-
-    def __init__(self, case, seed):
-        rng = np.random.default_rng(seed)
-        N, C, S = case.N, case.C, case.S
-        self.packed = not case.gaps
-        if case.rows and self.packed:  # rows without gaps are one batch
-            N, S = 1, N * S
-        sizes = (N, S, C) if case.rows else (N, C, S)
-        self.case, self.dimensions, self.axis = case, (N, C, S), 2 if case.rows else 1
-        # the backward pass takes its mask from y
-        self.from_output = case.activation in ("relu", "relu6", "leaky_relu") and seed % 3 == 0
-        absent = () if case.residual else ("residual", "grad_residual")
-        self.places = {name: Place(sizes, case, rng) for name in OPERANDS if name not in absent}
-        self.running = [rng.standard_normal(C).astype(np.float32), rng.uniform(0.5, 2, C).astype(np.float32)]
-        self.weight, self.bias = np.ones(C, np.float32), np.zeros(C, np.float32)
-        if case.affine:
-            self.weight, self.bias = rng.standard_normal((2, C)).astype(np.float32)
-            if case.values == "zeros":
-                self.bias *= 0  # keeps the sign: some outputs are -0
-        self.inputs = {}
-        for name in OPERANDS[:3]:
-            values = rng.standard_normal(sizes)
-            if name == "x":
-                values = VALUES[case.values](rng, values)
-            if name in self.places:
-                self.inputs[name] = np.full(self.places[name].length, np.nan, np.float32)
-                self.places[name].elements(self.inputs[name])[...] = values
-
-    def write(self, file):
-        case = self.case
-        cache, group = (1, 1 << 14) if case.stream else (1 << 62, 0)
-        integers = [case.rows, ACTIVATIONS.index(case.activation), self.packed, *self.dimensions, case.frozen]
-        integers += [case.affine, case.threads, cache, group, self.from_output]
-        np.array(integers, np.int64).tofile(file)
-        np.array([1e-5, SLOPE]).tofile(file)
-        for name in OPERANDS:
-            place = self.places.get(name)
-            fields = [place.length, place.outer, place.inner, place.spare] if place else [0] * 4
-            np.array(fields, np.int64).tofile(file)
-        np.array(self.running).tofile(file)
-        if case.affine:
-            np.array([self.weight, self.bias]).tofile(file)
-        for buffer in self.inputs.values():
-            buffer.tofile(file)
-
-    def check(self, results):
-        """Against the oracle; and that of the outputs' memory the elements were written, and nothing else."""
-        for name in set(OPERANDS[3:]) & set(self.places):
-            rest = results[name].view(np.uint32).copy()
-            self.places[name].elements(rest)[...] = GAP
-            assert (rest == GAP).all(), f"{name} was written outside its elements"
-        if self.case.values in BEYOND_THE_ORACLE:
-            return
-        operands = {name: self.places[name].elements(buffer) for name, buffer in self.inputs.items()}
-        operands.setdefault("residual", None)
-        p = Problem(**operands, weight=self.weight, bias=self.bias, axis=self.axis,
-                    running_mean=self.running[0], running_var=self.running[1])  # fmt: skip
-        operations = (
-            ("forward_given_stats", "frozen_backward") if self.case.frozen else ("forward", "backward")
-        )
-        expected = {}
-        for operation in operations:
-            expected |= expect(operation, p, self.case.activation, self.case.residual)
-        for name, (value, bound) in expected.items():
-            if name != "count":
-                place = self.places.get(name)
-                assert_within(place.elements(results[name]) if place else results[name], value, bound, name)
-
-
-def results_of(driver, jobs, folder):
-    """What the driver wrote, by name, for one job after the other."""
-    with open(folder / "problems", "wb") as file:
-        for job in jobs:
-            job.write(file)
-    run(*driver, folder / "problems", folder / "results")
-    (folder / "problems").unlink()
-    with open(folder / "results", "rb") as file:
-        for job in jobs:
-            yield {
-                name: np.fromfile(file, dtype, int(np.fromfile(file, np.int64, 1)[0]))
-                for name, dtype in results_in_order(job.case).items()
-            }
-        assert not file.read(1)
-    (folder / "results").unlink()
-
-
-def assert_same(arm, avx2):
-    """Equal bits; but of a NaN, which the IEEE standard leaves to the machine, only that it is one."""
-    for name, actual in arm.items():
-        if name.startswith(WAY):  # which may differ
-            continue
-        expected = avx2[name]
-        assert actual.size == expected.size, name
-        bits = np.uint32 if actual.dtype == np.float32 else np.uint64
-        differ = (actual.view(bits) != expected.view(bits)) & ~(np.isnan(actual) & np.isnan(expected))
-        if differ.any():
-            i = np.argmax(differ)
-            raise AssertionError(
-                f"{name}[{i}] is {actual[i]!r} on AArch64, {expected[i]!r} with AVX2; "
-                f"{np.count_nonzero(differ)} of {differ.size} values differ"
-            )
 
 
 @pytest.mark.parametrize("group", groups())
