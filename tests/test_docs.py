@@ -26,7 +26,7 @@ whole = pytest.mark.skipif(
 # Pages that another file of tests names, as `"docs" / "page.md"`, have their programs run there.
 OTHER_TESTS = "\n".join(
     file.read_text(encoding="utf-8")
-    for file in Path(__file__).parent.glob("test_*.py")
+    for file in Path(__file__).parent.rglob("test_*.py")
     if file.name != "test_docs.py"
 )
 

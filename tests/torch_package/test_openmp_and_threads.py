@@ -72,6 +72,9 @@ def test_threads_follow_torch(kernels_called, num_threads, threads):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of Python 3.12
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # JAX, if another test loaded it, warns
 def test_workers_of_a_loader_have_one_thread():
     """PyTorch sets one thread in each worker process, and the kernels follow."""
     loader = torch.utils.data.DataLoader(Normalized(), batch_size=None, num_workers=1)
