@@ -41,7 +41,8 @@ def test_programs(size):
 @pytest.mark.slow
 def test_example():
     """Four ranks train to the weights that one process gets from whole batches."""
-    pytest.importorskip("sklearn", reason="the examples need the extra [demo]")
+    for library in "matplotlib", "sklearn":
+        pytest.importorskip(library, reason="the examples need the extra [demo]")
     program = ROOT / "examples" / "mpi_train.py"
     if not program.exists():
         pytest.skip("the tests were copied without examples/")
