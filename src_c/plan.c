@@ -94,6 +94,8 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
         /* rows this wide have coefficients that crowd L1; those of the backward pass cost more than order, too, where
          * what is read comes from the cache */
         plan->apply.rows = K >= t->wide || (backward && !plan->from_memory) ? 4 : 1;
+        if (2 * m->lanes < line) /* more than two stores a line would not be combined */
+            plan->apply.rows = 1;
         plan->why_rows =
             plan->apply.rows == 4 ? "coefficients cost more than memory's order gains" : "memory's order is fastest";
     } else if (p->pitch && !plan->from_memory) {
@@ -102,7 +104,9 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
         plan->page_rows = !far && K * (ptrdiff_t)sizeof(float) % 4096 == 0;
         plan->why_rows = "coefficients cost more than what they are applied to";
     }
-    const int vectors = backward ? m->held / 2 : m->held;
+    /* activations that are looked up want the registers themselves */
+    const int looked_up = p->activation > BN_RELU6 || (backward && p->fixed);
+    const int vectors = looked_up ? 0 : backward ? m->held / 2 : m->held;
     if (whole_lines && vectors && vectors * m->lanes % p->C == 0)
         plan->apply.period = vectors;
     else if (whole_lines && vectors && vectors * 3 / 4 * m->lanes % p->C == 0)
@@ -199,14 +203,15 @@ static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* The parts of a call's memory, one behind the other, each from a cache line on. What different threads write lies a
  * few lines apart: a core prefetches beyond what it writes, and would take it from its neighbour. */
-static void place_scratch(bn_plan *plan, const bn_problem *p) {
+static void place_scratch(bn_plan *plan, const bn_problem *p, const bn_tuning *t) {
     const size_t apart = 1024, page = 4096, number = sizeof(double), value = sizeof(float);
     const size_t arrays = bn_second_pass(plan->op) == BN_PASS_BACKWARD || bn_first_pass(plan->op) == BN_PASS_SUMS
                               ? BN_COEF_BACKWARD
                               : BN_COEF_FORWARD;
-    const size_t free = (size_t)(p->C - plan->owned), tiled = (size_t)plan->T * (size_t)(plan->width - plan->owned);
+    const size_t shared = (size_t)(p->C - plan->owned), tiled = (size_t)plan->T * (size_t)(plan->width - plan->owned);
     bn_scratch *s = &plan->scratch;
     size_t at = 0;
+    s->chosen = p->layout == BN_ROWS && p->packed && p->N * p->S * p->C >= t->few;
     s->rooms = at;
     s->room_step = BN_ROOM * value + page; /* and where it may begin */
     if (p->layout == BN_ROWS && bn_first_pass(plan->op))
@@ -221,12 +226,12 @@ static void place_scratch(bn_plan *plan, const bn_problem *p) {
     s->tile_a = at;
     s->tile_b = at += lines(tiled * number);
     s->g = at += lines(tiled * number);
-    s->gx = at += lines(free * number);
-    s->coef = at += lines(free * number);
+    s->gx = at += lines(shared * number);
+    s->coef = at += lines(shared * number);
     /* as many columns as there are, BN_LINE that follow, and a line from one array to the next; from a place in a page
      */
     s->coef_step = lines(((size_t)(plan->width - plan->owned) + BN_LINE) * value);
-    if (free && (bn_second_pass(plan->op) || bn_first_pass(plan->op) == BN_PASS_SUMS))
+    if (shared && (bn_second_pass(plan->op) || bn_first_pass(plan->op) == BN_PASS_SUMS))
         at += arrays * s->coef_step + page;
     s->bytes = at;
 }
@@ -265,5 +270,5 @@ void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, cons
     plan->tiles = share_tiles(plan);
     plan->coef = share_channels(plan, p, p->C - plan->owned, t);
     plan->pool = share_channels(plan, p, plan->T * plan->width, t);
-    place_scratch(plan, p);
+    place_scratch(plan, p, t);
 }

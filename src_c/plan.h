@@ -33,7 +33,7 @@ typedef struct {
     ptrdiff_t panels; /* of tiles: strips of columns; of elements behind owned channels: pieces of a sample */
 } bn_shares;
 
-/* Where, in bytes from a page on, a call keeps what it needs meanwhile. */
+/* Where, in bytes from a cache line on, a call keeps what it needs meanwhile. */
 typedef struct {
     size_t bytes;
     size_t rooms, room_step;      /* of each member, for sums over rows */
@@ -41,6 +41,7 @@ typedef struct {
     size_t tile_a, tile_b, g, gx; /* of channels without one */
     size_t coef, coef_step;       /* and their coefficients, one array behind the other */
     ptrdiff_t owner_channels;     /* that one share of them has at most */
+    int chosen;                   /* whether rooms and coefficients begin where they are clear of rows */
 } bn_scratch;
 
 typedef struct {

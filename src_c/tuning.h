@@ -21,6 +21,7 @@ typedef struct {
     int overlap_of_cache;    /* or, where two are under way, 1 / so many */
     int sample_of_l2;        /* of L2 a group of a single sample's channels takes 1 / so many */
     ptrdiff_t block;         /* elements that a pass in reverse order takes at a time */
+    ptrdiff_t few;           /* elements below which it costs more than it brings to look where things lie best */
     ptrdiff_t far;           /* elements of packed rows from which on what comes next is prefetched */
     ptrdiff_t wide;          /* columns whose coefficients and sums crowd L1 */
     ptrdiff_t stats_ahead;   /* elements that statistics of rows from memory prefetch ahead */
@@ -31,7 +32,7 @@ typedef struct {
 #define BN_ROW_OF_CORES                                                                                                \
     .serial = 65536, .serial_pool = 4096, .write_64ths = 48, .read_64ths = 64, .alone_64ths = 32, .held = 1 << 19,     \
     .run = 12 << 10, .overlap_run = 48 << 10, .group_of_cache = 4, .overlap_of_cache = 10, .sample_of_l2 = 4,          \
-    .block = 16384, .far = 1 << 18, .wide = 1024, .stats_ahead = 2048, .overlap_ahead = 512
+    .block = 16384, .few = 1 << 13, .far = 1 << 18, .wide = 1024, .stats_ahead = 2048, .overlap_ahead = 512
 
 static const bn_tuning bn_tunings[BN_N_CLASSES] = {
     [BN_CORES] = {BN_ROW_OF_CORES},
@@ -49,6 +50,7 @@ static const bn_tuning bn_tunings[BN_N_CLASSES] = {
                    .overlap_of_cache = 10,
                    .sample_of_l2 = 4,
                    .block = 16384,
+                   .few = 1 << 13,
                    .far = 1 << 18,
                    .wide = 1024,
                    .stats_ahead = 2048,

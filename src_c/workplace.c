@@ -94,12 +94,10 @@ bn_workplace bn_for_channels_from(const bn_call *call, const bn_workplace *own, 
     return w;
 }
 
-/* Rows of few elements are soon gone through, wherever things lie. */
 bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
     const bn_problem *p = &call->p;
     const bn_scratch *s = &call->plan.scratch;
     const size_t row = (size_t)call->plan.width * sizeof(float);
-    const int many_rows = p->layout == BN_ROWS && p->packed && p->N * p->S * p->C >= 1 << 13;
     bn_workplace w = {0};
     w.k = call->k;
     if (call->scratch == NULL)
@@ -111,7 +109,7 @@ bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
     if (s->bytes > s->coef) {
         const bn_neighbour written = bn_rows_beside(p->grad_input.data ? p->grad_input.data : p->y.data, row);
         char *const at = call->scratch + s->coef;
-        bn_coef_at(&w.k, many_rows ? bn_clear_of(at, &written, 1) : at, s->coef_step, has_backward_coef(call));
+        bn_coef_at(&w.k, s->chosen ? bn_clear_of(at, &written, 1) : at, s->coef_step, has_backward_coef(call));
     }
     if (p->layout == BN_ROWS && bn_first_pass(call->plan.op)) {
         const bn_neighbour beside[] = {
@@ -124,7 +122,7 @@ bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
         };
         char *const at = call->scratch + s->rooms + (size_t)me->member * s->room_step;
         /* statistics go by neither grad_output nor coefficients */
-        w.room = (float *)(many_rows ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at);
+        w.room = (float *)(s->chosen ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at);
     }
     index_by_channel(&w, call->plan.owned);
     results_to(call, &w);

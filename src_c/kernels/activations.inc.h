@@ -1,7 +1,7 @@
 /* activations.inc.h: what each activation of BN_ACTIVATIONS does to z, and to the gradient that reaches z.
  *
  * forward_CODE(z, a) and gradient_CODE(dy, z, a), with what `a` holds of the call. A NaN in z stays one, and lets the
- * gradient pass, as in PyTorch. */
+ * gradient pass, as in PyTorch; but what silu makes of it is NaN in both directions. */
 
 typedef struct {
     vf slope; /* of leaky_relu */
@@ -88,59 +88,33 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
 #undef CASE
 }
 
-/* Calls body(act, residual) as an instance: with these as constants the compiler drops what is not needed. Residual:
- * 0, 1, or MAYBE, which looks at each vector anew. */
+/* Calls body(act, residual) as an instance: with these as constants the compiler drops what is not needed. Residual: 0,
+ * 1, or MAYBE, which looks at each vector anew. What is rarer than PLAIN and CLIPPED is looked up. */
 #define MAYBE 2
-#define SPECIALIZE(p, body)                                                                                            \
-    switch ((p)->activation) {                                                                                         \
+#define SPECIALIZE_AS(activation, plain, clipped, present, body)                                                       \
+    switch (activation) {                                                                                              \
     case BN_IDENTITY:                                                                                                  \
-        if ((p)->residual.data) {                                                                                      \
-            body(PLAIN, 1);                                                                                            \
+        if (plain) {                                                                                                   \
+            body(PLAIN, present);                                                                                      \
         } else {                                                                                                       \
             body(PLAIN, 0);                                                                                            \
         }                                                                                                              \
         break;                                                                                                         \
     case BN_RELU:                                                                                                      \
     case BN_RELU6:                                                                                                     \
-        if ((p)->residual.data) {                                                                                      \
-            body(CLIPPED, 1);                                                                                          \
+        if (clipped) {                                                                                                 \
+            body(CLIPPED, present);                                                                                    \
         } else {                                                                                                       \
             body(CLIPPED, 0);                                                                                          \
         }                                                                                                              \
         break;                                                                                                         \
     default: body(ANY, MAYBE);                                                                                         \
     }
+#define HAS(operand)        ((operand).data != NULL)
+#define SPECIALIZE(p, body) SPECIALIZE_AS((p)->activation, HAS((p)->residual), HAS((p)->residual), 1, body)
 /* Sums look at no residual where there is no activation. */
-#define SPECIALIZE_SUMS(p, body)                                                                                       \
-    switch ((p)->activation) {                                                                                         \
-    case BN_IDENTITY: body(PLAIN, 0); break;                                                                           \
-    case BN_RELU:                                                                                                      \
-    case BN_RELU6:                                                                                                     \
-        if ((p)->residual.data) {                                                                                      \
-            body(CLIPPED, 1);                                                                                          \
-        } else {                                                                                                       \
-            body(CLIPPED, 0);                                                                                          \
-        }                                                                                                              \
-        break;                                                                                                         \
-    default: body(ANY, MAYBE);                                                                                         \
-    }
-/* The backward pass: with a residual or its gradient, one of them or both; what is rarer is looked up. */
+#define SPECIALIZE_SUMS(p, body) SPECIALIZE_AS((p)->activation, 0, HAS((p)->residual), 1, body)
+/* The backward pass has a residual or its gradient, one of them or both. */
 #define SPECIALIZE_BACKWARD(p, body)                                                                                   \
-    switch ((p)->fixed ? BN_N_ACTIVATIONS : (p)->activation) {                                                         \
-    case BN_IDENTITY:                                                                                                  \
-        if ((p)->residual.data || (p)->grad_residual.data) {                                                           \
-            body(PLAIN, MAYBE);                                                                                        \
-        } else {                                                                                                       \
-            body(PLAIN, 0);                                                                                            \
-        }                                                                                                              \
-        break;                                                                                                         \
-    case BN_RELU:                                                                                                      \
-    case BN_RELU6:                                                                                                     \
-        if ((p)->residual.data || (p)->grad_residual.data) {                                                           \
-            body(CLIPPED, MAYBE);                                                                                      \
-        } else {                                                                                                       \
-            body(CLIPPED, 0);                                                                                          \
-        }                                                                                                              \
-        break;                                                                                                         \
-    default: body(ANY, MAYBE);                                                                                         \
-    }
+    SPECIALIZE_AS((p)->fixed ? BN_N_ACTIVATIONS : (p)->activation, HAS((p)->residual) || HAS((p)->grad_residual),      \
+                  HAS((p)->residual) || HAS((p)->grad_residual), MAYBE, body)

@@ -156,7 +156,7 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
         const rowset b = {p->packed ? e0 : row, (e1 - e0) / K, c};
         ptrdiff_t r = 0;
         if (of.store == BN_STREAMED) {
-            if (pass->rows == 4 && LINE / VL <= 2) /* more than two stores a line would not be combined */
+            if (pass->rows == 4 && LINE / VL <= 2) /* else never planned: no code for it */
                 r = apply_rows_by(p, &act, coef, &b, r, 4, 1, 0, of);
         } else if (pass->rows == 4 && pass->ahead)
             r = apply_rows_by(p, &act, coef, &b, r, 4, 1, 0, of);
