@@ -25,7 +25,7 @@ except ImportError:  # Windows
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
-# Compiled for every instruction set and these elements; terms are the same for all whose lanes are of float32.
+# Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
 KERNELS = {
     "planes": ("f32", "f64", "f16", "bf16"),
     "rows": ("f32", "f64", "f16", "bf16"),

@@ -309,11 +309,12 @@ def check(operation, p, activation=None, add=False, out=None, num_threads=None):
 
 
 def widened(a):
-    """In float32, with the same strides in elements: layouts decide how sums are cut into tiles."""
+    """In float32, as aligned and with the same strides in elements: tiles depend on the layout."""
     steps = [stride // a.itemsize for stride in a.strides]
     low, high = (sum(f(0, s * (n - 1)) for s, n in zip(steps, a.shape, strict=True)) for f in (min, max))
-    memory = np.zeros(max(high - low + 1, 1), np.float32)
-    view = np.lib.stride_tricks.as_strided(memory[-low:], a.shape, [4 * s for s in steps])
+    memory = np.zeros(4 * (high - low + 2), np.uint8)
+    begin = -4 * low + (not a.flags.aligned)
+    view = np.ndarray(a.shape, np.float32, memory, begin, [4 * s for s in steps])
     view[...] = a
     return view
 

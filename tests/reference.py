@@ -1,5 +1,7 @@
-"""The oracle: batch normalization (Ioffe and Szegedy, 2015) in NumPy, one plain line a formula: in float64, or longdouble
-for what comes in that."""
+"""The oracle: batch normalization (Ioffe and Szegedy, 2015) in NumPy, one plain line a formula.
+
+In float64, or longdouble for what comes in that.
+"""
 
 import numpy as np
 

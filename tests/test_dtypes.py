@@ -1,4 +1,4 @@
-"""Elements other than float32: float64 against longdouble, halves against float32 rounded once, on every path."""
+"""Elements other than float32: float64 against longdouble, halves against float32 rounded once."""
 
 import copy
 import pickle
@@ -99,7 +99,7 @@ def test_ties_go_to_even(half, isa):
 
 
 def test_planned_ways_are_taken(dtype):
-    """Outputs of halves are streamed from the bytes on where those of float32 are, and rows go several at a time."""
+    """The planner is asked about these elements, and what they take of the cache."""
     p = problem((64, 256, 40, 40), dtype=dtype)
     _kernels.watch_plans(True)
     try:
@@ -170,7 +170,8 @@ def test_variants_of_training(dtype, options):
     y, expected = layer(x), wide(x.astype(np.float64))
     np.testing.assert_allclose(y.astype(float), expected, atol=0.03 if dtype in HALVES else 1e-12)
     grads, expected = layer.backward(x), wide.backward(x.astype(np.float64))
-    assert grads.grad_input.dtype == x.dtype and grads.grad_weight.dtype == real
+    assert grads.grad_input.dtype == x.dtype
+    assert grads.grad_weight.dtype == real
     np.testing.assert_allclose(
         grads.grad_weight, expected.grad_weight, rtol=1e-5 if dtype in HALVES else 1e-12
     )
@@ -194,7 +195,8 @@ def test_half_parameters_are_widened():
     halves["weight"] = np.array([1, 2, 3, 4, 0.1], np.float16)
     layer = fastbn.BatchNorm1d(5)
     layer.load_state_dict(halves)
-    assert layer.weight.dtype == np.float32 and layer.weight[4] == np.float32(np.float16(0.1))
+    assert layer.weight.dtype == np.float32
+    assert layer.weight[4] == np.float32(np.float16(0.1))
     x = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float16)
     one, zero = np.ones(5, np.float32), np.zeros(5, np.float32)
     y = call(fastbn.batch_norm, x, zero.astype(np.float16), one.astype(np.float16), halves["weight"])

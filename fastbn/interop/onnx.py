@@ -92,8 +92,8 @@ class BatchNormalization(OpRun):
     takes these apart first. Of the two spellings of ONNX's own domain it knows "" only, not "ai.onnx".
 
     Float32, float64, float16 and bfloat16; the latter two are computed in float32 and rounded once. A
-    training node of opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the biased variance
-    of the batch (ONNX Runtime gives 1 / sqrt(variance + epsilon) there).
+    training node of opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the
+    biased variance of the batch (ONNX Runtime gives 1 / sqrt(variance + epsilon) there).
 
     Raises
     ------
