@@ -100,7 +100,7 @@ sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and U
 	cp -r setup.py pyproject.toml fastbn src_c tests docs $(SANITIZED)
 	cd $(SANITIZED) && FASTBN_BUILD_ISAS=avx2 CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 1200 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 3000 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
 
 docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and broken links are errors
 	rm -rf build/docs docs/reference/generated

@@ -449,6 +449,8 @@ cdef int learn_bfloat16(a) except -1:
 
 cpdef cnp.ndarray elements(a, str name):
     """`a` as an array of elements that kernels work on, in its own memory; raises where it is none."""
+    if cnp.PyArray_CheckExact(a) and element_of(a) >= 0:
+        return a
     b = a if cnp.PyArray_Check(a) else foreign(a, name)
     if element_of(b) < 0:
         learn_bfloat16(b)
@@ -495,8 +497,10 @@ cdef bint is_half(cnp.ndarray a) noexcept:
 cpdef cnp.ndarray parameter(a, str name, int element):
     """`a` as a vector of parameters or statistics beside such elements: float64 for float64, else float32; halves are
     widened, in a copy."""
-    cdef cnp.ndarray b = elements(a, name)
     cdef int real = cnp.NPY_FLOAT64 if element == BN_f64 else cnp.NPY_FLOAT32
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == real and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    cdef cnp.ndarray b = elements(a, name)
     if is_half(b) and element != BN_f64:
         return (<object> b).astype(np.float32)
     if cnp.PyArray_TYPE(b) != real:
@@ -511,7 +515,11 @@ cpdef cnp.ndarray parameter(a, str name, int element):
 cpdef cnp.ndarray running(a, str name, int element, bint moved):
     """`a` as running averages beside such elements: as a parameter, or float64 beside any. Those that are moved are the
     caller's own, for which a widened copy will not do."""
-    cdef cnp.ndarray b = elements(a, name)
+    cdef cnp.ndarray b
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and element != BN_f64 and (
+            cnp.PyArray_ISNOTSWAPPED(a)):
+        return a
+    b = elements(a, name)
     if cnp.PyArray_TYPE(b) == cnp.NPY_FLOAT64:
         return b
     if moved and is_half(b):

@@ -111,7 +111,7 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
     }
     /* activations that are looked up want the registers themselves */
     const int few = p->element != BN_f32 && (p->activation || p->residual.data || p->grad_residual.data);
-    const int looked_up = few || p->activation > BN_RELU6 || (backward && p->fixed);
+    const int looked_up = few || p->activation > (backward ? BN_RELU : BN_RELU6) || (backward && p->fixed);
     const int vectors = looked_up ? 0 : backward ? m->held / 2 : m->held;
     if (whole_lines && vectors && vectors * lanes % p->C == 0)
         plan->apply.period = vectors;
