@@ -25,7 +25,9 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 def mpiexec(size, program, *arguments, timeout=240, **environment):
     """Run a program on so many ranks, as the documentation says to."""
     variables = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"} | environment
+    variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    variables |= {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1", "MPIR_CVAR_POSIX_POLL_FREQUENCY": "1"}  # few CPUs
+    variables |= environment
     return subprocess.run(
         [MPIEXEC, "-n", str(size), sys.executable, "-m", "mpi4py", str(program), *arguments],
         env=variables, capture_output=True, text=True, timeout=timeout,
