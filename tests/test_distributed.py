@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -520,3 +523,21 @@ def test_gloo(tmp_path):
     for rank in ranks:
         _, told = rank.communicate(timeout=120)
         assert rank.returncode == 0, told.decode()
+
+
+@pytest.mark.slow
+def test_gloo_of_the_guide(tmp_path):
+    """The program of docs/many_machines.md, started as it says there."""
+    pytest.importorskip("torch", reason="needs the extra [torch]")
+    page = Path(__file__).resolve().parents[1] / "docs" / "many_machines.md"
+    if not page.exists():
+        pytest.skip("the tests were copied without docs/")
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (program,) = (program for program in programs if "torch" in program)
+    path = tmp_path / "program.py"
+    path.write_text(program + 'assert stats.count == 200\nprint(f"rank {rank}: {abs(y.mean()) < 0.2}")\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path]
+    environment = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"rank \d: True", done.stdout)) == ["rank 0: True", "rank 1: True"]
