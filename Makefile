@@ -30,7 +30,7 @@ serve: $(VENV)/service.stamp build ## start the reference service: draw a digit 
 load: $(VENV)/service.stamp build wrk ## load the reference service, with fastbn and with NumPy: latencies, requests/s
 	$(PY) examples/service/load.py $(LOAD)
 
-test: $(VENV)/test.stamp torch build ## run the test suite and print the coverage of the Python layer
+test: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run the test suite and print the coverage of the Python layer
 	$(PY) -m pytest --cov --cov-report=term
 
 test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
