@@ -7,7 +7,7 @@ from numpy import float32
 from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
-from fastbn.typing import Activation, Running
+from fastbn.typing import Activation, Mask, Running
 
 _Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 _Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
@@ -49,14 +49,17 @@ class Frozen:
         residual: NDArray[float32] | None = None,
         out: NDArray[float32] | None = None,
         *,
+        mask: Mask | None = None,
+        mask_output: bool = False,
         num_threads: int | None = None,
     ) -> NDArray[float32]: ...
 
+def positions(mask: Mask, x: NDArray[float32], axis: int) -> Mask: ...
 def give_back() -> int: ...
 def set_output_limit(max_bytes: int) -> None: ...
 def output_memory() -> tuple[int, int]: ...
 def stats(
-    x: NDArray[float32], axis: int, num_threads: int | None
+    x: NDArray[float32], axis: int, num_threads: int | None, mask: Mask | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]: ...
 def forward(
     x: NDArray[float32],
@@ -77,6 +80,8 @@ def forward(
     exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: NDArray[float32],
@@ -94,6 +99,9 @@ def normalize(
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
     exact: _Float64Pair | None = None,
+    mask: Mask | None = None,
+    mask_output: bool = False,
+    count: int | None = None,  # of the values that mean and var are of
 ) -> NDArray[float32]: ...
 def unrounded(
     mean: NDArray[float32], var: NDArray[float32], exact: _Float64Pair, eps: float
@@ -113,6 +121,8 @@ def backward_sums(
     activation: Activation | None,
     negative_slope: float,
     num_threads: int | None,
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> _Sums: ...
 def backward(
     grad_output: NDArray[float32],
@@ -133,6 +143,8 @@ def backward(
     sums: _Sums | None = None,
     output: NDArray[float32] | None = None,
     needs: int = 15,  # the results in their order, a bit each
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> tuple[Any, Any, Any, Any]: ...
 def update_running(
     running_mean: Running,

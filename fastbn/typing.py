@@ -7,8 +7,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Activation", "Array", "Running"]
+__all__ = ["Activation", "Array", "Mask", "Running"]
 
 Array: TypeAlias = NDArray[np.float32]
 Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]  # running averages: both of one of these
+Mask: TypeAlias = NDArray[np.bool_]
 Activation: TypeAlias = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish"]

@@ -44,6 +44,9 @@
 #include "kernels/overlap.inc.h"
 #endif
 #include "kernels/coefficients.inc.h"
+#include "kernels/masked.inc.h"
+#include "kernels/masked_planes.inc.h"
+#include "kernels/masked_rows.inc.h"
 /* clang-format on */
 
 #define JOIN_(a, b) a##b
@@ -56,15 +59,15 @@ const bn_kernels JOIN(bn_kernels_, FASTBN_ISA) = {
     .lanes = VL,
     .held = HELD,
     .overlaps = OVERLAPS,
-    .stats = {stats_planes, stats_rows},
-    .sums = {sums_planes, sums_rows},
-    .forward = {forward_planes, forward_rows},
-    .backward = {backward_planes, backward_rows},
+    .stats = {stats_planes, stats_rows, stats_masked_planes, stats_masked_rows},
+    .sums = {sums_planes, sums_rows, sums_masked_planes, sums_masked_rows},
+    .forward = {forward_planes, forward_rows, forward_masked_planes, forward_masked_rows},
+    .backward = {backward_planes, backward_rows, backward_masked_planes, backward_masked_rows},
 #if OVERLAPS
     .forward_and_stats = forward_and_stats,
     .backward_and_sums = backward_and_sums,
 #endif
-    .pool_stats = pool_stats,
+    .pool_stats = {pool_stats, pool_masked},
     .pool_sums = pool_sums,
     .coef = coef,
     .running_coef = running_coef,

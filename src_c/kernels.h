@@ -48,7 +48,7 @@
 enum { BN_ACTIVATIONS(BN_CODE) BN_N_ACTIVATIONS };
 #undef BN_CODE
 
-enum { BN_PLANES, BN_ROWS };
+enum { BN_PLANES, BN_ROWS, BN_MASKED, BN_LOOPS = 2 * BN_MASKED };
 enum { BN_CACHED, BN_STREAMED };
 
 /* Of the arithmetic, which bits depend on. */
@@ -74,6 +74,12 @@ typedef struct {
     ptrdiff_t pitch;                         /* of rows, in every operand: C if packed; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
+    /* Of each position 1 where it is real, else 0: statistics are over the real ones. Rows of memory have one after the
+     * other; of planes those of a sample are followed by BN_LINE more that begin again with the first. NULL: all are.
+     */
+    const unsigned char *mask;
+    const int *real; /* how many positions of each tile are; looked at in the first pass */
+    int mask_output; /* 0 is put out at the others, where the gradient then counts as 0, too */
 } bn_problem;
 
 /* How a pass goes over its elements. */
@@ -125,13 +131,13 @@ typedef struct {
     int held;     /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
     int overlaps; /* whether two passes go in one loop: only where that was measured to be faster */
 
-    /* Planes and rows: the sums of each tile; of x - shift and its square, which give mean and squared deviations, or
-     * of g = grad_output * activation'(z) and g * (x - mean) * invstd. */
-    void (*stats[2])(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
-    void (*sums[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
+    /* Planes and rows, and both with a mask: the sums of each tile; of x - shift and its square, which give mean and
+     * squared deviations, or of g = grad_output * activation'(z) and g * (x - mean) * invstd. */
+    void (*stats[BN_LOOPS])(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
+    void (*sums[BN_LOOPS])(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
     /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1); grad_input and grad_residual. */
-    void (*forward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
-    void (*backward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    void (*forward[BN_LOOPS])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    void (*backward[BN_LOOPS])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
     /* If it overlaps, planes of more than BN_SHORT_PLANE values, streamed: forward on channels from `done` on and, in
      * the same loop, stats of all tiles of as many others; or backward and sums. */
     void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
@@ -140,9 +146,10 @@ typedef struct {
                               const bn_tiles *to);
 
     /* Pools all tiles of channels [c0, c1) of `from`, whose arrays begin at channel `first`, into mean[c] and the
-     * biased variance var[c]; or into the sums of g and of g * xhat, the gradients of bias and weight. */
-    void (*pool_stats)(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
-                       double *var);
+     * biased variance var[c], without a mask and with one; or into the sums of g and of g * xhat, the gradients of bias
+     * and weight. */
+    void (*pool_stats[2])(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                          double *var);
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
                       double *g, double *gx);
     /* The coefficients of channels [c0, c1): of the forward pass, from float32 statistics too; and the batch terms of
@@ -157,6 +164,9 @@ typedef struct {
     void (*move_running)(const bn_running *running, const double *batch, const double *finite, ptrdiff_t c0,
                          ptrdiff_t c1, double momentum, double factor);
 } bn_kernels;
+
+/* Which of the kernels that there are for each layout, with a mask and without. */
+static inline int bn_loops(const bn_problem *p) { return p->layout + (p->mask ? BN_MASKED : 0); }
 
 #define BN_DECLARE(isa) extern const bn_kernels bn_kernels_##isa;
 BN_ISAS(BN_DECLARE)

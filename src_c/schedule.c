@@ -42,7 +42,7 @@ static void make_coef(const bn_call *call, const bn_workplace *at, ptrdiff_t c0,
 static void finish_first_pass(const bn_call *call, const bn_workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
                               ptrdiff_t c1) {
     if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
-        call->K->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
+        call->K->pool_stats[call->p.mask != NULL](&call->p, tiles, c0, c1, at->mean, at->var);
         if (bn_second_pass(call->plan.op))
             make_coef(call, at, c0, c1);
         const double *finite = call->skip_nonfinite ? at->var : NULL;
@@ -75,13 +75,13 @@ static void first_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0
     const bn_tiles tiles = {0, plan->T, c0, c1, c1 - c0, at->tile_a + from, at->tile_b + from, at->room};
     if (bn_first_pass(plan->op) == BN_PASS_STATS) {
         if (done < 0)
-            K->stats[p->layout](p, &plan->sums, &tiles);
+            K->stats[bn_loops(p)](p, &plan->sums, &tiles);
         else
             K->forward_and_stats(p, &at->k, &plan->overlap, done, &tiles);
     } else {
         make_coef(call, at, c0, c1);
         if (done < 0)
-            K->sums[p->layout](p, &at->k, &plan->sums, &tiles);
+            K->sums[bn_loops(p)](p, &at->k, &plan->sums, &tiles);
         else
             K->backward_and_sums(p, &at->k, &plan->overlap, done, &tiles);
     }
@@ -90,9 +90,9 @@ static void first_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0
 
 static void apply(const bn_call *call, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
     if (bn_second_pass(call->plan.op) == BN_PASS_FORWARD)
-        call->K->forward[call->p.layout](&call->p, k, how, e0, e1);
+        call->K->forward[bn_loops(&call->p)](&call->p, k, how, e0, e1);
     else
-        call->K->backward[call->p.layout](&call->p, k, how, e0, e1);
+        call->K->backward[bn_loops(&call->p)](&call->p, k, how, e0, e1);
 }
 
 /* ---- channels with an owner */
@@ -164,9 +164,9 @@ static void some_tiles(const bn_call *call, const bn_workplace *at, ptrdiff_t i)
     const bn_tiles tiles = {t0,      t1, plan->owned + c0, plan->owned + c1, ld, at->tile_a + begin, at->tile_b + begin,
                             at->room};
     if (bn_first_pass(plan->op) == BN_PASS_STATS)
-        call->K->stats[call->p.layout](&call->p, &plan->sums, &tiles);
+        call->K->stats[bn_loops(&call->p)](&call->p, &plan->sums, &tiles);
     else
-        call->K->sums[call->p.layout](&call->p, &at->k, &plan->sums, &tiles);
+        call->K->sums[bn_loops(&call->p)](&call->p, &at->k, &plan->sums, &tiles);
 }
 
 static void pool_channels(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
