@@ -450,6 +450,17 @@ cdef cnp.ndarray truths(mask):
     return b
 
 
+cdef bint is_position_a_byte(cnp.ndarray mask, cnp.ndarray x, int axis) noexcept:
+    """Whether a mask needs neither broadcasting nor gathering."""
+    cdef int i, nd = cnp.PyArray_NDIM(mask)
+    if nd != cnp.PyArray_NDIM(x) - 1 or not cnp.PyArray_IS_C_CONTIGUOUS(mask):
+        return False
+    for i in range(nd):
+        if cnp.PyArray_DIM(mask, i) != cnp.PyArray_DIM(x, i + (i >= axis)):
+            return False
+    return True
+
+
 cdef tuple check_mask(cnp.ndarray mask, cnp.ndarray x, int axis):
     """That it can be broadcast to the positions of x, whose shape this returns."""
     cdef tuple shape = (<object> x).shape, found = (<object> mask).shape
@@ -1171,7 +1182,7 @@ cdef class Operands:
     cdef int look_at(self, bn_call *call, mask, bint mask_output) except -1:
         """Check a mask, and keep it as the kernels want it; one that is True everywhere is none."""
         cdef bn_problem *p = &call.p
-        cdef cnp.ndarray given, gapless
+        cdef cnp.ndarray given, gapless, kept
         cdef const unsigned char *of
         cdef unsigned char *to
         cdef unsigned char one
@@ -1179,14 +1190,15 @@ cdef class Operands:
         if mask is None:
             return 0
         given = truths(mask)
-        positions = check_mask(given, self.x, self.axis)
+        gapless = given
+        if not is_position_a_byte(given, self.x, self.axis):
+            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
+            PyArray_CopyInto(gapless, given)
         if self.out is not None:
             check_clear(self.out, "out", given, "mask")
         if p.layout == BN_PLANES:
             pitch += BN_LINE
-        gapless = np.empty(positions, np.bool_)
-        PyArray_CopyInto(gapless, given)
-        cdef cnp.ndarray kept = per_channel(N * pitch + BN_LINE, cnp.NPY_UINT8, True)
+        kept = per_channel(N * pitch + BN_LINE, cnp.NPY_UINT8, True)
         for n in range(N):
             of = <const unsigned char *> cnp.PyArray_DATA(gapless) + n * S
             to = <unsigned char *> cnp.PyArray_DATA(kept) + n * pitch
@@ -1675,9 +1687,9 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     elif training and C * m > 0 and count != o.real:
         where = "" if o.mask is None else " where mask is True"
         raise ValueError(
-            f"stats are of {count} values per channel, but x has {o.real}{where}; pass as x the whole batch that they are of, or "
-            "with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or training=False where "
-            "they are fixed"
+            f"stats are of {count} values per channel, but x has {o.real}{where}; pass as x the whole batch that they "
+            "are of, or with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or "
+            "training=False where they are fixed"
         )
     # the gradient goes through the statistics only to the input
     call.p.fixed = not (training and to_input)
