@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fastbn.functional import BatchNormGrads
     from fastbn.typing import Array
+    from fastbn.variants import Masked
 
     Float64 = NDArray[np.float64]
 
@@ -171,9 +172,10 @@ class SyncBatchNorm(BatchNorm):
         num_threads: int | None,
         weight: Array | None,
         bias: Array | None,
+        masked: Masked,
     ) -> Array:
         if not self.training or (ranks := _Ranks(self.comm)).size == 1:
-            return super()._normalize_by_batch(x, residual, out, num_threads, weight, bias)
+            return super()._normalize_by_batch(x, residual, out, num_threads, weight, bias, masked)
         averages: tuple[Any, Any] = (None, None)
         options: tuple[Any, ...] = ()
 
@@ -193,7 +195,7 @@ class SyncBatchNorm(BatchNorm):
             if averages[0] is not None:
                 nothing = np.zeros(self.num_features)
                 move(nothing, nothing, 0)  # but what it checks
-            return BatchStats._wrap(*_kernels.stats(x, self.axis, num_threads))
+            return BatchStats._wrap(*_kernels.stats(x, self.axis, num_threads, masked.mask))
 
         stats = ranks.merge(of_shard, self._number)
         if stats.count == 1:
@@ -203,13 +205,13 @@ class SyncBatchNorm(BatchNorm):
             )
         y = _kernels.normalize(
             x, stats.mean, stats.var, True, weight, bias, self.eps, self.axis, residual, self.activation,
-            self.negative_slope, out, num_threads, self._ranks,
+            self.negative_slope, out, num_threads, self._ranks, None, *masked, stats.count,
         )  # fmt: skip
         if averages[0] is not None:
             move(stats.mean, stats.var, stats.count)
             if self.skip_nonfinite and not self._said_nonfinite:
                 self._tell_nonfinite(stats.var)
-        self._saved[0] = (x, residual, out, stats, None)
+        self._saved[0] = (x, residual, out, stats, None, masked)
         return y
 
     def backward(
@@ -254,11 +256,11 @@ class SyncBatchNorm(BatchNorm):
 
         def of_shard() -> GradSums:
             nonlocal own
-            x, residual, _, stats, _ = cast("tuple[Any, ...]", saved)
+            x, residual, _, stats, _, masked = cast("tuple[Any, ...]", saved)
             own = batch_norm_backward_sums(
                 grad_output, x, stats, self.weight, self.bias, self.eps, axis=self.axis, residual=residual,
                 output=output, activation=self.activation, negative_slope=self.negative_slope,
-                num_threads=num_threads,
+                num_threads=num_threads, **masked._asdict(),
             )  # fmt: skip
             return own
 

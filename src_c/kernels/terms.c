@@ -57,6 +57,23 @@ static void pool_stats(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, 
             pool_block(p, from, c - from->c0, min_z(BLOCK, c1 - c), mean + c, var + c);
 }
 
+static void pool_masked(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                        double *var) {
+    double n = 0.0;
+    for (ptrdiff_t t = 0; t < from->t1; t++) {
+        double values;
+        const ptrdiff_t reps = tile_repetitions(p, t, &values);
+        const int whole = p->real[t] == (double)reps * values;
+        const double w = whole ? values : p->real[t];
+        for (ptrdiff_t f = 0; f < (whole ? reps : w > 0.0); f++, n += w) {
+            const ptrdiff_t at = t * from->ld + f * p->C + (c0 - from->c0);
+            pool_more(c1 - c0, n, w, from->a + at, from->b + at, mean + c0, var + c0);
+        }
+    }
+    for (ptrdiff_t c = c0; c < c1; c++)
+        var[c] /= n;
+}
+
 /* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
 static void pool_sums(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
                       double *restrict g, double *restrict gx) {
@@ -278,7 +295,7 @@ const bn_terms TABLE(bn_terms_) = {
     .lanes = VL,
     .held = HELD,
     .overlaps = OVERLAPS,
-    .pool_stats = pool_stats,
+    .pool_stats = {pool_stats, pool_masked},
     .pool_sums = pool_sums,
     .without_invstd = without_invstd,
     .with_invstd = with_invstd,

@@ -27,6 +27,10 @@ INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 INLINE vm vor(vm a, vm b) { return _mm256_or_ps(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
+INLINE vm vmask(const unsigned char *p) {
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, _mm256_setzero_si256()));
+}
 INLINE vt vtail(ptrdiff_t n) {
     const int k = n >= VL ? VL : n <= 0 ? 0 : (int)n;
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
