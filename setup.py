@@ -27,8 +27,9 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
 KERNELS = "src_c/kernels.c"  # compiled once for each instruction set
 
-# -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
-GNU_FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+# -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits. Not c11:
+# with that gcc for s390x computes float in double.
+GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
 GNU_WARNINGS = ["-Wall", "-Wextra"]  # for our own C, not for what Cython writes
 MSVC_FLAGS = ["/O2", "/std:c11", "/fp:precise"]
