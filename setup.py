@@ -22,10 +22,11 @@ except ImportError:  # Windows
 
 # The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled
 # with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
-KERNELS = "src_c/kernels.c"  # compiled once for each instruction set
+# Each compiled for every instruction set and these elements; terms are the same for all whose lanes are of float32.
+KERNELS = {"planes": ("f32", "f64", "f16", "bf16"), "rows": ("f32", "f64", "f16", "bf16"), "terms": ("f32", "f64")}
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits. Not c11:
 # with that gcc for s390x computes float in double.
@@ -53,7 +54,7 @@ IGNORED = re.compile(
 )
 
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
-PARTS = [KERNELS, *glob("src_c/*/*.h")]  # and with these the kernels
+PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
 DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
 
 
@@ -94,11 +95,11 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        sources = {source: own_flags for source in sorted(glob("src_c/*.c")) if source != KERNELS}
-        sources[self.kernels_for("baseline")] = own_flags
+        sources = {source: own_flags for source in sorted(glob("src_c/*.c"))}
+        sources |= dict.fromkeys(self.kernels_for("baseline"), own_flags)
         for isa in self.chosen(isas):
             gnu, visual = isas[isa]
-            sources[self.kernels_for(isa)] = own_flags + (visual if msvc else gnu)
+            sources |= dict.fromkeys(self.kernels_for(isa), own_flags + (visual if msvc else gnu))
             ext.define_macros.append((f"FASTBN_HAVE_{isa.upper()}", "1"))
 
         ext.extra_compile_args = flags + openmp_compile
@@ -146,8 +147,16 @@ class BuildKernels(build_ext):
         return names or list(isas)
 
     def kernels_for(self, isa):
-        """A file that makes the kernels' source that of one instruction set, and tells its symbols apart."""
-        return self.write(f"kernels_{isa}.c", f'#define FASTBN_ISA {isa}\n#include "kernels.c"\n')
+        """Files that make the kernels' sources those of one instruction set and element, each with symbols of its own."""
+        return [
+            self.write(
+                f"{part}_{isa}_{element}.c",
+                f'#define FASTBN_ISA {isa}\n#define FASTBN_ELEMENT {element}\n'
+                f'#define FASTBN_ELEMENT_FILE "elements/{element}.h"\n#include "kernels/{part}.c"\n',
+            )
+            for part, elements in KERNELS.items()
+            for element in elements
+        ]
 
     def compile_own(self, source, flags, ext):
         """Compile one of our C files, unless its object is newer than all it is made from."""

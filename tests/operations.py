@@ -1,9 +1,11 @@
 """Each operation beside what the oracle says of it, and proof that a call leaves its inputs alone."""
 
+import os
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import reference
 from layouts import arrange
 
@@ -22,6 +24,11 @@ ROUNDING = 6e-8  # of a float32
 GRADIENT = 5e-7  # of the gradient that reaches it
 SMOOTH_GRADIENT = 1e-6  # the same behind a smooth activation, whose derivative has an exponential in it
 SUM = 2e-6  # of the sum of the absolute values of its terms
+
+
+not_sanitized = pytest.mark.skipif(
+    "ASAN_OPTIONS" in os.environ, reason="the sanitizer takes memory and stacks of its own"
+)
 
 
 @contextmanager

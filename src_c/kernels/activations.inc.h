@@ -42,9 +42,10 @@ INLINE vf gradient_HARDSWISH(vf dy, vf z, const vact *a) {
     return vselect(vle(z, vset1(-3)), vset1(0), vselect(vle(z, vset1(BELOW_3)), between, dy));
 }
 
-/* Elfwing, Uchibe and Doya (2018): z / (1 + exp(-z)). Beyond these the sigmoid is 0 or 1 but for 1e-37. */
-#define SILU_LOW  ((real)-88.25)
-#define SILU_HIGH ((real)87)
+/* Elfwing, Uchibe and Doya (2018): z / (1 + exp(-z)). Beyond these the sigmoid is 0 or 1 but for 1e-37, in
+ * float64 1e-307. */
+#define SILU_LOW  (sizeof(real) == 4 ? (real)-88.25 : (real)-708)
+#define SILU_HIGH (sizeof(real) == 4 ? (real)87 : (real)708)
 INLINE vf forward_SILU(vf z, const vact *a) {
     (void)a;
     const vf low = vmax(vset1(SILU_LOW), z);
@@ -61,7 +62,7 @@ INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
 enum { PLAIN, CLIPPED, ANY };
 
 INLINE vact activation_of(const bn_problem *p) {
-    const vact a = {vset1(p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
+    const vact a = {vset1((real)p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
     return a;
 }
 
@@ -91,6 +92,14 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
 /* Calls body(act, residual) as an instance: with these as constants the compiler drops what is not needed. Residual: 0,
  * 1, or MAYBE, which looks at each vector anew. What is rarer than PLAIN and CLIPPED is looked up. */
 #define MAYBE 2
+#ifdef FEW_INSTANCES /* of all elements but float32 */
+#define SPECIALIZE_AS(activation, plain, clipped, present, body)                                                       \
+    if ((activation) == BN_IDENTITY && !(plain)) {                                                                     \
+        body(PLAIN, 0);                                                                                                \
+    } else {                                                                                                           \
+        body(ANY, MAYBE);                                                                                              \
+    }
+#else
 #define SPECIALIZE_AS(activation, plain, clipped, present, body)                                                       \
     switch (activation) {                                                                                              \
     case BN_IDENTITY:                                                                                                  \
@@ -110,6 +119,7 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
         break;                                                                                                         \
     default: body(ANY, MAYBE);                                                                                         \
     }
+#endif
 #define HAS(operand)        ((operand).data != NULL)
 #define SPECIALIZE(p, body) SPECIALIZE_AS((p)->activation, HAS((p)->residual), HAS((p)->residual), 1, body)
 /* Sums look at no residual where there is no activation. */
