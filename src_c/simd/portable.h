@@ -58,10 +58,14 @@ INLINE vf vdiv(vf a, vf b) { return a / b; }
 INLINE vf vscale(vf a, vf m) { return (vf)((vm)a + ((vm)m << MANTISSA)); }
 
 /* gcc has functions of vectors for it; clang makes them of those of lanes, but does not define __FP_FAST_FMA. */
-#if !defined(__clang__) && defined(__VSX__) && defined(REAL_IS_FLOAT64)
+#if defined(__VSX__) && !defined(REAL_IS_FLOAT64)
+/* Told which: gcc takes AltiVec's instruction at times, which makes 0 of denormal values. */
+INLINE vf vfma(vf a, vf b, vf c) {
+    __asm__("xvmaddasp %x0,%x1,%x2" : "+wa"(c) : "wa"(a), "wa"(b));
+    return c;
+}
+#elif defined(__VSX__) && !defined(__clang__)
 INLINE vf vfma(vf a, vf b, vf c) { return __builtin_vsx_xvmadddp(a, b, c); }
-#elif !defined(__clang__) && defined(__VSX__)
-INLINE vf vfma(vf a, vf b, vf c) { return __builtin_vsx_xvmaddsp(a, b, c); }
 #elif !defined(__clang__) && defined(__FMA__) && defined(REAL_IS_FLOAT64)
 INLINE vf vfma(vf a, vf b, vf c) { return __builtin_ia32_vfmaddpd256(a, b, c); }
 #elif !defined(__clang__) && defined(__FMA__)
