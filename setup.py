@@ -25,8 +25,12 @@ except ImportError:  # Windows
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
-# Each compiled for every instruction set and these elements; terms are the same for all whose lanes are of float32.
-KERNELS = {"planes": ("f32", "f64", "f16", "bf16"), "rows": ("f32", "f64", "f16", "bf16"), "terms": ("f32", "f64")}
+# Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
+KERNELS = {
+    "planes": ("f32", "f64", "f16", "bf16"),
+    "rows": ("f32", "f64", "f16", "bf16"),
+    "terms": ("f32", "f64"),
+}
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits. Not c11:
 # with that gcc for s390x computes float in double.
@@ -95,7 +99,7 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        sources = {source: own_flags for source in sorted(glob("src_c/*.c"))}
+        sources = dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
         sources |= dict.fromkeys(self.kernels_for("baseline"), own_flags)
         for isa in self.chosen(isas):
             gnu, visual = isas[isa]
@@ -147,11 +151,11 @@ class BuildKernels(build_ext):
         return names or list(isas)
 
     def kernels_for(self, isa):
-        """Files that make the kernels' sources those of one instruction set and element, each with symbols of its own."""
+        """Files that make the kernels' sources those of one instruction set and element, with own symbols."""
         return [
             self.write(
                 f"{part}_{isa}_{element}.c",
-                f'#define FASTBN_ISA {isa}\n#define FASTBN_ELEMENT {element}\n'
+                f"#define FASTBN_ISA {isa}\n#define FASTBN_ELEMENT {element}\n"
                 f'#define FASTBN_ELEMENT_FILE "elements/{element}.h"\n#include "kernels/{part}.c"\n',
             )
             for part, elements in KERNELS.items()

@@ -419,6 +419,7 @@ cdef object foreign(a, str name):
     raise TypeError(f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
 
 
+cdef object FLOAT32 = np.dtype(np.float32), FLOAT64 = np.dtype(np.float64)
 cdef int BFLOAT16 = -1  # NumPy's number of ml_dtypes' bfloat16, once such an array has come in
 
 
@@ -614,9 +615,9 @@ cdef int check_running(cnp.ndarray a, str name) except -1:
     return 0
 
 
-cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable, int element=BN_f32):
-    """`a` as a vector of C parameters beside such elements; halves are widened, in a copy."""
-    cdef cnp.ndarray v = parameter(a, name, element)
+cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable, dtype):
+    """`a` as a vector of C parameters of a layer of this dtype; halves are widened, in a copy."""
+    cdef cnp.ndarray v = parameter(a, name, BN_f64 if dtype is FLOAT64 else BN_f32)
     check_vector(v, name, C)
     if writable:
         check_running(v, name)
@@ -1190,9 +1191,10 @@ cdef int check_channels(cnp.ndarray x, int axis, Py_ssize_t expected) except -1:
     return 0
 
 
-def check_input(x, axis, tuple ranks, Py_ssize_t num_features):
-    """That a layer of so many channels can take x."""
+def check_input(x, axis, tuple ranks, Py_ssize_t num_features, dtype):
+    """That a layer of so many channels, and of this dtype, can take x."""
     x = elements(x, "x")
+    check_layer_dtype(x, dtype is FLOAT64)
     check_rank(x, ranks)
     cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
     check_channels(x, check_axis(x, number), num_features)
@@ -1420,9 +1422,13 @@ cdef int check_averages(Operands o, cnp.ndarray running_mean, cnp.ndarray runnin
 
 
 def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
-              num_threads, tuple ranks, tuple exact=None):
-    """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
+              num_threads, tuple ranks, tuple exact=None, dtype=None):
+    """y from running statistics, of a layer with what they were rounded from and its dtype, or from those of a
+    BatchStats."""
     cdef bn_call call
+    if dtype is not None:
+        x = elements(x, "x")
+        check_layer_dtype(x, dtype is FLOAT64)
     cdef Operands o = operands(x, weight, bias, residual, out)
     if not of_stats:
         mean = running(mean, "running_mean", o.element, False)
@@ -1482,7 +1488,7 @@ cdef class Frozen:
 
     def __cinit__(self, running_mean, running_var, weight=None, bias=None, eps=1e-5, *, axis=1, activation=None,
                   negative_slope=0.01, dtype=None, copy=True):
-        self.element = BN_f64 if real_dtype(dtype, weight, bias) == np.float64 else BN_f32
+        self.element = BN_f64 if real_dtype(dtype, weight, bias) is FLOAT64 else BN_f32
         running_mean = running(running_mean, "running_mean", self.element, False)
         running_var = running(running_var, "running_var", self.element, False)
         check_alike(running_mean, running_var)
@@ -1538,19 +1544,20 @@ cdef class Frozen:
 
 
 def real_dtype(dtype, weight=None, bias=None):
-    """What a layer computes in: float32 or float64; where it is not named, what its parameters are."""
+    """What a layer computes in: float32 or float64, each always as one object; where it is not named, what its
+    parameters are."""
     if dtype is None:
-        double = any([getattr(a, "dtype", None) == np.float64 for a in (weight, bias)])
-        return np.dtype(np.float64 if double else np.float32)
+        names = [str(getattr(a, "dtype", "")) for a in (weight, bias)]
+        return FLOAT64 if "float64" in names else FLOAT32
     try:
-        found = np.dtype(dtype)
+        for found in FLOAT32, FLOAT64:
+            if np.dtype(dtype) == found:
+                return found
     except TypeError:
-        found = None
-    if found != np.float32 and found != np.float64:
-        raise TypeError(
-            f"dtype must be numpy.float32, which is for float16 and bfloat16, too, or numpy.float64, got {dtype!r}"
-        )
-    return found
+        pass
+    raise TypeError(
+        f"dtype must be numpy.float32, which is for float16 and bfloat16, too, or numpy.float64, got {dtype!r}"
+    )
 
 
 cpdef int check_layer_dtype(cnp.ndarray x, bint float64) except -1:

@@ -181,10 +181,10 @@ class SyncBatchNorm(BatchNorm):
 
         def of_shard() -> BatchStats:
             nonlocal x, averages, options
-            x = _kernels.array32(x, "x")
-            _kernels.check_input(x, self.axis, self._ranks, self.num_features)
+            x = _kernels.elements(x, "x")
+            _kernels.check_input(x, self.axis, self._ranks, self.num_features, self.dtype)
             for name, array in ("residual", residual), ("out", out):
-                if array is not None and (found := _kernels.array32(array, name).shape) != x.shape:
+                if array is not None and (found := _kernels.elements(array, name).shape) != x.shape:
                     raise ValueError(f"{name} must have the shape of x, {x.shape}, got {found}")
             running_mean, running_var, exact, counter, momentum = self._to_move()
             averages = running_mean, running_var
