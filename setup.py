@@ -32,8 +32,8 @@ KERNELS = {
     "terms": ("f32", "f64"),
 }
 
-# -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits. Not c11:
-# with that gcc for s390x computes float in double.
+# -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
+# Not c11: with that gcc for s390x computes float in double.
 GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
 GNU_WARNINGS = ["-Wall", "-Wextra"]  # for our own C, not for what Cython writes

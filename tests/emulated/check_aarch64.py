@@ -1,8 +1,8 @@
-"""The wheel for AArch64, built and tested on an emulated one: Debian's Python, NumPy's own wheel, and ours.
+"""The wheel for AArch64, built and tested on an emulated one, with Debian's Python and NumPy's own wheel.
 
-`make test-aarch64` runs this, and installs what it needs. Python is emulated; the compiler it calls is this machine's
-own that compiles for AArch64, because that takes a tenth of the time. What is downloaded is kept in build/aarch64, and
-nothing of this machine is changed.
+`make test-aarch64` runs this, and installs what it needs. Python is emulated; the compiler that it calls is
+not, because that takes a tenth of the time. What is downloaded is kept in build/aarch64, and nothing of this
+machine is changed.
 """
 
 import os
@@ -28,17 +28,21 @@ PACKAGES = (
     "libc6", "libgcc-s1", "libstdc++6", "libgomp1", "zlib1g", "libexpat1", "libffi8", "libssl3", "libbz2-1.0",
     "liblzma5", "libuuid1",
 )  # fmt: skip
-NEEDED = ("numpy>=2", "Cython>=3.1", "setuptools>=77", "hypothesis", "ml_dtypes", "pytest>=8", "rich", "threadpoolctl")
+NEEDED = (
+    "numpy>=2", "Cython>=3.1", "setuptools>=77",
+    "hypothesis", "ml_dtypes", "pytest>=8", "rich", "threadpoolctl",
+)  # fmt: skip
 CORE = ("accuracy", "layouts", "determinism", "errors", "fork", "forward", "backward", "threads")
 
 
-def run(*command, timeout=600, **environment):
+def run(*command, cwd=ROOT, **environment):
+    command = list(map(str, command))
     done = subprocess.run(
-        list(map(str, command)),
-        env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+        command, cwd=cwd, env=os.environ | environment, timeout=3000,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     print(done.stdout)
-    assert done.returncode == 0, f"exit status {done.returncode} of {' '.join(map(str, command))}"
+    assert done.returncode == 0, f"exit status {done.returncode} of {' '.join(command)}"
     return done.stdout
 
 
@@ -59,7 +63,7 @@ def debian_packages(folder):
     # of a version that has gone from the servers in the meantime nothing is left behind
     shutil.rmtree(folder / "debs", ignore_errors=True)
     (folder / "debs").mkdir()
-    subprocess.run([*apt, "download", *PACKAGES], cwd=folder / "debs", check=True, timeout=600)
+    run(*apt, "download", *PACKAGES, cwd=folder / "debs")
     return sorted((folder / "debs").glob("*.deb"))
 
 
@@ -75,9 +79,8 @@ def emulated():
             *platforms, "--python-version", "3.11", "--implementation", "cp", *NEEDED,
         )  # fmt: skip
         (SITE / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(PYTHON)!r}\n")
-        PYTHON.write_text(
-            f'#!/bin/sh\nexport PYTHONPATH="{SITE}"\nexec qemu-aarch64 -L {DEBIAN} {DEBIAN}/usr/bin/python3.11 "$@"\n'
-        )
+        start = f'exec qemu-aarch64 -L {DEBIAN} {DEBIAN}/usr/bin/python3.11 "$@"'
+        PYTHON.write_text(f'#!/bin/sh\nexport PYTHONPATH="{SITE}"\n{start}\n')
         PYTHON.chmod(0o755)
     assert run(PYTHON, "-c", "import platform; print(platform.machine())") == "aarch64\n"
     return PYTHON
@@ -85,11 +88,11 @@ def emulated():
 
 @pytest.fixture(scope="module")
 def wheel(emulated):
+    headers = DEBIAN / "usr/include"
     shutil.rmtree(HERE / "dist", ignore_errors=True)
-    subprocess.run(
-        [emulated, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", HERE / "dist", "--bdist-dir", HERE / "bdist"],
-        cwd=ROOT, env=os.environ | {"CPPFLAGS": f"-I{DEBIAN}/usr/include", "CC": "aarch64-linux-gnu-gcc"},
-        check=True, timeout=3000,
+    run(
+        emulated, *"setup.py --quiet bdist_wheel --dist-dir".split(), HERE / "dist", "--bdist-dir", HERE / "bdist",
+        CC="aarch64-linux-gnu-gcc", CPPFLAGS=f"-I{headers} -I{headers / 'python3.11'}",
     )  # fmt: skip
     [wheel] = (HERE / "dist").glob("*.whl")
     return wheel
@@ -110,8 +113,5 @@ def test_core_of_the_test_suite(emulated, wheel):
     shutil.copy(ROOT / "pyproject.toml", RUN)
     shutil.unpack_archive(wheel, RUN, "zip")
     files = [f"tests/test_{name}.py" for name in CORE]
-    done = subprocess.run(
-        [emulated, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--durations=10", *files],
-        cwd=RUN, env=os.environ | {"OMP_NUM_THREADS": "2"}, timeout=3000,
-    )  # fmt: skip
-    assert done.returncode == 0
+    pytest_quick = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--durations=10"]
+    run(emulated, *pytest_quick, *files, cwd=RUN, OMP_NUM_THREADS="2")

@@ -228,8 +228,7 @@ def results_of(driver, jobs, folder, order="="):
     with open(folder / "results", "rb") as file:
         for job in jobs:
             yield {
-                name: read_values(file, order, dtype)
-                for name, dtype in results_in_order(job.case).items()
+                name: read_values(file, order, dtype) for name, dtype in results_in_order(job.case).items()
             }
         assert not file.read(1)
     (folder / "results").unlink()
