@@ -91,7 +91,8 @@ def wheel(emulated):
     headers = DEBIAN / "usr/include"
     shutil.rmtree(HERE / "dist", ignore_errors=True)
     run(
-        emulated, *"setup.py --quiet bdist_wheel --dist-dir".split(), HERE / "dist", "--bdist-dir", HERE / "bdist",
+        emulated, "setup.py", "--quiet", "bdist_wheel",
+        "--dist-dir", HERE / "dist", "--bdist-dir", HERE / "bdist",
         CC="aarch64-linux-gnu-gcc", CPPFLAGS=f"-I{headers} -I{headers / 'python3.11'}",
     )  # fmt: skip
     [wheel] = (HERE / "dist").glob("*.whl")
