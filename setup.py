@@ -37,6 +37,9 @@ KERNELS = {
 GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
 GNU_WARNINGS = ["-Wall", "-Wextra"]  # for our own C, not for what Cython writes
+# So that boards of 512 MB can build: gcc collects its garbage more often, for a tenth more time.
+FRUGAL = ["--param", "ggc-min-expand=20", "--param", "ggc-min-heapsize=32768"]
+MEMORY = 300 << 20  # bytes that one compiler takes then
 MSVC_FLAGS = ["/O2", "/std:c11", "/fp:precise"]
 
 # (compile flags, link flags): the first pair that compiles and links a program is taken.
@@ -60,6 +63,16 @@ IGNORED = re.compile(
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
 PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
 DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
+
+
+def compilers_at_once():
+    """One for each CPU that this process may use, as far as the machine's memory goes."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return cpus
+    return max(1, min(cpus, memory // (2 * MEMORY)))
 
 
 class BuildKernels(build_ext):
@@ -99,6 +112,8 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
+        if not msvc and self.builds("int probe;\n", ["-Werror", *FRUGAL]):
+            own_flags = own_flags + FRUGAL
         sources = dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
         sources |= dict.fromkeys(self.kernels_for("baseline"), own_flags)
         for isa in self.chosen(isas):
@@ -110,7 +125,7 @@ class BuildKernels(build_ext):
         ext.extra_link_args = openmp_link
         remembered = self.remember("extension", ext.extra_compile_args)
         ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(compilers_at_once()) as pool:
             objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
             ext.extra_objects = list(objects)
         super().build_extension(ext)
@@ -118,7 +133,7 @@ class BuildKernels(build_ext):
     def find_openmp(self, candidates):
         if os.environ.get("FASTBN_NO_OPENMP", "0") in ("", "0"):
             for compile_flags, link_flags in candidates:
-                if self.links(OPENMP_PROBE, compile_flags, link_flags):
+                if self.builds(OPENMP_PROBE, compile_flags, link_flags):
                     return compile_flags, link_flags
             reason = "the compiler cannot build an OpenMP program"
         else:
@@ -126,13 +141,15 @@ class BuildKernels(build_ext):
         self.warn(f"fastbn is built WITHOUT OpenMP and will use one thread only: {reason}")
         return [], []
 
-    def links(self, code, compile_flags, link_flags):
+    def builds(self, code, compile_flags, link_flags=None):
+        """Whether a program compiles, and links where there are flags for that."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text(code)
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_flags)
-                self.compiler.link_shared_object(objects, f"{source}.out", extra_postargs=link_flags)
+                if link_flags is not None:
+                    self.compiler.link_shared_object(objects, f"{source}.out", extra_postargs=link_flags)
             except (CompileError, LinkError):
                 return False
         return True
