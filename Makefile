@@ -11,13 +11,13 @@ C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
 C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
-.PHONY: help demo serve load test test-arm test-kernels test-noavx test-races test-service lint format dev bench \
-    bench-peers bench-networks bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
+.PHONY: help demo serve load test test-aarch64 test-arm test-kernels test-noavx test-portable test-races \
+    test-service lint format dev bench bench-peers bench-networks bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
 	$(PY) examples/first_layer.py
@@ -34,7 +34,13 @@ test: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run the test suite an
 	$(PY) -m pytest --cov --cov-report=term
 
 test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
-	$(PY) -m pytest tests/emulated/check_arm.py
+	$(PY) -m pytest tests/emulated/check_cpus.py -k aarch64
+
+test-portable: $(VENV)/test.stamp build emulators ## test the kernels of other CPUs: 32-bit ARM, riscv64, s390x, ppc64le (emulated)
+	$(PY) -m pytest tests/emulated/check_cpus.py -k "not aarch64"
+
+test-aarch64: $(VENV)/test.stamp emulators ## build the wheel for AArch64, and run the core of the test suite on it (emulated)
+	$(PY) -m pytest -s tests/emulated/check_aarch64.py
 
 test-kernels: $(VENV)/test.stamp build ## test the kernels without Python, under sanitizers, and how much of them is reached
 	$(PY) -m pytest tests/kernels/check_kernels.py
@@ -149,8 +155,10 @@ define debian
 endef
 have = for program in $(1); do command -v $$program || exit 1; done
 
+CROSS = aarch64-linux-gnu arm-linux-gnueabihf riscv64-linux-gnu s390x-linux-gnu powerpc64le-linux-gnu
 emulators:
-	$(call debian,$(call have,aarch64-linux-gnu-gcc qemu-aarch64 qemu-x86_64),gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)
+	$(call debian,$(call have,$(addsuffix -gcc,$(CROSS)) qemu-aarch64 qemu-x86_64),\
+	    $(addprefix gcc-,$(CROSS)) $(patsubst %,libc6-dev-%-cross,arm64 armhf riscv64 s390x ppc64el) qemu-user)
 
 chromium:
 	$(call debian,$(call have,chromium chromedriver),chromium chromium-driver)

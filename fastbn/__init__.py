@@ -23,6 +23,11 @@ if _short_spin:
 try:
     from fastbn import _kernels as _kernels
 except ImportError as _error:
+    if "static TLS block" in str(_error):
+        raise ImportError(
+            f"{_error}. Libraries that were imported before have taken all of the memory that this one needs "
+            "a little of: import fastbn before them, or start Python with LD_PRELOAD=libgomp.so.1"
+        ) from _error
     # A wheel brings a runtime for machines that have none. It keeps the name by which others are known, so
     # that whatever asks for OpenMP later finds it, and a process has one pool of threads.
     _runtime = _os.path.join(_os.path.dirname(__file__), "_openmp", "libgomp.so.1")

@@ -8,10 +8,11 @@
 #define KB ((ptrdiff_t)1 << 10)
 #define MB ((ptrdiff_t)1 << 20)
 
-#if defined(__aarch64__) || defined(_M_ARM64)
-#define STREAMS 0 /* A64 has only a hint, on pairs: not worth it */
-#else
+/* A64 has only a hint, on pairs, which is not worth it; and simd/portable.h has none. */
+#if !defined(FASTBN_PORTABLE) && (defined(__x86_64__) || defined(_M_X64))
 #define STREAMS 1
+#else
+#define STREAMS 0
 #endif
 
 /* From which size on a last-level cache is one of slices, in which hardly more than all threads' L2 was found again;

@@ -8,7 +8,7 @@
 #define BN_CLASSES(X)                                                                                                  \
     X(CORES, "cores")   /* a last-level cache that a few cores share, such as those of one die */                      \
     X(SLICED, "sliced") /* one that all cores of a server share, each with a slice of its own */                       \
-    X(BOARD, "board")   /* no stores that pass the caches by: AArch64 */
+    X(BOARD, "board")   /* no stores that pass the caches by: all but x86-64 */
 
 #define BN_CODE(code, name) BN_##code,
 enum { BN_CLASSES(BN_CODE) BN_N_CLASSES };

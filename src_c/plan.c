@@ -1,4 +1,6 @@
 /* plan.c: a plan from a problem, an operation, a machine and its thresholds. Pure: no memory, no threads, no state. */
+#include <stdint.h>
+
 #include "plan.h"
 #include "tiles.h"
 
@@ -208,30 +210,32 @@ static bn_shares share_elements(const bn_plan *plan, const bn_problem *p) {
 
 /* ---- memory */
 
-static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static uint64_t lines(uint64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* The parts of a call's memory, one behind the other, each from a cache line on. What different threads write lies a
- * few lines apart: a core prefetches beyond what it writes, and would take it from its neighbour. */
+ * few lines apart: a core prefetches beyond what it writes, and would take it from its neighbour. What a 32-bit CPU
+ * cannot address is asked for nevertheless, and not granted. */
 static void place_scratch(bn_plan *plan, const bn_problem *p, const bn_tuning *t) {
-    const size_t apart = 1024, page = 4096, number = sizeof(double);
-    const size_t value = (size_t)bn_real_bytes(p->element);
-    const size_t arrays = bn_second_pass(plan->op) == BN_PASS_BACKWARD || bn_first_pass(plan->op) == BN_PASS_SUMS
-                              ? BN_COEF_BACKWARD
-                              : BN_COEF_FORWARD;
-    const size_t shared = (size_t)(p->C - plan->owned), tiled = (size_t)plan->T * (size_t)(plan->width - plan->owned);
+    const uint64_t apart = 1024, page = 4096, number = sizeof(double);
+    const uint64_t value = (uint64_t)bn_real_bytes(p->element);
+    const uint64_t arrays = bn_second_pass(plan->op) == BN_PASS_BACKWARD || bn_first_pass(plan->op) == BN_PASS_SUMS
+                                ? BN_COEF_BACKWARD
+                                : BN_COEF_FORWARD;
+    const uint64_t shared = (uint64_t)(p->C - plan->owned);
+    const uint64_t tiled = (uint64_t)plan->T * (uint64_t)(plan->width - plan->owned);
     bn_scratch *s = &plan->scratch;
-    size_t at = 0;
+    uint64_t at = 0;
     s->chosen = p->layout == BN_ROWS && p->packed && p->N * p->S * p->C >= t->few;
     s->rooms = at;
     s->room_step = BN_ROOM * value + page; /* and where it may begin */
     if (p->layout == BN_ROWS && bn_first_pass(plan->op))
-        at += (size_t)plan->threads * s->room_step;
+        at += (uint64_t)plan->threads * s->room_step;
     if (plan->owned) {
         s->owner_channels = min_z(plan->owned, plan->owned / plan->owner_items + plan->unit);
-        const size_t most = (size_t)s->owner_channels;
-        s->owner_step = lines(2 * ((size_t)plan->T + 1) * most * number) + arrays * lines(most * value) + apart;
+        const uint64_t most = (uint64_t)s->owner_channels;
+        s->owner_step = lines(2 * ((uint64_t)plan->T + 1) * most * number) + arrays * lines(most * value) + apart;
         s->owners = at;
-        at += (size_t)plan->threads * s->owner_step;
+        at += (uint64_t)plan->threads * s->owner_step;
     }
     s->tile_a = at;
     s->tile_b = at += lines(tiled * number);
@@ -240,13 +244,13 @@ static void place_scratch(bn_plan *plan, const bn_problem *p, const bn_tuning *t
     s->coef = at += lines(shared * number);
     /* as many columns as there are, BN_LINE that follow, and a line from one array to the next; from a place in a page
      */
-    s->coef_step = lines(((size_t)(plan->width - plan->owned) + BN_LINE) * value);
+    s->coef_step = lines(((uint64_t)(plan->width - plan->owned) + BN_LINE) * value);
     if (shared && (bn_second_pass(plan->op) || bn_first_pass(plan->op) == BN_PASS_SUMS))
         at += arrays * s->coef_step + page;
-    s->real = at;
+    s->real = (size_t)at;
     if (p->mask)
-        at += lines((size_t)plan->T * sizeof(int));
-    s->bytes = at;
+        at += lines((uint64_t)plan->T * sizeof(int));
+    s->bytes = at < SIZE_MAX - 63 ? (size_t)at : SIZE_MAX - 63; /* to which callers add 63 */
 }
 
 void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, const bn_machine *m, const bn_tuning *t,

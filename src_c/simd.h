@@ -2,7 +2,8 @@
  * for this object.
  *
  * Every operation is defined lane by lane, so that a kernel written against it gives the same bits on every
- * instruction set with a fused multiply-add; on SSE2 vfma rounds twice.
+ * instruction set with a fused multiply-add; on SSE2 vfma rounds twice. CPUs without a file of their own have
+ * portable.h's.
  *
  *   vf, VL          a vector and its number of lanes
  *   HELD            vectors of coefficients that its registers hold in a loop: 0, where that was not faster
@@ -15,6 +16,7 @@
  *   vjoin(a, b, t)  a in the lanes of t, b in the others
  *   vsums(v)        in lane i the sum of the lanes of v[i], for VL vectors, as a tree: lane j + lane j + VL / 2, ...
  *   OVERLAPS        whether two passes go in one loop on it: 0, where that was not measured to be faster
+ *   STREAMS         whether vstream passes the caches by: 0 saves the code that would be for it
  *   vdiv(a, b)      a / b
  *   vscale(a, m)    a * 2^k, where the low bits of m as an integer are those of k, and the result is a normal number
  *   vexp(a)         e^a within 2 ulp, from -87 to 88.25, or -708 to 708; a NaN gives anything
@@ -30,6 +32,7 @@
 #ifndef FASTBN_SIMD_H
 #define FASTBN_SIMD_H
 
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -49,15 +52,24 @@
 
 enum { TO_L1, TO_L2 };
 
-#ifdef REAL_IS_FLOAT64
+/* In single operations as in those of vectors; s390x and the old numbers of 32-bit x86 do not always. */
+#if FLT_EVAL_METHOD != 0
+#error "float must be computed in float: -std=gnu11, and on 32-bit x86 -msse2 -mfpmath=sse"
+#endif
+
+#if defined(FASTBN_PORTABLE)
+#include "simd/portable.h"
+#elif defined(REAL_IS_FLOAT64)
 #if defined(__AVX512F__)
 #include "simd/avx512_f64.h"
 #elif defined(__AVX2__)
 #include "simd/avx2_f64.h"
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #include "simd/neon_f64.h"
-#else
+#elif defined(__SSE2__) || defined(_M_X64)
 #include "simd/sse2_f64.h"
+#else
+#include "simd/portable.h"
 #endif
 #else
 #if defined(__AVX512F__)
@@ -66,8 +78,10 @@ enum { TO_L1, TO_L2 };
 #include "simd/avx2.h"
 #elif defined(__aarch64__) || defined(_M_ARM64)
 #include "simd/neon.h"
-#else
+#elif defined(__SSE2__) || defined(_M_X64)
 #include "simd/sse2.h"
+#else
+#include "simd/portable.h"
 #endif
 #endif
 
@@ -100,11 +114,16 @@ INLINE vf vexp(vf a) {
 }
 #endif
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) && defined(VECTOR_REGISTER)
 INLINE vf vhold(vf a) {
     __asm__("" : "+" VECTOR_REGISTER(a));
     return a;
 }
+#else
+INLINE vf vhold(vf a) { return a; }
+#endif
+
+#if defined(__GNUC__)
 INLINE void vprefetch(const void *p, int cache) {
     if (cache == TO_L1)
         __builtin_prefetch(p, 0, 3);
@@ -112,7 +131,6 @@ INLINE void vprefetch(const void *p, int cache) {
         __builtin_prefetch(p, 0, 2);
 }
 #else
-INLINE vf vhold(vf a) { return a; }
 INLINE void vprefetch(const void *p, int cache) {
 #if defined(_M_X64)
     if (cache == TO_L1)

@@ -7,6 +7,8 @@
 #ifndef FASTBN_TILES_H
 #define FASTBN_TILES_H
 
+#include <stdint.h>
+
 #include "kernels.h"
 
 #define LANES       32   /* partial sums of a plane's values: with two sums, half of AVX2's registers */
@@ -69,7 +71,9 @@ static inline ptrdiff_t rows_folded(ptrdiff_t C) {
 }
 
 /* total * i / n without the product, which has not the range. */
-static inline ptrdiff_t part(ptrdiff_t total, ptrdiff_t i, ptrdiff_t n) { return total / n * i + total % n * i / n; }
+static inline ptrdiff_t part(ptrdiff_t total, ptrdiff_t i, ptrdiff_t n) {
+    return total / n * i + (ptrdiff_t)((int64_t)(total % n) * i / n);
+}
 
 static inline tile plane_tile(const bn_problem *p, ptrdiff_t t) {
     tile a;

@@ -210,7 +210,7 @@ INLINE ptrdiff_t before_line(const elem *out) {
 /* Defines a kernel of `direction` from an inline function, streamed and not. */
 #define APPLY(layout, direction, specialize, name)                                                                     \
     static void name(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {          \
-        if (how->store == BN_STREAMED) {                                                                               \
+        if (STREAMS && how->store == BN_STREAMED) {                                                                    \
             specialize(p, APPLY_STREAMED_##layout##_##direction);                                                      \
             vfence();                                                                                                  \
         } else {                                                                                                       \

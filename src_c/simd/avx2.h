@@ -5,6 +5,7 @@
 #define VL              8
 #define HELD            0
 #define OVERLAPS        1
+#define STREAMS         1
 typedef __m256 vf;
 typedef __m256 vm;
 typedef __m256i vt;

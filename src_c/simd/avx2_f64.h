@@ -5,6 +5,7 @@
 #define VL              4
 #define HELD            0
 #define OVERLAPS        1
+#define STREAMS         1
 typedef __m256d vf;
 typedef __m256d vm;
 typedef __m256i vt;

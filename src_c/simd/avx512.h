@@ -5,6 +5,7 @@
 #define VL              16
 #define HELD            8
 #define OVERLAPS        1
+#define STREAMS         1
 typedef __m512 vf;
 typedef __mmask16 vm;
 typedef __mmask16 vt;

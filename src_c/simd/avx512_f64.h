@@ -5,6 +5,7 @@
 #define VL              8
 #define HELD            8
 #define OVERLAPS        1
+#define STREAMS         1
 typedef __m512d vf;
 typedef __mmask8 vm;
 typedef __mmask8 vt;

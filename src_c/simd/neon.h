@@ -5,6 +5,7 @@
 #define VL              4
 #define HELD            0
 #define OVERLAPS        0
+#define STREAMS         0
 typedef float32x4_t vf;
 typedef uint32x4_t vm;
 typedef int vt;

@@ -5,6 +5,7 @@
 #define VL              2
 #define HELD            0
 #define OVERLAPS        0
+#define STREAMS         0
 typedef float64x2_t vf;
 typedef uint64x2_t vm;
 typedef int vt;

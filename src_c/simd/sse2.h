@@ -6,6 +6,7 @@
 #define VL              4
 #define HELD            0
 #define OVERLAPS        0
+#define STREAMS         1
 typedef __m128 vf;
 typedef __m128 vm;
 typedef int vt;

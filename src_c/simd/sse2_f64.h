@@ -6,6 +6,7 @@
 #define VL              2
 #define HELD            0
 #define OVERLAPS        0
+#define STREAMS         1
 typedef __m128d vf;
 typedef __m128d vm;
 typedef int vt;

@@ -168,22 +168,22 @@ class Job:
                 self.inputs[name] = np.full(self.places[name].length, np.nan, np.float32)
                 self.places[name].elements(self.inputs[name])[...] = values
 
-    def write(self, file):
+    def write(self, file, order):
         case = self.case
-        cache, group = (1, 1 << 14) if case.stream else (1 << 62, 0)
+        cache, group = (1, 1 << 14) if case.stream else (1 << 30, 0)
         integers = [case.rows, ACTIVATIONS.index(case.activation), self.packed, *self.dimensions, case.frozen]
         integers += [case.affine, case.threads, cache, group, self.from_output]
-        np.array(integers, np.int64).tofile(file)
-        np.array([1e-5, SLOPE]).tofile(file)
+        write_values(file, order, integers, np.int64)
+        write_values(file, order, [1e-5, SLOPE], np.float64)
         for name in OPERANDS:
             place = self.places.get(name)
             fields = [place.length, place.outer, place.inner, place.spare] if place else [0] * 4
-            np.array(fields, np.int64).tofile(file)
-        np.array(self.running).tofile(file)
+            write_values(file, order, fields, np.int64)
+        write_values(file, order, self.running)
         if case.affine:
-            np.array([self.weight, self.bias]).tofile(file)
+            write_values(file, order, [self.weight, self.bias])
         for buffer in self.inputs.values():
-            buffer.tofile(file)
+            write_values(file, order, buffer)
 
     def check(self, results):
         """Against the oracle; and that of the outputs' memory the elements were written, and nothing else."""
@@ -209,35 +209,43 @@ class Job:
                 assert_within(place.elements(results[name]) if place else results[name], value, bound, name)
 
 
-def results_of(driver, jobs, folder):
-    """What the driver wrote, by name, for one job after the other."""
+def write_values(file, order, values, dtype=np.float32):
+    np.array(values, np.dtype(dtype).newbyteorder(order)).tofile(file)
+
+
+def read_values(file, order, dtype):
+    count = np.fromfile(file, np.dtype(np.int64).newbyteorder(order), 1)[0]
+    return np.fromfile(file, np.dtype(dtype).newbyteorder(order), int(count)).astype(dtype)
+
+
+def results_of(driver, jobs, folder, order="="):
+    """What the driver wrote, by name, for one job after the other; in the byte order of its CPU."""
     with open(folder / "problems", "wb") as file:
         for job in jobs:
-            job.write(file)
+            job.write(file, order)
     run(*driver, folder / "problems", folder / "results")
     (folder / "problems").unlink()
     with open(folder / "results", "rb") as file:
         for job in jobs:
             yield {
-                name: np.fromfile(file, dtype, int(np.fromfile(file, np.int64, 1)[0]))
-                for name, dtype in results_in_order(job.case).items()
+                name: read_values(file, order, dtype) for name, dtype in results_in_order(job.case).items()
             }
         assert not file.read(1)
     (folder / "results").unlink()
 
 
-def assert_same(arm, avx2):
+def assert_same(ours, theirs):
     """Equal bits; but of a NaN, which the IEEE standard leaves to the machine, only that it is one."""
-    for name, actual in arm.items():
+    for name, actual in ours.items():
         if name.startswith(WAY):  # which may differ
             continue
-        expected = avx2[name]
+        expected = theirs[name]
         assert actual.size == expected.size, name
         bits = np.uint32 if actual.dtype == np.float32 else np.uint64
         differ = (actual.view(bits) != expected.view(bits)) & ~(np.isnan(actual) & np.isnan(expected))
         if differ.any():
             i = np.argmax(differ)
             raise AssertionError(
-                f"{name}[{i}] is {actual[i]!r} on AArch64, {expected[i]!r} with AVX2; "
+                f"{name}[{i}] is {actual[i]!r} here, {expected[i]!r} there; "
                 f"{np.count_nonzero(differ)} of {differ.size} values differ"
             )
