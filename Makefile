@@ -82,14 +82,19 @@ format: $(VENV)/lint.stamp ## rewrite Python and C in the project's style
 bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the ratios
 	$(PY) bench/ratios.py
 
-bench-peers: $(VENV)/peers.stamp build ## time fastbn against PyTorch, oneDNN, TensorFlow, JAX, ONNX Runtime, OpenVINO
-	$(PY) bench/compare.py
+# What the site shows is made by PAGES=docs/performance.
+PAGES = build/bench
+ALL = $(shell nproc)
+bench-peers: $(VENV)/peers.stamp build ## time fastbn against other libraries, with one thread and with all: report, CSV, chart
+	$(PY) bench/compare.py --threads 1
+	$(PY) bench/compare.py --threads $(ALL) --markdown build/bench/peers.md --plots $(PAGES)
+	$(PY) bench/pages.py $(sort build/bench/peers-1.json build/bench/peers-$(ALL).json) --folder $(PAGES)
 
 bench-networks: $(VENV)/networks.stamp build ## time networks of torchvision with PyTorch's batch norms and with fastbn's
 	$(PY) bench/networks.py
 
 bench-scaling: $(VENV)/bench.stamp build ## time fastbn with 1, 2, 4 ... all CPUs
-	$(PY) bench/scaling.py
+	$(PY) bench/scaling.py --csv $(PAGES)/scaling.csv --plot $(PAGES)/scaling.png
 
 # In a copy, so that no object is ever mixed with those of an ordinary build; of the instruction sets two, whose loops are
 # the same, because the sanitizers make compiling slow.

@@ -112,7 +112,7 @@ def test_paths_that_pages_name_are_there():
     folders = "bench|docs|examples|fastbn|src_c|tests"
     for page, text in PAGES.items():
         for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text):
-            assert (ROOT / path).exists() or page.startswith("performance/"), f"{page} names {path}"
+            assert (ROOT / path).exists(), f"{page} names {path}"
 
 
 @whole
@@ -121,6 +121,16 @@ def test_make_targets_that_pages_name_are_there():
     for page, text in PAGES.items():
         for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names make {target}"
+
+
+@whole
+def test_tables_of_the_benchmarks_are_those_of_the_measurement(monkeypatch):
+    """Nobody has changed a figure by hand, or measured anew and forgotten a file."""
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    pages = importlib.import_module("pages")
+    rows = list(pages.read_csv(DOCS / "performance" / "peers.csv"))
+    assert "\n".join(pages.tables(rows)) + "\n" == PAGES["performance/by_peer.md"]
 
 
 # ---- the files of "Docker, systemd, Kubernetes"
