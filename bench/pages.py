@@ -157,7 +157,7 @@ def draw(rows, path):
     from matplotlib import pyplot as plt
 
     threads = sorted({row.threads for row in rows})
-    size = 9, 0.6 + 1.5 * len(threads)
+    size = 7.2, 0.8 + 1.5 * len(threads)
     figure, axes = plt.subplots(
         len(threads), len(CHARTED), figsize=size, sharex=True, layout="constrained", squeeze=False
     )
@@ -184,12 +184,11 @@ def draw(rows, path):
     axes[0, 0].set_xlim(0, 1.15 * axes[0, 0].get_xlim()[1])
     shapes = len({row.shape for row in rows})
     figure.suptitle(
-        "Time of a call, fastbn = 1: shorter is better\n"
-        f"{rows[0].cpu}, geometric means over {shapes} shapes, each in the layout that suits it best; "
-        "NumPy has one thread",
-        fontsize=10,
+        f"Time of a call on {rows[0].cpu}, fastbn = 1: shorter is better\n"
+        f"Geometric means over {shapes} shapes, each in the layout that suits it best; NumPy has one thread",
+        fontsize=9,
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=160)
     plt.close(figure)
 
 

@@ -29,7 +29,7 @@ html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_sidebars = {"index": [], "fit": [], "performance": []}  # pages without any below them
+html_sidebars = {"index": [], "fit": [], "performance": [], "benchmarks": []}  # pages without any below them
 html_theme_options = {
     "github_url": "https://github.com/fastbn/fastbn",
     "header_links_before_dropdown": 8,
