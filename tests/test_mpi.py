@@ -67,6 +67,7 @@ def told_by(done):
     return sorted(re.findall(r"rank \d: \d", done.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells of CPUs")
 @pytest.mark.parametrize(
     ("size", "environment", "expected"),
@@ -91,6 +92,7 @@ def test_threads_of_ranks_on_cpus_of_their_own():
     assert told_by(done) == ["rank 0: 1", "rank 1: 2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_guide(size, tmp_path):
     """Every program of docs/many_machines.md."""

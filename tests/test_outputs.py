@@ -192,6 +192,7 @@ assert fastbn._kernels.output_memory()[0] < kept
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is that of Linux")
 @pytest.mark.parametrize(
     "call",
