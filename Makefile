@@ -99,9 +99,9 @@ bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the rati
 PAGES = build/bench
 ALL = $(shell nproc)
 bench-peers: $(VENV)/peers.stamp build ## time fastbn against other libraries, with one thread and with all: report, CSV, chart
-	$(PY) bench/compare.py --threads 1
-	$(PY) bench/compare.py --threads $(ALL) --markdown build/bench/peers.md --plots $(PAGES)
-	$(PY) bench/pages.py $(sort build/bench/peers-1.json build/bench/peers-$(ALL).json) --folder $(PAGES)
+	$(PY) bench/compare.py --threads 1 --csv $(PAGES)
+	$(PY) bench/compare.py --threads $(ALL) --csv $(PAGES) --markdown build/bench/peers.md --plots $(PAGES)
+	$(PY) bench/pages.py $(PAGES)
 
 bench-networks: $(VENV)/networks.stamp build ## time networks of torchvision with PyTorch's batch norms and with fastbn's
 	$(PY) bench/networks.py

@@ -88,11 +88,10 @@ def parse(arguments=None):
         "--isa", choices=ISA_ENVIRONMENT, help="hold every contestant that can be held to this one"
     )
     parser.add_argument("--default-calls", action="store_true", help="fresh outputs, the default allocator")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="default: build/bench/peers-THREADS.json")
+    parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--markdown", type=Path, metavar="PATH")
     parser.add_argument("--plots", type=Path, metavar="DIR")
     args = parser.parse_args(arguments)
-    args.json = args.json or peers.BUILD / f"peers-{args.threads}.json"
     if args.quick:
         args.seconds, args.rounds = 0, 3
     return args
@@ -431,8 +430,9 @@ def main():
     results["notes"] = bench.notes
     results["seconds"] = round(time.perf_counter() - start)
     results["summary"] = report.summary(results)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
     report.show(results, console, args.markdown, args.plots)
 
 

@@ -228,8 +228,7 @@ def test_tables_of_the_benchmarks_are_those_of_the_measurement(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(ROOT / "bench")
     pages = importlib.import_module("pages")
-    rows = list(pages.read_csv(DOCS / "performance" / "peers.csv"))
-    assert "\n".join(pages.tables(rows)) + "\n" == PAGES["performance/by_peer.md"]
+    assert "\n".join(pages.tables(*pages.read(DOCS / "performance"))) == PAGES["performance/by_peer.md"]
 
 
 # ---- the files of "Docker, systemd, Kubernetes"
