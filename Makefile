@@ -39,11 +39,11 @@ load: $(VENV)/service.stamp build wrk ## load the reference service, with fastbn
 
 # COVERAGE=1 for both, one after the other, tells how much of the Python layer they reach, and wants 95 %. It takes half as
 # long again.
-test: $(VENV)/test.stamp torch build ## run the test suite, but for what takes long
+test: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run the test suite, but for what takes long
 	$(PY) -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
 	    $(if $(COVERAGE),--cov --cov-report= --cov-fail-under=0)
 
-test-slow: $(VENV)/test.stamp torch build ## run what make test leaves out: packages, programs of the pages, long searches
+test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run what make test leaves out: packages, programs of the pages, long searches
 	$(PY) -m pytest -m slow $(if $(COVERAGE),--cov --cov-append --cov-report=term)
 
 test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
@@ -118,7 +118,7 @@ sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and U
 	cp -r setup.py pyproject.toml fastbn src_c tests docs $(SANITIZED)
 	cd $(SANITIZED) && FASTBN_BUILD_ISAS=avx2 CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 1200 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 3000 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
 
 docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and broken links are errors
 	rm -rf build/docs docs/reference/generated

@@ -22,15 +22,23 @@ except ImportError:  # Windows
 
 # The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled
 # with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
-KERNELS = "src_c/kernels.c"  # compiled once for each instruction set
+# Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
+KERNELS = {
+    "planes": ("f32", "f64", "f16", "bf16"),
+    "rows": ("f32", "f64", "f16", "bf16"),
+    "terms": ("f32", "f64"),
+}
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
 GNU_FLAGS = ["-std=c11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
 GNU_WARNINGS = ["-Wall", "-Wextra"]  # for our own C, not for what Cython writes
+# So that boards of 512 MB can build: gcc collects its garbage more often, for a tenth more time.
+FRUGAL = ["--param", "ggc-min-expand=20", "--param", "ggc-min-heapsize=32768"]
+MEMORY = 300 << 20  # bytes that one compiler takes then
 MSVC_FLAGS = ["/O2", "/std:c11", "/fp:precise"]
 
 # (compile flags, link flags): the first pair that compiles and links a program is taken.
@@ -52,8 +60,18 @@ IGNORED = re.compile(
 )
 
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
-PARTS = [KERNELS, *glob("src_c/*/*.h")]  # and with these the kernels
+PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
 DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
+
+
+def compilers_at_once():
+    """One for each CPU that this process may use, as far as the machine's memory goes."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return cpus
+    return max(1, min(cpus, memory // (2 * MEMORY)))
 
 
 class BuildKernels(build_ext):
@@ -93,18 +111,20 @@ class BuildKernels(build_ext):
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
         own_flags = flags if msvc else flags + GNU_WARNINGS
-        sources = {source: own_flags for source in sorted(glob("src_c/*.c")) if source != KERNELS}
-        sources[self.kernels_for("baseline")] = own_flags
+        if not msvc and self.builds("int probe;\n", ["-Werror", *FRUGAL]):
+            own_flags = own_flags + FRUGAL
+        sources = dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
+        sources |= dict.fromkeys(self.kernels_for("baseline"), own_flags)
         for isa in self.chosen(isas):
             gnu, visual = isas[isa]
-            sources[self.kernels_for(isa)] = own_flags + (visual if msvc else gnu)
+            sources |= dict.fromkeys(self.kernels_for(isa), own_flags + (visual if msvc else gnu))
             ext.define_macros.append((f"FASTBN_HAVE_{isa.upper()}", "1"))
 
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
         remembered = self.remember("extension", ext.extra_compile_args)
         ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(compilers_at_once()) as pool:
             objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
             ext.extra_objects = list(objects)
         super().build_extension(ext)
@@ -112,7 +132,7 @@ class BuildKernels(build_ext):
     def find_openmp(self, candidates):
         if os.environ.get("FASTBN_NO_OPENMP", "0") in ("", "0"):
             for compile_flags, link_flags in candidates:
-                if self.links(OPENMP_PROBE, compile_flags, link_flags):
+                if self.builds(OPENMP_PROBE, compile_flags, link_flags):
                     return compile_flags, link_flags
             reason = "the compiler cannot build an OpenMP program"
         else:
@@ -120,13 +140,15 @@ class BuildKernels(build_ext):
         self.warn(f"fastbn is built WITHOUT OpenMP and will use one thread only: {reason}")
         return [], []
 
-    def links(self, code, compile_flags, link_flags):
+    def builds(self, code, compile_flags, link_flags=None):
+        """Whether a program compiles, and links where there are flags for that."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.c")
             source.write_text(code)
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_flags)
-                self.compiler.link_shared_object(objects, f"{source}.out", extra_postargs=link_flags)
+                if link_flags is not None:
+                    self.compiler.link_shared_object(objects, f"{source}.out", extra_postargs=link_flags)
             except (CompileError, LinkError):
                 return False
         return True
@@ -145,8 +167,16 @@ class BuildKernels(build_ext):
         return names or list(isas)
 
     def kernels_for(self, isa):
-        """A file that makes the kernels' source that of one instruction set, and tells its symbols apart."""
-        return self.write(f"kernels_{isa}.c", f'#define FASTBN_ISA {isa}\n#include "kernels.c"\n')
+        """Files that make the kernels' sources those of one instruction set and element, with own symbols."""
+        return [
+            self.write(
+                f"{part}_{isa}_{element}.c",
+                f"#define FASTBN_ISA {isa}\n#define FASTBN_ELEMENT {element}\n"
+                f'#define FASTBN_ELEMENT_FILE "elements/{element}.h"\n#include "kernels/{part}.c"\n',
+            )
+            for part, elements in KERNELS.items()
+            for element in elements
+        ]
 
     def compile_own(self, source, flags, ext):
         """Compile one of our C files, unless its object is newer than all it is made from."""

@@ -79,7 +79,8 @@ def conv2d(images: Array, filters: Array) -> Array:
     padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     patches = sliding_window_view(padded, (3, 3), axis=(2, 3)).transpose(0, 1, 4, 5, 2, 3)
     columns = patches.reshape(n, c * 9, height * width)
-    return (filters.reshape(len(filters), -1) @ columns).reshape(n, len(filters), height, width)
+    y: Array = filters.reshape(len(filters), -1) @ columns
+    return y.reshape(n, len(filters), height, width)
 
 
 def race(

@@ -6,6 +6,7 @@ cdef extern from "kernels.h" nogil:
     enum:
         BN_PLANES, BN_ROWS, BN_STREAMED, BN_LINE, BN_MAX_ISAS
         BN_COEF_FORWARD, BN_COEF_BACKWARD
+        BN_f32, BN_f64, BN_f16, BN_bf16, BN_N_ELEMENTS
         BN_IDENTITY, BN_RELU, BN_RELU6, BN_LEAKY_RELU, BN_N_ACTIVATIONS
 
     ctypedef struct bn_operand:
@@ -13,8 +14,8 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t outer, inner
 
     ctypedef struct bn_problem:
-        int layout, activation, packed, fixed, from_output
-        float negative_slope
+        int layout, element, activation, packed, fixed, from_output
+        double negative_slope
         Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
 
@@ -23,9 +24,9 @@ cdef extern from "kernels.h" nogil:
         Py_ssize_t ahead
 
     ctypedef struct bn_coef:
-        float *mean
-        float *scale
-        float *shift
+        void *mean
+        void *scale
+        void *shift
 
     ctypedef struct bn_running:
         char *value
@@ -35,22 +36,27 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct bn_source:
         const double *mean
         const double *var
-        const float *weight
-        const float *bias
+        const void *weight
+        const void *bias
         double eps
+
+    ctypedef struct bn_terms:
+        int lanes, held, overlaps
+        void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const bn_source *, const bn_coef *) noexcept
+        void (*running_coef)(const bn_problem *, const void *, const void *, const bn_source *, const bn_coef *) noexcept
+        void (*move_running)(const bn_running *, const double *, const double *, Py_ssize_t, Py_ssize_t, double,
+                             double) noexcept
 
     ctypedef struct bn_kernels:
         const char *name
-        int lanes, held, overlaps
-        void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const bn_source *, const bn_coef *) noexcept
-        void (*running_coef)(const bn_problem *, const float *, const float *, const bn_source *,
-                             const bn_coef *) noexcept
-        void (*move_running)(const bn_running *, const double *, const double *, Py_ssize_t, Py_ssize_t, double,
-                             double) noexcept
+        const bn_terms *terms[4]
 
     int bn_supported(const bn_kernels **tables)
     Py_ssize_t bn_fold(Py_ssize_t C)
     const char *bn_activation_name(int code)
+    const char *bn_element_name(int element)
+    Py_ssize_t bn_element_bytes(int element)
+    Py_ssize_t bn_real_bytes(int element)
 
 cdef extern from "machine.h" nogil:
     ctypedef struct bn_machine:
@@ -118,8 +124,8 @@ cdef extern from "schedule.h" nogil:
         double *dz
         double *dz_dev
         double count
-        float *grad_weight
-        float *grad_bias
+        void *grad_weight
+        void *grad_bias
         bn_coef k
         void *memory
         char *scratch

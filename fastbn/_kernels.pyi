@@ -3,11 +3,10 @@
 from typing import Any, TypeAlias
 
 import numpy as np
-from numpy import float32
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from typing_extensions import disjoint_base
 
-from fastbn.typing import Activation, Running
+from fastbn.typing import Activation, Array, Running
 
 _Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 _Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
@@ -18,9 +17,14 @@ def supported_isas() -> tuple[str, ...]: ...
 def get_isa() -> str: ...
 def set_isa(name: str) -> str: ...
 def release_pool() -> None: ...
-def array32(a: Any, name: str) -> NDArray[float32]: ...
-def running(a: Any, name: str) -> Running: ...
-def vector(a: Any, name: str, C: int, writable: bool) -> NDArray[float32]: ...
+def elements(a: Any, name: str) -> Array: ...
+def parameter(a: Any, name: str, element: int) -> Array: ...
+def running(a: Any, name: str, element: int, moved: bool) -> Running: ...
+def vector(a: Any, name: str, C: int, writable: bool, dtype: np.dtype[Any]) -> Array: ...
+def vector32(a: Any, name: str) -> Array: ...
+def real_dtype(dtype: DTypeLike | None, weight: Any = None, bias: Any = None) -> np.dtype[Any]: ...
+def dtype_of_parameters(x: Array) -> str: ...
+def check_layer_dtype(x: Array, float64: bool) -> int: ...
 def caches() -> tuple[int, int, int]: ...
 def openmp_threads() -> int: ...
 def openmp_cpus() -> int: ...
@@ -32,7 +36,9 @@ def forget_sharing() -> None: ...
 def openmp_library() -> str | None: ...
 def check_activation(activation: Activation | None, negative_slope: float) -> None: ...
 def check_momentum(momentum: float) -> float: ...
-def check_input(x: NDArray[float32], axis: int, ranks: tuple[int, ...] | None, num_features: int) -> None: ...
+def check_input(
+    x: Array, axis: int, ranks: tuple[int, ...] | None, num_features: int, dtype: np.dtype[Any]
+) -> None: ...
 def check_eps(eps: float) -> float: ...
 def whole(value: int, name: str, limits: str) -> int: ...
 
@@ -45,29 +51,29 @@ class Frozen:
     negative_slope: float
     def __call__(
         self,
-        x: NDArray[float32],
-        residual: NDArray[float32] | None = None,
-        out: NDArray[float32] | None = None,
+        x: Array,
+        residual: Array | None = None,
+        out: Array | None = None,
         *,
         num_threads: int | None = None,
-    ) -> NDArray[float32]: ...
+    ) -> Array: ...
 
 def give_back() -> int: ...
 def set_output_limit(max_bytes: int) -> None: ...
 def output_memory() -> tuple[int, int]: ...
 def stats(
-    x: NDArray[float32], axis: int, num_threads: int | None
+    x: Array, axis: int, num_threads: int | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]: ...
 def forward(
-    x: NDArray[float32],
-    weight: NDArray[float32] | None,
-    bias: NDArray[float32] | None,
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
     eps: float,
     axis: int,
-    residual: NDArray[float32] | None,
+    residual: Array | None,
     activation: Activation | None,
     negative_slope: float,
-    out: NDArray[float32] | None,
+    out: Array | None,
     num_threads: int | None,
     running_mean: Running | None,
     running_var: Running | None,
@@ -77,61 +83,60 @@ def forward(
     exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
-) -> tuple[NDArray[float32], NDArray[np.float64], NDArray[np.float64], int]: ...
+) -> tuple[Array, NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
-    x: NDArray[float32],
+    x: Array,
     mean: Running,
     var: Running,
     of_stats: bool,
-    weight: NDArray[float32] | None,
-    bias: NDArray[float32] | None,
+    weight: Array | None,
+    bias: Array | None,
     eps: float,
     axis: int,
-    residual: NDArray[float32] | None,
+    residual: Array | None,
     activation: Activation | None,
     negative_slope: float,
-    out: NDArray[float32] | None,
+    out: Array | None,
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
     exact: _Float64Pair | None = None,
-) -> NDArray[float32]: ...
-def unrounded(
-    mean: NDArray[float32], var: NDArray[float32], exact: _Float64Pair, eps: float
-) -> _Float64Pair | None: ...
+    dtype: np.dtype[Any] | None = None,
+) -> Array: ...
+def unrounded(mean: Array, var: Array, exact: _Float64Pair, eps: float) -> _Float64Pair | None: ...
 def backward_sums(
-    grad_output: NDArray[float32],
-    x: NDArray[float32],
+    grad_output: Array,
+    x: Array,
     mean: NDArray[np.float64],
     var: NDArray[np.float64],
     count: int,
-    weight: NDArray[float32] | None,
-    bias: NDArray[float32] | None,
+    weight: Array | None,
+    bias: Array | None,
     eps: float,
     axis: int,
-    residual: NDArray[float32] | None,
-    output: NDArray[float32] | None,
+    residual: Array | None,
+    output: Array | None,
     activation: Activation | None,
     negative_slope: float,
     num_threads: int | None,
 ) -> _Sums: ...
 def backward(
-    grad_output: NDArray[float32],
-    x: NDArray[float32],
+    grad_output: Array,
+    x: Array,
     mean: NDArray[np.float64],
     var: NDArray[np.float64],
     count: int,
-    weight: NDArray[float32] | None,
-    bias: NDArray[float32] | None,
+    weight: Array | None,
+    bias: Array | None,
     eps: float,
     training: bool,
     axis: int,
-    residual: NDArray[float32] | None,
+    residual: Array | None,
     activation: Activation | None,
     negative_slope: float,
-    out: NDArray[float32] | None,
+    out: Array | None,
     num_threads: int | None,
     sums: _Sums | None = None,
-    output: NDArray[float32] | None = None,
+    output: Array | None = None,
     needs: int = 15,  # the results in their order, a bit each
 ) -> tuple[Any, Any, Any, Any]: ...
 def update_running(
@@ -153,6 +158,7 @@ def plan(
     operation: str,
     *,
     axis: int = 1,
+    dtype: str = "float32",
     threads: int = 1,
     residual: bool = False,
     machine: str | None = None,

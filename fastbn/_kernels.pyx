@@ -7,6 +7,7 @@ Which thread does what never changes a result: see src_c/schedule.c.
 
 import operator
 import os
+import sys
 
 import numpy as np
 
@@ -39,9 +40,9 @@ openmp = BN_OPENMP or None  # the OpenMP version as yyyymm, None in a serial bui
 cdef void use(const bn_kernels *table) noexcept:
     global K
     K = table
-    MACHINE.lanes = table.lanes
-    MACHINE.held = table.held
-    MACHINE.overlaps = table.overlaps
+    MACHINE.lanes = table.terms[BN_f32].lanes
+    MACHINE.held = table.terms[BN_f32].held
+    MACHINE.overlaps = table.terms[BN_f32].overlaps
 
 
 use(TABLES[N_TABLES - 1])
@@ -98,6 +99,7 @@ def machines():
     return names
 
 
+cdef list ELEMENTS = [bn_element_name(code).decode() for code in range(<int> BN_N_ELEMENTS)]
 cdef list SHARED_OUT = ["elementwise", "owned", "overlapped", "tiled"]  # by bn_way
 
 
@@ -112,7 +114,7 @@ cdef dict told(const bn_plan *plan, const bn_problem *p):
     """A plan in Python's terms."""
     return {
         "operation": bn_operation_name(plan.op).decode(), "layout": "rows" if p.layout == BN_ROWS else "planes",
-        "N": p.N, "C": p.C, "S": p.S, "fold": p.fold, "class": bn_class_name(plan.class_).decode(),
+        "dtype": ELEMENTS[p.element], "N": p.N, "C": p.C, "S": p.S, "fold": p.fold, "class": bn_class_name(plan.class_).decode(),
         "threads": plan.threads, "way": SHARED_OUT[plan.way], "tiles": plan.T, "columns": plan.width,
         "from_memory": bool(plan.from_memory), "reversed": bool(plan.reversed), "by_columns": bool(plan.by_columns),
         "owned": plan.owned, "group": plan.group, "unit": plan.unit, "groups": plan.owner_items,
@@ -130,7 +132,8 @@ cdef dict told(const bn_plan *plan, const bn_problem *p):
     }
 
 
-def plan(shape, str operation, *, int axis=1, int threads=1, bint residual=False, str machine=None, dict facts=None):
+def plan(shape, str operation, *, int axis=1, str dtype="float32", int threads=1, bint residual=False,
+         str machine=None, dict facts=None):
     """How an operation on a gapless array of this shape would be gone about, here or on another machine.
 
     `facts` replace those of the machine: l2, llc, llc_cpus, streams, lanes, held, overlaps.
@@ -155,10 +158,14 @@ def plan(shape, str operation, *, int axis=1, int threads=1, bint residual=False
     if operation not in names:
         raise ValueError(f"operation must be one of {', '.join(names)}, got {operation!r}")
     op = names.index(operation)
+    if dtype not in ELEMENTS:
+        raise ValueError(f"dtype must be one of {', '.join(ELEMENTS)}, got {dtype!r}")
+    cdef int element = ELEMENTS.index(dtype)
     x = np.lib.stride_tricks.as_strided(np.empty(0, np.float32), shape, c_strides(shape))
     describe(&p, x, check_axis(x, axis))
     place(&there, &p, x, check_axis(x, axis))
     there.data = <void *> &p  # never looked at
+    p.element = element
     p.x = there
     if residual:
         p.residual = there
@@ -366,11 +373,11 @@ cpdef double check_eps(eps) except? -1.0:
     return value
 
 
-cdef float check_slope(negative_slope) except? -1.0:
+cdef double check_slope(negative_slope) except? -1.0:
     cdef double value = number(negative_slope, "negative_slope")
     if not fabs(value) <= FLT_MAX:
         raise ValueError(f"negative_slope must be finite, in float32 too, got {value}")
-    return <float> value
+    return value
 
 
 cpdef double check_momentum(momentum) except? -1.0:
@@ -412,35 +419,125 @@ cdef object foreign(a, str name):
     raise TypeError(f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
 
 
-cpdef cnp.ndarray array32(a, str name):
-    """`a` as an array of float32 that shares its memory; raises where it is none."""
+cdef object FLOAT32 = np.dtype(np.float32), FLOAT64 = np.dtype(np.float64)
+cdef int BFLOAT16 = -1  # NumPy's number of ml_dtypes' bfloat16, once such an array has come in
+
+
+cdef int element_of(cnp.ndarray a) noexcept:
+    """The kernels' number of what an array holds; -1 where they have none."""
+    cdef int dtype = cnp.PyArray_TYPE(a)
+    if not cnp.PyArray_ISNOTSWAPPED(a):
+        return -1
+    if dtype == cnp.NPY_FLOAT32:
+        return BN_f32
+    if dtype == cnp.NPY_FLOAT64:
+        return BN_f64
+    if dtype == cnp.NPY_FLOAT16:
+        return BN_f16
+    if dtype == BFLOAT16 and dtype >= 0:
+        return BN_bf16
+    return -1
+
+
+cdef int learn_bfloat16(a) except -1:
+    """Arrays of bfloat16 come from a module that is loaded then."""
+    global BFLOAT16
+    if BFLOAT16 < 0 and a.dtype.name == "bfloat16":
+        BFLOAT16 = np.dtype(sys.modules["ml_dtypes"].bfloat16).num
+    return 0
+
+
+cpdef cnp.ndarray elements(a, str name):
+    """`a` as an array of elements that kernels work on, in its own memory; raises where it is none."""
+    if cnp.PyArray_CheckExact(a) and element_of(a) >= 0:
+        return a
     b = a if cnp.PyArray_Check(a) else foreign(a, name)
-    check_dtype(b, a, name, False)
+    if element_of(b) < 0:
+        learn_bfloat16(b)
+        if element_of(b) < 0:
+            raise TypeError(
+                f"{name} must have dtype float32, float64, float16 or bfloat16 in native byte order, got "
+                f"{type(a).__name__} of {b.dtype!s} ({b.dtype.str}); convert it with "
+                f"numpy.asarray({name}, dtype=numpy.float32)"
+            )
+    check_unmasked(b, name)
     return b
 
 
-cpdef cnp.ndarray running(a, str name):
-    """`a` as an array of running averages, which may be of float64, too."""
-    b = a if cnp.PyArray_Check(a) else foreign(a, name)
-    check_dtype(b, a, name, True)
-    return b
-
-
-cdef int check_dtype(b, a, str name, bint or_float64) except -1:
-    """Of the array b, which `a` was given as."""
-    cdef int dtype = cnp.PyArray_TYPE(b)
-    if (dtype != cnp.NPY_FLOAT32 and not (or_float64 and dtype == cnp.NPY_FLOAT64)) or not cnp.PyArray_ISNOTSWAPPED(b):
-        raise TypeError(
-            f"{name} must have dtype float32 in native byte order, got {type(a).__name__} of {b.dtype!s} "
-            f"({b.dtype.str}); convert it with numpy.asarray({name}, dtype=numpy.float32)"
-        )
+cdef int check_unmasked(b, str name) except -1:
     if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
     return 0
 
 
 cdef object optional(a, str name):
-    return None if a is None else array32(a, name)
+    return None if a is None else elements(a, name)
+
+
+cdef int check_same_dtype(cnp.ndarray a, str name, cnp.ndarray x) except -1:
+    """Of another operand, that it is x's."""
+    if cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(x):
+        dtype = (<object> x).dtype.name
+        raise TypeError(
+            f"{name} must have the dtype of x, {dtype}, got {(<object> a).dtype!s}; convert one of the two, as with "
+            f"{name}.astype({quoted(dtype)})"
+        )
+    return 0
+
+
+cdef str quoted(str dtype):
+    """How an array's dtype is written."""
+    return "ml_dtypes.bfloat16" if dtype == "bfloat16" else f"numpy.{dtype}"
+
+
+cdef bint is_half(cnp.ndarray a) noexcept:
+    return bn_element_bytes(element_of(a)) == 2
+
+
+cpdef cnp.ndarray parameter(a, str name, int element):
+    """`a` as a vector of parameters or statistics beside such elements: float64 for float64, else float32; halves are
+    widened, in a copy."""
+    cdef int real = cnp.NPY_FLOAT64 if element == BN_f64 else cnp.NPY_FLOAT32
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == real and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    cdef cnp.ndarray b = elements(a, name)
+    if is_half(b) and element != BN_f64:
+        return (<object> b).astype(np.float32)
+    if cnp.PyArray_TYPE(b) != real:
+        expected, of_x = ("float64", "float64") if element == BN_f64 else ("float32", "float32 or a half of it")
+        raise TypeError(
+            f"{name} must have dtype {expected} where x has {of_x}, got {(<object> b).dtype!s}; convert it with "
+            f"{name}.astype(numpy.{expected}), or x to its dtype"
+        )
+    return b
+
+
+cpdef cnp.ndarray running(a, str name, int element, bint moved):
+    """`a` as running averages beside such elements: as a parameter, or float64 beside any. Those that are moved are the
+    caller's own, for which a widened copy will not do."""
+    cdef cnp.ndarray b
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and element != BN_f64 and (
+            cnp.PyArray_ISNOTSWAPPED(a)):
+        return a
+    b = elements(a, name)
+    if cnp.PyArray_TYPE(b) == cnp.NPY_FLOAT64:
+        return b
+    if moved and is_half(b):
+        raise TypeError(
+            f"{name} is updated in place in training and must have dtype float32 or float64, got "
+            f"{(<object> b).dtype!s}, in which averages stall; convert it with {name}.astype(numpy.float32)"
+        )
+    return parameter(b, name, element)
+
+
+cpdef cnp.ndarray vector32(a, str name):
+    """`a` as an array of float32, or a widened copy of halves."""
+    return parameter(a, name, BN_f32)
+
+
+cpdef str dtype_of_parameters(x):
+    """float64 beside an array of float64, float32 beside others."""
+    return "float64" if cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64 else "float32"
 
 
 cdef int check_shape(cnp.ndarray a, cnp.ndarray x, str name, str like) except -1:
@@ -526,9 +623,9 @@ cdef int check_running(cnp.ndarray a, str name) except -1:
     return 0
 
 
-cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable):
-    """`a` as a float32 vector of C values."""
-    cdef cnp.ndarray v = array32(a, name)
+cpdef cnp.ndarray vector(a, str name, Py_ssize_t C, bint writable, dtype):
+    """`a` as a vector of C parameters of a layer of this dtype; halves are widened, in a copy."""
+    cdef cnp.ndarray v = parameter(a, name, BN_f64 if dtype is FLOAT64 else BN_f32)
     check_vector(v, name, C)
     if writable:
         check_running(v, name)
@@ -682,11 +779,12 @@ cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
         s.walkable = collapse(a, 0, 1, &s.outer) and collapse(a, 1, axis, &s.inner)
     else:
         s.walkable = collapse(a, 0, axis, &s.outer) and collapse(a, axis + 1, nd, &s.inner)
-    if (s.outer | s.channel | s.inner) & 3 or not cnp.PyArray_ISALIGNED(a):
+    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(a)  # a power of two
+    if (s.outer | s.channel | s.inner) & (size - 1) or not cnp.PyArray_ISALIGNED(a):
         s.walkable = False
-    s.outer //= 4
-    s.channel //= 4
-    s.inner //= 4
+    s.outer //= size
+    s.channel //= size
+    s.inner //= size
     return s
 
 
@@ -705,6 +803,7 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
     """Sizes and layout of p from x."""
     cdef Strides s = strides_of(x, axis)
     memset(p, 0, sizeof(bn_problem))
+    p.element = element_of(x)
     sizes_of(x, axis, &p.N, &p.C, &p.S)
     if p.S == 1:
         p.layout = BN_ROWS
@@ -724,7 +823,7 @@ cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noe
     """Fill in an operand; False where the kernels cannot walk it, or it is none of this problem."""
     cdef Py_ssize_t N, C, S
     cdef Strides s
-    if cnp.PyArray_NDIM(a) <= max(axis, 1) or cnp.PyArray_TYPE(a) != cnp.NPY_FLOAT32:
+    if cnp.PyArray_NDIM(a) <= max(axis, 1) or element_of(a) != p.element:
         return False
     sizes_of(a, axis, &N, &C, &S)
     if N != p.N or C != p.C or S != p.S:
@@ -924,10 +1023,13 @@ cdef int take_running(bn_running *r, cnp.ndarray a, Py_ssize_t C, bint float64, 
     return 0
 
 
-cdef const float *take32(a, Py_ssize_t C, str name) except? NULL:
-    if a is None:
-        return NULL
-    return <const float *> take_vector(a, C, cnp.NPY_FLOAT32, 4, name)
+cdef int real_of(int element) noexcept:
+    """NumPy's number of what coefficients and parameters are beside such elements."""
+    return cnp.NPY_FLOAT64 if element == BN_f64 else cnp.NPY_FLOAT32
+
+
+cdef void *take_parameter(a, Py_ssize_t C, int element, str name) except? NULL:
+    return NULL if a is None else take_vector(a, C, real_of(element), bn_real_bytes(element), name)
 
 
 cdef double *take64(a, Py_ssize_t C, str name) except? NULL:
@@ -1035,8 +1137,8 @@ cdef enum:
     ROOM = 7168  # bytes: of coefficients that need no allocation, and where in a page they may begin
 
 
-cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean, cnp.ndarray var, bint of_stats,
-                          weight, bias, double eps) except NULL:
+cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, int element, cnp.ndarray mean, cnp.ndarray var,
+                          bint of_stats, weight, bias, double eps) except NULL:
     """Coefficients from checked vectors: running statistics of float32 or float64, or those of a BatchStats.
 
     They are in `room`, of ROOM bytes, if that is not NULL and is enough; otherwise in memory to be freed.
@@ -1046,9 +1148,11 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean
     cdef char *block = room
     memset(&p, 0, sizeof(p))
     p.layout = BN_ROWS  # or planes, which want less
+    p.element = element
     p.C = C
     p.fold = bn_fold(C)
-    cdef size_t step = (<size_t> (C * p.fold + BN_LINE) * sizeof(float) + 63) // 64 * 64
+    cdef size_t value = <size_t> bn_real_bytes(element)
+    cdef size_t step = (<size_t> (C * p.fold + BN_LINE) * value + 63) // 64 * 64
     cdef bint float64 = cnp.PyArray_TYPE(mean) == cnp.NPY_FLOAT64
     cdef str of_mean = "stats.mean" if of_stats else "running_mean", of_var = "stats.var" if of_stats else "running_var"
     mean = contiguous(mean)
@@ -1060,19 +1164,19 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean
     if float64:
         take64(var, C, of_var)
     else:
-        take32(var, C, of_var)
+        take_parameter(var, C, BN_f32, of_var)
     check_variance(var, float64, eps, of_var)
     # no Python code runs from here on
-    source.weight = take32(weight, C, "weight")
-    source.bias = take32(bias, C, "bias")
+    source.weight = take_parameter(weight, C, element, "weight")
+    source.bias = take_parameter(bias, C, element, "bias")
     source.eps = eps
     if float64:
         source.mean = take64(mean, C, of_mean)
         source.var = take64(var, C, of_var)
     else:
-        take32(mean, C, of_mean)
-        take32(var, C, of_var)
-    cdef bn_neighbour rows = bn_rows_beside(NULL, <size_t> (C * p.fold) * sizeof(float))  # they may begin at a page
+        take_parameter(mean, C, BN_f32, of_mean)
+        take_parameter(var, C, BN_f32, of_var)
+    cdef bn_neighbour rows = bn_rows_beside(NULL, <size_t> (C * p.fold) * value)  # they may begin at a page
     cdef size_t bytes = BN_COEF_FORWARD * step + 63 + rows.period
     if room == NULL or bytes > ROOM:
         block = <char *> claim(bytes)
@@ -1082,9 +1186,9 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, cnp.ndarray mean
     at += (rows.period // 2 - <uintptr_t> at) & (rows.period - 1) & ~<uintptr_t> 63  # half way between rows
     bn_coef_at(k, at, step, False)
     if float64:
-        K.coef(&p, 0, C, &source, k)
+        K.terms[element].coef(&p, 0, C, &source, k)
     else:
-        K.running_coef(&p, <const float *> cnp.PyArray_DATA(mean), <const float *> cnp.PyArray_DATA(var), &source, k)
+        K.terms[element].running_coef(&p, cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), &source, k)
     return block
 
 
@@ -1095,9 +1199,10 @@ cdef int check_channels(cnp.ndarray x, int axis, Py_ssize_t expected) except -1:
     return 0
 
 
-def check_input(x, axis, tuple ranks, Py_ssize_t num_features):
-    """That a layer of so many channels can take x."""
-    x = array32(x, "x")
+def check_input(x, axis, tuple ranks, Py_ssize_t num_features, dtype):
+    """That a layer of so many channels, and of this dtype, can take x."""
+    x = elements(x, "x")
+    check_layer_dtype(x, dtype is FLOAT64)
     check_rank(x, ranks)
     cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
     check_channels(x, check_axis(x, number), num_features)
@@ -1111,19 +1216,19 @@ cdef class Operands:
     """The arrays of a call: as they came, then as the kernels can walk them."""
     cdef cnp.ndarray x, grad_output, residual, weight, bias, out, y, grad_residual
     cdef object given  # out as its caller has it
-    cdef int axis, threads
+    cdef int axis, threads, element
 
     cdef int begin(self, bn_call *call, axis, activation, negative_slope, num_threads) except -1:
         """Everything that is not an array, and the problem as x has it."""
         cdef int code = activation_code(activation)
-        cdef float slope = check_slope(negative_slope)
+        cdef double slope = check_slope(negative_slope)
         cdef Py_ssize_t number = whole(axis, "axis", "number a dimension")
         memset(call, 0, sizeof(bn_call))
         self.threads = ask_threads(num_threads, cnp.PyArray_SIZE(self.x))
         self.axis = check_axis(self.x, number)
         describe(&call.p, self.x, self.axis)
         call.p.activation = code
-        call.p.negative_slope = slope
+        call.p.negative_slope = slope if self.element == BN_f64 else <float> slope
         return 0
 
     cdef int check(self, Py_ssize_t C, bint in_place) except -1:
@@ -1131,10 +1236,13 @@ cdef class Operands:
         check_vector(self.weight, "weight", C, self.x, self.axis)
         check_vector(self.bias, "bias", C, self.x, self.axis)
         if self.grad_output is not None:
+            check_same_dtype(self.grad_output, "grad_output", self.x)
             check_shape(self.grad_output, self.x, "grad_output", "x")
         if self.residual is not None:
+            check_same_dtype(self.residual, "residual", self.x)
             check_shape(self.residual, self.x, "residual", "x")
         if self.out is not None:
+            check_same_dtype(self.out, "out", self.x)
             check_output(self.out, self.x, in_place)
             check_clear(self.out, "out", self.grad_output, "grad_output")
             check_clear(self.out, "out", self.residual, "residual")
@@ -1169,8 +1277,8 @@ cdef class Operands:
             take(&p.grad_residual, p, self.grad_residual, self.axis, "grad_residual")
         if self.y is not None:
             take_output(&p.y if self.grad_output is None else &p.grad_input, p, self.y, self.out, self.axis)
-        call.source.weight = take32(self.weight, p.C, "weight")
-        call.source.bias = take32(self.bias, p.C, "bias")
+        call.source.weight = take_parameter(self.weight, p.C, self.element, "weight")
+        call.source.bias = take_parameter(self.bias, p.C, self.element, "bias")
         return 0
 
     cdef object result(self):
@@ -1187,9 +1295,10 @@ cdef class Operands:
 
 cdef Operands operands(x, weight, bias, residual, out):
     cdef Operands o = Operands.__new__(Operands)
-    o.x = array32(x, "x")
-    o.weight = optional(weight, "weight")
-    o.bias = optional(bias, "bias")
+    o.x = elements(x, "x")
+    o.element = element_of(o.x)
+    o.weight = None if weight is None else parameter(weight, "weight", o.element)
+    o.bias = None if bias is None else parameter(bias, "bias", o.element)
     o.residual = optional(residual, "residual")
     o.given = out
     o.out = optional(out, "out")
@@ -1224,18 +1333,19 @@ cpdef tuple unrounded(mean, var, tuple exact, double eps):
     float32 values. `exact` counts for as long as it rounds to these.
     """
     cdef Py_ssize_t c, C
-    cdef const float *m
-    cdef const float *v
+    cdef float *m
+    cdef float *v
     cdef const double *exact_mean
     cdef const double *exact_var
     cdef double rest
     cdef bint matters = False
-    mean, var = array32(mean, "running_mean"), array32(var, "running_var")
+    mean, var = vector32(mean, "running_mean"), vector32(var, "running_var")
     C = cnp.PyArray_SIZE(mean)
     check_vector(mean, "running_mean", C)
     check_vector(var, "running_var", C)
     mean, var = contiguous(mean), contiguous(var)
-    m, v = take32(mean, C, "running_mean"), take32(var, C, "running_var")
+    m = <float *> take_parameter(mean, C, BN_f32, "running_mean")
+    v = <float *> take_parameter(var, C, BN_f32, "running_var")
     exact_mean, exact_var = take64(exact[0], C, "the unrounded mean"), take64(exact[1], C, "the unrounded variance")
     for c in range(C):
         rest = exact_mean[c] - m[c]
@@ -1256,8 +1366,8 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
     cdef bint update = running_mean is not None
     cdef bint float64 = False
     if update:
-        running_mean = running(running_mean, "running_mean")
-        running_var = running(running_var, "running_var")
+        running_mean = running(running_mean, "running_mean", o.element, True)
+        running_var = running(running_var, "running_var", o.element, True)
         check_alike(running_mean, running_var)
         float64 = cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT64
     cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if update else 0.0
@@ -1320,13 +1430,17 @@ cdef int check_averages(Operands o, cnp.ndarray running_mean, cnp.ndarray runnin
 
 
 def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
-              num_threads, tuple ranks, tuple exact=None):
-    """y from running statistics, of a layer with what they were rounded from, or from those of a BatchStats."""
+              num_threads, tuple ranks, tuple exact=None, dtype=None):
+    """y from running statistics, of a layer with what they were rounded from and its dtype, or from those of a
+    BatchStats."""
     cdef bn_call call
+    if dtype is not None:
+        x = elements(x, "x")
+        check_layer_dtype(x, dtype is FLOAT64)
     cdef Operands o = operands(x, weight, bias, residual, out)
     if not of_stats:
-        mean = running(mean, "running_mean")
-        var = running(var, "running_var")
+        mean = running(mean, "running_mean", o.element, False)
+        var = running(var, "running_var", o.element, False)
         check_alike(mean, var)
     check_rank(o.x, ranks)
     cdef double epsilon = check_eps(eps)
@@ -1347,7 +1461,7 @@ def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, ac
         if exact is not None:
             mean, var = exact
     cdef char room[ROOM]
-    cdef char *block = inference_coef(&call.k, room, C, mean, var, of_stats, o.weight, o.bias, epsilon)
+    cdef char *block = inference_coef(&call.k, room, C, o.element, mean, var, of_stats, o.weight, o.bias, epsilon)
     o.weight = o.bias = None  # they are in the coefficients
     try:
         return infer(&call, o)
@@ -1378,14 +1492,16 @@ cdef class Frozen:
     cdef readonly object activation
     cdef readonly double eps
     cdef readonly double negative_slope
+    cdef int element  # f64, or f32 for all that is computed in float32
 
     def __cinit__(self, running_mean, running_var, weight=None, bias=None, eps=1e-5, *, axis=1, activation=None,
-                  negative_slope=0.01, copy=True):
-        running_mean = running(running_mean, "running_mean")
-        running_var = running(running_var, "running_var")
+                  negative_slope=0.01, dtype=None, copy=True):
+        self.element = BN_f64 if real_dtype(dtype, weight, bias) is FLOAT64 else BN_f32
+        running_mean = running(running_mean, "running_mean", self.element, False)
+        running_var = running(running_var, "running_var", self.element, False)
         check_alike(running_mean, running_var)
-        weight = optional(weight, "weight")
-        bias = optional(bias, "bias")
+        weight = None if weight is None else parameter(weight, "weight", self.element)
+        bias = None if bias is None else parameter(bias, "bias", self.element)
         self.axis = whole(axis, "axis", "number a dimension")
         check_activation(activation, negative_slope)
         self.activation = activation
@@ -1399,7 +1515,7 @@ cdef class Frozen:
         check_vector(weight, "weight", C)
         check_vector(bias, "bias", C)
         self.block = inference_coef(
-            &self.k, NULL, C, running_mean, running_var, False, weight, bias, self.eps)
+            &self.k, NULL, C, self.element, running_mean, running_var, False, weight, bias, self.eps)
 
     def __dealloc__(self):
         free(self.block)
@@ -1409,15 +1525,15 @@ cdef class Frozen:
 
         Parameters
         ----------
-        x : ndarray of float32, rank >= 2
-        residual, out : ndarray of float32, shape of `x`, or None
+        x : ndarray of float32, float16 or bfloat16, or of float64 if that is the layer's dtype, rank >= 2
+        residual, out : ndarray of x's dtype and shape, or None
             See :func:`fastbn.batch_norm`.
         num_threads : int or None
             See :func:`fastbn.batch_norm`.
 
         Returns
         -------
-        ndarray of float32, shape of `x`
+        ndarray of x's dtype and shape
             `out`, or a new array in the memory order of `x`.
 
         Raises
@@ -1427,11 +1543,40 @@ cdef class Frozen:
         """
         cdef bn_call call
         cdef Operands o = operands(x, None, None, residual, out)
+        check_layer_dtype(o.x, self.element)
         o.begin(&call, self.axis, self.activation, self.negative_slope, num_threads)
         check_channels(o.x, o.axis, self.num_features)
         o.check(self.num_features, True)
         call.k = self.k
         return infer(&call, o)
+
+
+def real_dtype(dtype, weight=None, bias=None):
+    """What a layer computes in: float32 or float64, each always as one object; where it is not named, what its
+    parameters are."""
+    if dtype is None:
+        names = [str(getattr(a, "dtype", "")) for a in (weight, bias)]
+        return FLOAT64 if "float64" in names else FLOAT32
+    try:
+        for found in FLOAT32, FLOAT64:
+            if np.dtype(dtype) == found:
+                return found
+    except TypeError:
+        pass
+    raise TypeError(
+        f"dtype must be numpy.float32, which is for float16 and bfloat16, too, or numpy.float64, got {dtype!r}"
+    )
+
+
+cpdef int check_layer_dtype(cnp.ndarray x, bint float64) except -1:
+    """That x is what a layer of float64, or one of float32, takes."""
+    if float64 != (cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64):
+        takes = "float64" if float64 else "float32, float16 or bfloat16"
+        raise TypeError(
+            f"x must have dtype {takes}, as the layer has dtype {'float64' if float64 else 'float32'}, got "
+            f"{(<object> x).dtype!s}; convert x, or make the layer with dtype=numpy.{dtype_of_parameters(x)}"
+        )
+    return 0
 
 
 cdef enum:  # gradients, by what batch_norm_backward calls them
@@ -1458,17 +1603,19 @@ cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight
                                 activation, negative_slope, out, num_threads):
     """Checked operands of a backward call; a residual only where the kernels look at it, or output in its place."""
     cdef Operands o = operands(x, weight, bias, residual, out)
-    o.grad_output = array32(grad_output, "grad_output")
+    o.grad_output = elements(grad_output, "grad_output")
     cdef cnp.ndarray y = optional(output, "output")
     cdef double epsilon = check_eps(eps)
     o.begin(call, axis, activation, negative_slope, num_threads)
     cdef Py_ssize_t C = call.p.C
+    check_same_dtype(o.grad_output, "grad_output", o.x)
     check_shape(o.grad_output, o.x, "grad_output", "x")
     check_moment(mean, "mean", C)
     check_moment(var, "var", C)
     check_variance(var, True, epsilon, "stats.var")
     o.check(C, False)
     if y is not None:
+        check_same_dtype(y, "output", o.x)
         check_shape(y, o.x, "output", "x")
         mask_from_output(&call.p, activation)
     if o.out is not None:
@@ -1561,8 +1708,8 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     cdef cnp.ndarray like = o.x
     if op == BN_GRAD_INPUT and call.p.fixed and activation is None:
         o.x = o.grad_output  # x is not looked at, and need not be read
-    cdef cnp.ndarray grad_weight = per_channel(C, cnp.NPY_FLOAT32, m == 0)
-    cdef cnp.ndarray grad_bias = per_channel(C, cnp.NPY_FLOAT32, m == 0)
+    cdef cnp.ndarray grad_weight = per_channel(C, real_of(o.element), m == 0)
+    cdef cnp.ndarray grad_bias = per_channel(C, real_of(o.element), m == 0)
     if C * m > 0:
         o.make_walkable(&call.p, like, to_input or to_residual)
     elif to_input:
@@ -1579,8 +1726,8 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     call.source.mean = take64(mean, C, "stats.mean")
     call.source.var = take64(var, C, "stats.var")
     if to_parameters:
-        call.grad_weight = <float *> cnp.PyArray_DATA(grad_weight)
-        call.grad_bias = <float *> cnp.PyArray_DATA(grad_bias)
+        call.grad_weight = cnp.PyArray_DATA(grad_weight)
+        call.grad_bias = cnp.PyArray_DATA(grad_bias)
     call.count = <double> m
     if sums is not None:
         call.dz = take64(sums[0], C, "sums.dz")
@@ -1606,7 +1753,8 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
                    bint skip_nonfinite=False):
     """running = (1 - momentum) * running + momentum * batch in float64, in place; nothing where count is 0. Those of a
     layer with what they were rounded from, and its counter."""
-    cdef cnp.ndarray to_mean = running(running_mean, "running_mean"), to_var = running(running_var, "running_var")
+    cdef cnp.ndarray to_mean = running(running_mean, "running_mean", BN_f32, True)
+    cdef cnp.ndarray to_var = running(running_var, "running_var", BN_f32, True)
     check_alike(to_mean, to_var)
     cdef bint float64 = cnp.PyArray_TYPE(to_mean) == cnp.NPY_FLOAT64
     cdef bn_running means, variances
@@ -1640,5 +1788,6 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     cdef const double *finite = batch_var if skip_nonfinite else NULL
     if counter is not None:
         count_batch(counter)
-    K.move_running(&means, batch_mean, finite, 0, C, share, 1.0)
-    K.move_running(&variances, batch_var, finite, 0, C, share, unbiasing(values, unbiased))
+    cdef const bn_terms *terms = K.terms[BN_f64 if float64 else BN_f32]
+    terms.move_running(&means, batch_mean, finite, 0, C, share, 1.0)
+    terms.move_running(&variances, batch_var, finite, 0, C, share, unbiasing(values, unbiased))

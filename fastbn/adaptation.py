@@ -85,12 +85,12 @@ def _normalize(
     out: Array | None,
     num_threads: int | None,
 ) -> Array:
-    x = _kernels.array32(x, "x")
-    _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features)
+    x = _kernels.elements(x, "x")
+    _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features, layer.dtype)
     stats = _mixture(layer, prior, x, num_threads)
     y = _kernels.normalize(
         x, stats.mean, stats.var, True, layer.weight, layer.bias, layer.eps, layer.axis, residual,
-        layer.activation, layer.negative_slope, out, num_threads, layer._ranks,
+        layer.activation, layer.negative_slope, out, num_threads, layer._ranks, None, layer.dtype,
     )  # fmt: skip
     layer._saved[0] = (x, residual, out, None, partial(_gradients, layer, stats))
     return y

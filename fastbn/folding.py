@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,10 +38,10 @@ def fold_conv(
 
     Parameters
     ----------
-    conv_weight : float32 ndarray, (out_channels, in_channels / groups, ...)
+    conv_weight : ndarray, (out_channels, in_channels / groups, ...)
         As PyTorch has it, with any number of spatial axes. With `transposed`, of shape
         (in_channels, out_channels / groups, ...).
-    conv_bias : float32 ndarray of shape (out_channels,), or None
+    conv_bias : ndarray of the weight's dtype and shape (out_channels,), or None
     bn : BatchNorm or FrozenBatchNorm
         In evaluation mode, without activation. Its `axis` does not matter.
     transposed : bool
@@ -51,7 +51,7 @@ def fold_conv(
 
     Returns
     -------
-    weight, bias : float32 ndarray, shapes of `conv_weight` and (out_channels,)
+    weight, bias : ndarray of the weight's dtype, shapes of `conv_weight` and (out_channels,)
         New arrays. All arithmetic is in float64 and rounded once.
 
     Raises
@@ -60,17 +60,17 @@ def fold_conv(
         If `bn` is in training mode, has no running statistics or an activation, which folding would lose; if
         `groups` does not divide the channels, or a shape does not fit.
     TypeError
-        If an array is not float32 or `bn` not a batch norm of fastbn.
+        If an array is not of floats, dtypes differ, or `bn` not a batch norm of fastbn.
     """
     weight = _conv_weight(conv_weight)
     groups = _checked_groups(groups, weight)
     out_channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    scale, bias = _scale_and_bias("conv_bias", conv_bias, out_channels, bn)
+    scale, bias = _scale_and_bias("conv_bias", conv_bias, out_channels, bn, weight.dtype)
     # Cut into groups, a group's output channels are on the third axis if transposed, on the second if not.
-    by_group = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    by_group = weight.astype(np.float64).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     in_group = (1, -1) if transposed else (-1, 1)
     folded = by_group * scale.reshape(groups, *in_group, *[1] * (weight.ndim - 2))
-    return folded.reshape(weight.shape).astype(np.float32), bias
+    return folded.reshape(weight.shape).astype(weight.dtype), bias
 
 
 def fold_linear(
@@ -80,15 +80,15 @@ def fold_linear(
 
     Parameters
     ----------
-    linear_weight : float32 ndarray of shape (out_features, in_features)
+    linear_weight : ndarray of shape (out_features, in_features)
         As PyTorch has it: the layer computes ``x @ linear_weight.T + linear_bias``.
-    linear_bias : float32 ndarray of shape (out_features,), or None
+    linear_bias : ndarray of the weight's dtype and shape (out_features,), or None
     bn : BatchNorm or FrozenBatchNorm
         As in :func:`fold_conv`.
 
     Returns
     -------
-    weight, bias : float32 ndarray, shapes of `linear_weight` and (out_features,)
+    weight, bias : ndarray of the weight's dtype, shapes of `linear_weight` and (out_features,)
         New arrays. All arithmetic is in float64 and rounded once.
 
     Raises
@@ -96,11 +96,11 @@ def fold_linear(
     ValueError, TypeError
         As :func:`fold_conv`.
     """
-    weight = _kernels.array32(linear_weight, "linear_weight")
+    weight = _kernels.elements(linear_weight, "linear_weight")
     if weight.ndim != 2:
         raise ValueError(f"linear_weight must have 2 axes, got shape {weight.shape}")
-    scale, bias = _scale_and_bias("linear_bias", linear_bias, weight.shape[0], bn)
-    return (weight * scale[:, np.newaxis]).astype(np.float32), bias
+    scale, bias = _scale_and_bias("linear_bias", linear_bias, weight.shape[0], bn, weight.dtype)
+    return (weight.astype(np.float64) * scale[:, np.newaxis]).astype(weight.dtype), bias
 
 
 def fold_linear_next(
@@ -116,13 +116,13 @@ def fold_linear_next(
     ----------
     bn : BatchNorm or FrozenBatchNorm
         As in :func:`fold_conv`, with in_features channels.
-    weight : float32 ndarray of shape (out_features, in_features)
+    weight : ndarray of shape (out_features, in_features)
         Of the layer behind `bn`, which computes ``x @ weight.T + bias``.
-    bias : float32 ndarray of shape (out_features,), or None
+    bias : ndarray of the weight's dtype and shape (out_features,), or None
 
     Returns
     -------
-    weight, bias : float32 ndarray, shapes of `weight` and (out_features,)
+    weight, bias : ndarray of the weight's dtype, shapes of `weight` and (out_features,)
         New arrays. All arithmetic is in float64 and rounded once.
 
     Raises
@@ -130,7 +130,7 @@ def fold_linear_next(
     ValueError, TypeError
         As :func:`fold_conv`.
     """
-    weight = _kernels.array32(weight, "weight")
+    weight = _kernels.elements(weight, "weight")
     if weight.ndim != 2:
         raise ValueError(f"weight must have 2 axes, got shape {weight.shape}")
     return _fold_next("bias", bias, bn, weight, 1)
@@ -152,10 +152,10 @@ def fold_conv_next(
     ----------
     bn : BatchNorm or FrozenBatchNorm
         As in :func:`fold_conv`, with in_channels channels.
-    conv_weight : float32 ndarray, (out_channels, in_channels / groups, ...)
+    conv_weight : ndarray, (out_channels, in_channels / groups, ...)
         Of the convolution behind `bn`, with any number of spatial axes. A transposed convolution cannot take
         a batch norm in: at its borders fewer values of the kernel add up.
-    conv_bias : float32 ndarray of shape (out_channels,), or None
+    conv_bias : ndarray of the weight's dtype and shape (out_channels,), or None
     padding : int, sequence of int, or "valid"
         The convolution's padding by zeros, of which there must be none. Padding by values of the image
         (reflect, replicate, circular) is none: it does no harm.
@@ -164,7 +164,7 @@ def fold_conv_next(
 
     Returns
     -------
-    weight, bias : float32 ndarray, shapes of `conv_weight` and (out_channels,)
+    weight, bias : ndarray of the weight's dtype, shapes of `conv_weight` and (out_channels,)
         New arrays. All arithmetic is in float64 and rounded once.
 
     Raises
@@ -189,7 +189,7 @@ def fold_conv_next(
 
 
 def _conv_weight(conv_weight: Array) -> Array:
-    weight = _kernels.array32(conv_weight, "conv_weight")
+    weight = _kernels.elements(conv_weight, "conv_weight")
     if weight.ndim < 3:
         raise ValueError(f"conv_weight must have at least 3 axes, got shape {weight.shape}; see fold_linear")
     return weight
@@ -210,34 +210,46 @@ def _fold_next(
 ) -> tuple[Array, Array]:
     out_channels, in_channels = weight.shape[0], weight.shape[1] * groups
     bn = _foldable(bn, in_channels, "input")
-    if bias is not None:
-        bias = _kernels.vector(bias, name, out_channels, False)
+    bias = _bias(name, bias, out_channels, weight.dtype)
     scale = _scale(bn)
     shift = -bn.running_mean.astype(np.float64) * scale
     if bn.bias is not None:
         shift += bn.bias
     # Cut into groups: (groups, out_channels / groups, in_channels / groups, ...)
-    by_group = weight.reshape(groups, out_channels // groups, *weight.shape[1:])
+    by_group = weight.astype(np.float64).reshape(groups, out_channels // groups, *weight.shape[1:])
     of_inputs = (groups, 1, weight.shape[1], *[1] * (weight.ndim - 2))
     shifted = (by_group * shift.reshape(of_inputs)).sum(tuple(range(2, by_group.ndim))).reshape(-1)
     if bias is not None:
-        shifted += bias
+        shifted += bias.astype(np.float64)
     folded = by_group * scale.reshape(of_inputs)
-    return folded.reshape(weight.shape).astype(np.float32), shifted.astype(np.float32)
+    return folded.reshape(weight.shape).astype(weight.dtype), shifted.astype(weight.dtype)
+
+
+def _bias(name: str, bias: Array | None, out_channels: int, dtype: np.dtype[Any]) -> Array | None:
+    """Checked; halves, of which float64 has all values, as they are."""
+    if bias is None:
+        return None
+    bias = _kernels.elements(bias, name)
+    if bias.dtype != dtype:
+        raise TypeError(
+            f"{name} must have the dtype of the weight, {dtype}, got {bias.dtype}; convert one of the two"
+        )
+    if bias.shape != (out_channels,):
+        raise ValueError(f"{name} must have shape ({out_channels},), one value a channel, got {bias.shape}")
+    return bias
 
 
 def _scale_and_bias(
-    name: str, bias: Array | None, out_channels: int, bn: BatchNorm | FrozenBatchNorm
+    name: str, bias: Array | None, out_channels: int, bn: BatchNorm | FrozenBatchNorm, dtype: np.dtype[Any]
 ) -> tuple[Float64, Array]:
     """What the weight of each output channel is to be multiplied by, and the folded bias."""
     bn = _foldable(bn, out_channels, "output")
-    if bias is not None:
-        bias = _kernels.vector(bias, name, out_channels, False)
+    bias = _bias(name, bias, out_channels, dtype)
     scale, mean = _scale(bn), bn.running_mean.astype(np.float64)
-    folded = (-mean if bias is None else bias - mean) * scale
+    folded = (-mean if bias is None else bias.astype(np.float64) - mean) * scale
     if bn.bias is not None:
         folded += bn.bias
-    return scale, folded.astype(np.float32)
+    return scale, folded.astype(dtype)
 
 
 def _foldable(bn: BatchNorm | FrozenBatchNorm, channels: int, kind: str) -> FrozenBatchNorm:

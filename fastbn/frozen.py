@@ -9,6 +9,8 @@ import numpy as np
 from fastbn import _kernels
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
     from fastbn.typing import Activation, Array, Running
 
 
@@ -32,9 +34,13 @@ class FrozenBatchNorm(_kernels.Frozen):
     Parameters
     ----------
     running_mean, running_var : ndarray of float32, or both of float64, shape (C,)
-    weight, bias : ndarray of float32, shape (C,), or None
+    weight, bias : ndarray of `dtype`, shape (C,), or None
+        Those of float16 and bfloat16 are widened to float32.
     eps, axis, activation, negative_slope
         See :func:`fastbn.batch_norm`.
+    dtype : {numpy.float32, numpy.float64}, optional
+        What is computed in: float32 for arrays of float32, float16 and bfloat16, float64 for those of
+        float64. By default what `weight` and `bias` are.
     copy : bool
         Whether the attributes of these names are copies of the four arrays; with False they are views, which
         saves memory but shows what is written into the arrays later, and a pickle holds that. Results of this
@@ -43,7 +49,8 @@ class FrozenBatchNorm(_kernels.Frozen):
     Attributes
     ----------
     running_mean, running_var : read-only ndarray of float32 or float64, shape (C,)
-    weight, bias : read-only ndarray of float32, shape (C,), or None
+    weight, bias : read-only ndarray of `dtype`, shape (C,), or None
+    dtype : numpy.dtype
     num_features : int
         The number of channels.
     eps, axis, activation, negative_slope
@@ -54,13 +61,14 @@ class FrozenBatchNorm(_kernels.Frozen):
         As :func:`fastbn.batch_norm`.
     """
 
-    __slots__ = ("bias", "running_mean", "running_var", "weight")
+    __slots__ = ("bias", "dtype", "running_mean", "running_var", "weight")
     __signature__ = _CallSignature()
 
     running_mean: Running
     running_var: Running
     weight: Array | None
     bias: Array | None
+    dtype: np.dtype[Any]
 
     def __init__(
         self,
@@ -73,15 +81,19 @@ class FrozenBatchNorm(_kernels.Frozen):
         axis: int = 1,
         activation: Activation | None = None,
         negative_slope: float = 0.01,
+        dtype: DTypeLike | None = None,
         copy: bool = True,
     ) -> None:
         if hasattr(self, "weight"):
             raise AttributeError("FrozenBatchNorm is immutable: __init__ cannot be called again")
+        object.__setattr__(self, "dtype", _kernels.real_dtype(dtype, weight, bias))
         given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         for name, value in given.items():
             array: Any = None
             if value is not None:
-                array = _kernels.running(value, name)
+                array = _kernels.elements(value, name)
+                if array.dtype.itemsize < 4:
+                    array = array.astype(np.float32)
                 array = np.array(array) if copy else array.view()
                 array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -94,7 +106,7 @@ class FrozenBatchNorm(_kernels.Frozen):
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = (self.running_mean, self.running_var, self.weight, self.bias)
-        return _rebuild, (*arrays, self.eps, self.axis, self.activation, self.negative_slope)
+        return _rebuild, (*arrays, self.eps, self.axis, self.activation, self.negative_slope, self.dtype)
 
     def __copy__(self) -> FrozenBatchNorm:
         return self
@@ -105,6 +117,8 @@ class FrozenBatchNorm(_kernels.Frozen):
     def __repr__(self) -> str:
         parts = [f"{self.num_features}", f"eps={self.eps:g}"]
         parts += [f"{name}=None" for name in ("weight", "bias") if getattr(self, name) is None]
+        if self.dtype != np.float32:
+            parts.append(f"dtype={self.dtype}")
         if self.axis != 1:
             parts.append(f"axis={self.axis}")
         if self.activation is not None:
@@ -115,5 +129,11 @@ class FrozenBatchNorm(_kernels.Frozen):
 
 
 def _rebuild(*state: Any) -> FrozenBatchNorm:
-    arrays_and_eps, (axis, activation, negative_slope) = state[:5], state[5:]
-    return FrozenBatchNorm(*arrays_and_eps, axis=axis, activation=activation, negative_slope=negative_slope)
+    arrays_and_eps, (axis, activation, negative_slope, *later) = state[:5], state[5:]
+    return FrozenBatchNorm(
+        *arrays_and_eps,
+        axis=axis,
+        activation=activation,
+        negative_slope=negative_slope,
+        dtype=later[0] if later else np.float32,
+    )

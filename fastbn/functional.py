@@ -260,7 +260,8 @@ def batch_norm_backward(
         15 if needs is _NEEDS else _needed(needs),
     )  # fmt: skip
     if sums is not None:
-        parameters = zip(("weight", "bias"), sums.parameter_grads(stats, eps), strict=True)
+        dtype = _kernels.dtype_of_parameters(_kernels.elements(x, "x"))
+        parameters = zip(("weight", "bias"), sums.parameter_grads(stats, eps, dtype=dtype), strict=True)
         grads = (grads[0], *(grad if name in needs else None for name, grad in parameters), grads[3])
     return _new_tuple(BatchNormGrads, grads)
 

@@ -16,7 +16,7 @@ from fastbn.statistics import BatchStats, _read_only
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
     from typing_extensions import Self
 
     from fastbn.functional import BatchNormGrads
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
 # In the order of PyTorch's state_dict.
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
+_FLOAT32 = _kernels.real_dtype(np.float32)
+
 # Options that a repr tells only where they are not these.
 _SELDOM = {
     "axis": 1, "unbiased": True, "activation": None, "negative_slope": 0.01, "skip_nonfinite": False,
-    "virtual_batch_size": None, "renorm": None,
+    "virtual_batch_size": None, "renorm": None, "dtype": _FLOAT32,
 }  # fmt: skip
 
 
@@ -86,12 +88,15 @@ class BatchNorm:
         itself and enters the running averages and the counter as a batch of its own, one after the other.
     renorm : Renorm, bool or None
         Train with batch renormalization, with the options of a :class:`fastbn.Renorm`; True for its defaults.
+    dtype : {numpy.float32, numpy.float64}
+        Of parameters and averages, and what is computed in. A layer of float32 takes arrays of float32,
+        float16 and bfloat16, one of float64 those of float64.
 
     Attributes
     ----------
-    weight, bias : float32 ndarray of shape (C,), or None
+    weight, bias : ndarray of `dtype` and shape (C,), or None
         Parameters, at first 1 and 0. An optimizer may write into them or put other arrays in their place.
-    running_mean, running_var : float32 ndarray of shape (C,), or None
+    running_mean, running_var : ndarray of `dtype` and shape (C,), or None
         Running averages, at first 0 and 1. Without both, evaluation normalizes by the statistics of the batch
         too. They may be written into or replaced.
     num_batches_tracked : int64 ndarray of shape (), or None
@@ -129,12 +134,13 @@ class BatchNorm:
         set to such a value later, or to an array of another shape.
     TypeError
         If `num_features`, `axis` or `virtual_batch_size` is not an integer, `renorm` no Renorm, or an
-        attribute is set to what is no float32 array.
+        attribute is set to what is no array of `dtype`.
     """
 
     _ranks: tuple[int, ...] | None = None  # None: whatever functional.py takes
 
     num_features: int
+    dtype: Any
     weight: Any
     bias: Any
     running_mean: Any
@@ -160,7 +166,9 @@ class BatchNorm:
         skip_nonfinite: bool = False,
         virtual_batch_size: int | None = None,
         renorm: Renorm | bool | None = None,
+        dtype: DTypeLike = np.float32,
     ) -> None:
+        self.dtype = dtype
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -180,7 +188,7 @@ class BatchNorm:
         self._saved: list[_Call | None] = [None]
 
         def vector(wanted: bool) -> Array | None:
-            return np.empty(self.num_features, np.float32) if wanted else None
+            return np.empty(self.num_features, self.dtype) if wanted else None
 
         self.weight = vector(affine)
         self.bias = vector(affine and bias)
@@ -230,18 +238,19 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : float32 ndarray of shape (N, C, ...), or (N, ..., C) with axis=-1
-            Never written, unless `out` is `x`. An empty batch leaves running averages and counter alone.
-        residual : float32 ndarray of the shape of `x`, optional
+        x : ndarray of shape (N, C, ...), or (N, ..., C) with axis=-1
+            Of float32, float16 or bfloat16, or of float64 if that is the layer's dtype. Never written, unless
+            `out` is `x`. An empty batch leaves running averages and counter alone.
+        residual : ndarray of the shape and dtype of `x`, optional
             Added before the activation.
-        out : float32 ndarray of the shape of `x`, optional
+        out : ndarray of the shape and dtype of `x`, optional
             Where to write the result. May be `x`, but then :meth:`backward` cannot be called.
         num_threads : int, optional
             See :func:`fastbn.batch_norm`.
 
         Returns
         -------
-        float32 ndarray of the shape of `x`
+        ndarray of the shape and dtype of `x`
 
         Raises
         ------
@@ -250,7 +259,7 @@ class BatchNorm:
             statistics of has one value per channel, only one of the running averages is None, or the counter
             cannot count on. Nothing is written then.
         TypeError
-            If an array is not float32.
+            If an array is not of a dtype that the layer takes.
         """
         if stand_ins:
             y = stood_in(self, x, residual, out, num_threads)
@@ -266,7 +275,7 @@ class BatchNorm:
         y = _kernels.normalize(
             x, running_mean, running_var, False, self.weight, self.bias, self.eps, self.axis,
             residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
-            self._exact,
+            self._exact, self.dtype,
         )  # fmt: skip
         self._saved[0] = (x, residual, out, None, None)
         return y
@@ -280,8 +289,8 @@ class BatchNorm:
         weight: Array | None,
         bias: Array | None,
     ) -> Array:
-        x = _kernels.array32(x, "x")
-        _kernels.check_input(x, self.axis, self._ranks, self.num_features)
+        x = _kernels.elements(x, "x")
+        _kernels.check_input(x, self.axis, self._ranks, self.num_features, self.dtype)
         running_mean, running_var, exact, counter, momentum = self._to_move()
         y, mean, var, count = _kernels.forward(
             x, weight, bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
@@ -305,7 +314,9 @@ class BatchNorm:
         momentum = 0.0
         if running_mean is not None:
             exact, counter = self._exact, self.num_batches_tracked
-            if exact is None:  # zeros do as well as any others that do not round to the averages
+            if (
+                exact is None and self.dtype is _FLOAT32
+            ):  # zeros do as well as any others that do not round to the averages
                 exact = self._exact = (np.zeros(self.num_features), np.zeros(self.num_features))
             given = self.momentum
             if given is not None:
@@ -338,7 +349,7 @@ class BatchNorm:
         return (mean, var) if exact is None else exact
 
     def _tell_nonfinite(self, var: Float64) -> None:
-        (skipped,) = np.nonzero(~(var <= np.finfo(np.float32).max))
+        (skipped,) = np.nonzero(~(var <= np.finfo(self.dtype).max))
         if skipped.size:
             self._said_nonfinite = True
             warnings.warn(
@@ -369,9 +380,9 @@ class BatchNorm:
 
         Parameters
         ----------
-        grad_output : float32 ndarray of the shape of the call's `x`
+        grad_output : ndarray of the shape and dtype of the call's `x`
         sums : GradSums, optional
-        output : float32 ndarray of the shape of the call's `x`, optional
+        output : ndarray of the shape and dtype of the call's `x`, optional
             The result of the call.
         needs : collection of str
             Which gradients to return. For these three see :func:`fastbn.batch_norm_backward`.
@@ -389,7 +400,7 @@ class BatchNorm:
             If there was no call since the state was last reset or loaded, or since the latest ``backward``;
             or if the call's `out` was its `x`.
         ValueError, TypeError
-            If `grad_output` is not float32 or does not have the shape of `x`, or as
+            If `grad_output` has not the dtype or the shape of `x`, or as
             :func:`fastbn.batch_norm_backward`.
         """
         if self._saved[0] is None:
@@ -400,8 +411,8 @@ class BatchNorm:
                 "losses, use batch_norm_forward() and batch_norm_backward(), or one layer for each call"
             )
         x, residual, out, stats, gradients = self._saved[0]
-        x = _kernels.array32(x, "x")
-        if out is not None and np.shares_memory(x, _kernels.array32(out, "out")):
+        x = _kernels.elements(x, "x")
+        if out is not None and np.shares_memory(x, _kernels.elements(out, "out")):
             raise RuntimeError(
                 "backward() needs the x of the latest call, which its result has replaced (out=x); "
                 "call the layer without out= or with an array of its own"
@@ -460,6 +471,7 @@ class BatchNorm:
             axis=self.axis,
             activation=self.activation,
             negative_slope=self.negative_slope,
+            dtype=self.dtype,
         )
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -486,7 +498,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            If keys are missing or unexpected, a shape is not the layer's, a value is beyond float32, a
+            If keys are missing or unexpected, a shape is not the layer's, a value is beyond its dtype, a
             variance plus `eps` is below zero, the counter is no whole number, or an array of the layer is
             read-only. Nothing is written then.
         TypeError
@@ -517,9 +529,10 @@ class BatchNorm:
     def __setstate__(self, state: dict[str, Any]) -> None:
         added = {  # since version 0.1.0
             "skip_nonfinite": False, "virtual_batch_size": None, "renorm": None,
-            "_said_nonfinite": False, "_exact": None, "_followed": None,
+            "_said_nonfinite": False, "_exact": None, "_followed": None, "dtype": _FLOAT32,
         }  # fmt: skip
         self.__dict__.update(added | state | {"_saved": [None]})
+        self.__dict__["dtype"] = _kernels.real_dtype(self.dtype)  # the object, not another that is equal
 
     def __repr__(self) -> str:
         described = [
@@ -528,7 +541,9 @@ class BatchNorm:
         ]
         for name, default in _SELDOM.items():
             if getattr(self, name) != default:
-                described.append(f"{name}={getattr(self, name)!r}")
+                described.append(
+                    f"{name}={self.dtype}" if name == "dtype" else f"{name}={getattr(self, name)!r}"
+                )
         return f"{type(self).__name__}({', '.join(described)})"
 
 
@@ -551,6 +566,13 @@ class BatchNorm3d(BatchNorm):
 
 
 # What an attribute of a layer is checked by where it is set; returns what is kept.
+
+
+def _set_dtype(layer: BatchNorm, value: DTypeLike) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = _kernels.real_dtype(_FLOAT32 if value is None else value)
+    if hasattr(layer, "dtype") and dtype != layer.dtype:
+        raise AttributeError(f"the dtype of a layer cannot change; make a new one with dtype=numpy.{dtype}")
+    return dtype
 
 
 def _set_num_features(layer: BatchNorm, value: int) -> int:
@@ -613,7 +635,7 @@ def _set_negative_slope(layer: BatchNorm, value: float) -> float:
 
 def _vector(name: str) -> Callable[[BatchNorm, Any], Array | None]:
     def check(layer: BatchNorm, value: Any) -> Array | None:
-        return None if value is None else _kernels.vector(value, name, layer.num_features, False)
+        return None if value is None else _kernels.vector(value, name, layer.num_features, False, layer.dtype)
 
     return check
 
@@ -625,6 +647,7 @@ def _set_counter(layer: BatchNorm, value: Any) -> NDArray[np.int64] | None:
 
 
 _CHECKS: dict[str, Callable[[BatchNorm, Any], Any]] = {
+    "dtype": _set_dtype,
     "num_features": _set_num_features,
     "eps": _set_eps,
     "momentum": _set_momentum,
@@ -669,22 +692,22 @@ def _loadable(name: str, value: Any, array: NDArray[Any], eps: float) -> NDArray
         return _count(value)
     if value.shape != array.shape:
         raise ValueError(f"{name} must have shape {array.shape}, got {value.shape}")
-    rounded = _float32(name, value)
+    rounded = _rounded(name, value, array.dtype)
     if name == "running_var":
         _check_variances(rounded, eps)
     return rounded
 
 
-def _float32(name: str, value: NDArray[Any]) -> Array:
-    """A copy of `value`, all of which must be within float32."""
-    if not np.can_cast(value.dtype, np.float32, "same_kind") and value.dtype.name != "bfloat16":
-        raise TypeError(f"{name} must be castable to float32, got {value.dtype}")
+def _rounded(name: str, value: NDArray[Any], dtype: np.dtype[Any]) -> Array:
+    """A copy of `value`, all of which must be within the dtype."""
+    if not np.can_cast(value.dtype, dtype, "same_kind") and value.dtype.name != "bfloat16":
+        raise TypeError(f"{name} must be castable to {dtype}, got {value.dtype}")
     with np.errstate(all="ignore"):
-        rounded = value.astype(np.float32)
+        rounded = value.astype(dtype)
         lost = np.argwhere(np.isinf(rounded) & np.isfinite(value))
     if lost.size:
         index = tuple(lost[0].tolist())
-        raise ValueError(f"{name} must be within float32, got {value[index]} at index {index}")
+        raise ValueError(f"{name} must be within {dtype}, got {value[index]} at index {index}")
     return rounded
 
 

@@ -244,8 +244,8 @@ class _Pass:
         averages = self.settled.get(layer)
         if averages is not None:
             return _normalize(layer, averages, x, residual, out, num_threads)
-        x = _kernels.array32(x, "x")
-        _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features)
+        x = _kernels.elements(x, "x")
+        _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features, layer.dtype)
         pool = self.pools.get(layer)
         if pool is None:
             pool = self.pools[layer] = _Pool(layer)
@@ -268,7 +268,7 @@ def _normalize(
     return _kernels.normalize(
         x, by.mean, by.var, isinstance(by, BatchStats), layer.weight, layer.bias, layer.eps, layer.axis,
         residual, layer.activation, layer.negative_slope, out, num_threads, layer._ranks,
-        by.exact if isinstance(by, _Averages) else None,
+        by.exact if isinstance(by, _Averages) and layer.dtype == np.float32 else None, layer.dtype,
     )  # fmt: skip
 
 
@@ -303,7 +303,7 @@ def _averages_of(layer: BatchNorm, stats: BatchStats) -> _Averages:
         )
     with np.errstate(all="ignore"):  # NaN stays in its channel; beyond float32 is inf, as in training
         var = stats.var * (stats.count / (stats.count - 1) if layer.unbiased else 1.0)
-        rounded = stats.mean.astype(np.float32), var.astype(np.float32)
+        rounded = stats.mean.astype(layer.dtype), var.astype(layer.dtype)
     exact = stats.mean.copy(), var
     if layer.skip_nonfinite:
         kept = ~(np.isfinite(rounded[0]) & np.isfinite(rounded[1]))
@@ -328,6 +328,6 @@ def _write(pools: dict[BatchNorm, _Pool]) -> None:
         layer._exact = layer._followed = None
     any(map(np.copyto, places, values))  # one call: no signal comes in between
     for layer, averages in made.items():
-        layer._exact = averages.exact
+        layer._exact = averages.exact if layer.dtype == np.float32 else None
         if layer.skip_nonfinite and not layer._said_nonfinite:
             layer._tell_nonfinite(averages.exact[1])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
 class _Immutable:
@@ -222,8 +222,8 @@ class GradSums(_Immutable):
         return GradSums._wrap(_read_only(dz), _read_only(dz_dev), sum(part.count for part in parts))
 
     def parameter_grads(
-        self, stats: BatchStats, eps: float = 1e-5
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self, stats: BatchStats, eps: float = 1e-5, *, dtype: DTypeLike = np.float32
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Gradients of weight and bias: those of what was summed, be it a part or the whole batch.
 
         ``dz_dev / sqrt(var + eps)``, or 0 where that is no number for want of deviation, and ``dz``.
@@ -234,10 +234,12 @@ class GradSums(_Immutable):
             What the forward call normalized with.
         eps : float
             That of the forward call.
+        dtype : {numpy.float32, numpy.float64}
+            Of the parameters.
 
         Returns
         -------
-        grad_weight, grad_bias : ndarray of float32, shape (C,)
+        grad_weight, grad_bias : ndarray of `dtype`, shape (C,)
 
         Raises
         ------
@@ -250,8 +252,8 @@ class GradSums(_Immutable):
             )
         v = stats.var + eps
         with np.errstate(all="ignore"):
-            grad_weight = np.where(v == 0, 0.0, self.dz_dev / np.sqrt(v)).astype(np.float32)
-            return grad_weight, self.dz.astype(np.float32)
+            grad_weight = np.where(v == 0, 0.0, self.dz_dev / np.sqrt(v)).astype(dtype)
+            return grad_weight, self.dz.astype(dtype)
 
     def __add__(self, other: GradSums) -> GradSums:
         return self.merge(other) if isinstance(other, GradSums) else NotImplemented

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Activation", "Array", "Running"]
 
-Array: TypeAlias = NDArray[np.float32]
+Array: TypeAlias = NDArray[Any]  # of float32, float64, float16 or bfloat16
 Running: TypeAlias = NDArray[np.float32] | NDArray[np.float64]  # running averages: both of one of these
 Activation: TypeAlias = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish"]

@@ -65,10 +65,10 @@ def train(
     layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
 ) -> Array:
     """A training call of a layer that has one of the two, or both: then each ghost batch is corrected."""
-    x = _kernels.array32(x, "x")
-    _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features)
-    added = None if residual is None else _kernels.array32(residual, "residual")
-    y = None if out is None else _kernels.array32(out, "out")
+    x = _kernels.elements(x, "x")
+    _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features, layer.dtype)
+    added = None if residual is None else _kernels.elements(residual, "residual")
+    y = None if out is None else _kernels.elements(out, "out")
     parts = _ghost_batches(layer, x)
     if len(parts) > 1:
         _check_whole(layer, x, added, y, parts)
@@ -106,10 +106,10 @@ def _gradients(
     num_threads: int | None,
 ) -> BatchNormGrads:
     """Gradients of a call of :func:`train`, which has cut x into `parts` and `done` that to each."""
-    grad_output = _kernels.array32(grad_output, "grad_output")
+    grad_output = _kernels.elements(grad_output, "grad_output")
     if grad_output.shape != x.shape:
         raise ValueError(f"grad_output must have the shape of x, {x.shape}, got {grad_output.shape}")
-    added = None if residual is None else _kernels.array32(residual, "residual")
+    added = None if residual is None else _kernels.elements(residual, "residual")
     grad_input = np.empty_like(x) if len(parts) > 1 else None
     of_parts = []
     for part, (stats, correction) in zip(parts, done, strict=True):
@@ -133,15 +133,15 @@ def _gradients(
         if correction is not None:  # y = r * weight * normalized + d * weight + bias
             r, d = correction
             by_both = r * grads.grad_weight + d * grads.grad_bias
-            grads = grads._replace(grad_weight=_rounded(by_both))
+            grads = grads._replace(grad_weight=_rounded(by_both, layer.dtype))
         of_parts.append(grads)
     if grad_input is None:
         return of_parts[0]
     grad_residuals = [grads.grad_residual for grads in of_parts if grads.grad_residual is not None]
     return BatchNormGrads(
         grad_input,
-        _rounded(np.sum([grads.grad_weight for grads in of_parts], 0, np.float64)),
-        _rounded(np.sum([grads.grad_bias for grads in of_parts], 0, np.float64)),
+        _rounded(np.sum([grads.grad_weight for grads in of_parts], 0, np.float64), layer.dtype),
+        _rounded(np.sum([grads.grad_bias for grads in of_parts], 0, np.float64), layer.dtype),
         np.concatenate(grad_residuals) if grad_residuals else None,
     )
 
@@ -150,9 +150,9 @@ def _of(array: Array | None, part: slice) -> Array | None:
     return None if array is None else array[part]
 
 
-def _rounded(vector: Float64) -> Array:
+def _rounded(vector: Float64, dtype: np.dtype[Any]) -> Array:
     with np.errstate(all="ignore"):  # a channel may hold NaN, Inf or what is beyond float32
-        return vector.astype(np.float32)
+        return vector.astype(dtype)
 
 
 # Ghost batches
@@ -289,7 +289,7 @@ def _corrected(layer: BatchNorm, correction: Pair) -> tuple[Array, Array]:
             weight, bias = weight * layer.weight, bias * layer.weight
         if layer.bias is not None:
             bias = bias + layer.bias
-    return _rounded(weight), _rounded(bias)
+    return _rounded(weight, layer.dtype), _rounded(bias, layer.dtype)
 
 
 def _moved(layer: BatchNorm, momentum: float, before: Pair, batch: Pair) -> Pair:

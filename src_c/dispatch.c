@@ -1,5 +1,27 @@
-/* dispatch.c: which kernels this CPU can run. */
+/* dispatch.c: which kernels there are, and this CPU can run. */
 #include "kernels.h"
+
+#define JOIN(part, isa, element) part##isa##_##element
+#define DECLARE(isa, element)                                                                                          \
+    extern const bn_loops JOIN(bn_planes_, isa, element);                                                              \
+    extern const bn_loops JOIN(bn_rows_, isa, element);
+#define LOOPS(isa, element) [BN_##element] = {&JOIN(bn_planes_, isa, element), &JOIN(bn_rows_, isa, element)}
+#define KERNELS(isa)                                                                                                   \
+    DECLARE(isa, f32)                                                                                                  \
+    DECLARE(isa, f64)                                                                                                  \
+    DECLARE(isa, f16)                                                                                                  \
+    DECLARE(isa, bf16)                                                                                                 \
+    extern const bn_terms JOIN(bn_terms_, isa, f32);                                                                   \
+    extern const bn_terms JOIN(bn_terms_, isa, f64);                                                                   \
+    static const bn_kernels kernels_##isa = {                                                                          \
+        .name = #isa,                                                                                                  \
+        .loops = {LOOPS(isa, f32), LOOPS(isa, f64), LOOPS(isa, f16), LOOPS(isa, bf16)},                                \
+        .terms = {[BN_f32] = &JOIN(bn_terms_, isa, f32),                                                               \
+                  [BN_f64] = &JOIN(bn_terms_, isa, f64),                                                               \
+                  [BN_f16] = &JOIN(bn_terms_, isa, f32),                                                               \
+                  [BN_bf16] = &JOIN(bn_terms_, isa, f32)},                                                             \
+    };
+BN_ISAS(KERNELS)
 
 #if defined(FASTBN_HAVE_AVX2) || defined(FASTBN_HAVE_AVX512)
 
@@ -30,7 +52,7 @@ static void features(int *avx2, int *avx512) {
     if (leaf0[EAX] < 7)
         return;
     cpuid(1, leaf1);
-    if (!BITS(leaf1[ECX], 1u << 12 | 1u << 27 | 1u << 28)) /* FMA, OSXSAVE, AVX */
+    if (!BITS(leaf1[ECX], 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29)) /* FMA, OSXSAVE, AVX, F16C */
         return;
     cpuid(7, leaf7);
     const uint64_t saved = xcr0();
@@ -53,7 +75,7 @@ int bn_supported(const bn_kernels *tables[BN_MAX_ISAS]) {
 #endif
 #define TAKE(isa)                                                                                                      \
     if (SUPPORTED_##isa)                                                                                               \
-        tables[n++] = &bn_kernels_##isa;
+        tables[n++] = &kernels_##isa;
     BN_ISAS(TAKE)
 #undef TAKE
     return n;
@@ -65,4 +87,26 @@ const char *bn_activation_name(int code) {
     switch (code) { BN_ACTIVATIONS(NAME) }
 #undef NAME
     return NULL;
+}
+
+const char *bn_element_name(int element) {
+#define NAME(code, name, bytes, real_bytes)                                                                            \
+    case BN_##code: return name;
+    switch (element) { BN_ELEMENTS(NAME) }
+#undef NAME
+    return NULL;
+}
+
+ptrdiff_t bn_element_bytes(int element) {
+#define BYTES(code, name, bytes, real_bytes) bytes,
+    static const signed char of[] = {BN_ELEMENTS(BYTES)};
+#undef BYTES
+    return of[element];
+}
+
+ptrdiff_t bn_real_bytes(int element) {
+#define BYTES(code, name, bytes, real_bytes) real_bytes,
+    static const signed char of[] = {BN_ELEMENTS(BYTES)};
+#undef BYTES
+    return of[element];
 }

@@ -35,6 +35,18 @@
 #endif
 #define BN_ISAS(X) BN_BASELINE(X) BN_AVX2(X) BN_AVX512(X)
 
+/* Elements, which is what lies in memory: X(code, name in Python, bytes, bytes of what a lane computes in). Each has a
+ * file in elements/. Coefficients and partial sums are what a lane computes in. */
+#define BN_ELEMENTS(X)                                                                                                 \
+    X(f32, "float32", 4, 4)                                                                                            \
+    X(f64, "float64", 8, 8)                                                                                            \
+    X(f16, "float16", 2, 4)                                                                                            \
+    X(bf16, "bfloat16", 2, 4)
+
+#define BN_CODE(code, name, bytes, real_bytes) BN_##code,
+enum { BN_ELEMENTS(BN_CODE) BN_N_ELEMENTS };
+#undef BN_CODE
+
 /* Activations: X(code, name in Python). What each does is in activations.inc.h. */
 #define BN_ACTIVATIONS(X)                                                                                              \
     X(IDENTITY, NULL)                                                                                                  \
@@ -52,7 +64,7 @@ enum { BN_PLANES, BN_ROWS };
 enum { BN_CACHED, BN_STREAMED };
 
 /* Of the arithmetic, which bits depend on. */
-#define BN_LINE        16             /* values of a cache line, and how many coefficients follow the last */
+#define BN_LINE        16             /* float32 values of a cache line, and how many coefficients follow the last */
 #define BN_SHORT_PLANE 256            /* values up to which a plane is summed in fewer lanes */
 #define BN_PANEL       2048           /* columns at a time in sums over rows */
 #define BN_ROOM        (5 * BN_PANEL) /* values: their shifts and sums */
@@ -64,11 +76,11 @@ typedef struct {
 
 /* What is to be done, whatever the machine: the operands that are there tell which operation it is. */
 typedef struct {
-    int layout, activation;
+    int layout, element, activation;
     int packed;      /* no gaps in any operand: rows have N == 1 and inner == C, planes inner == S */
     int fixed;       /* statistics are constants: the gradient does not go through them */
     int from_output; /* `residual` holds the forward call's y, which tells what the activation let pass */
-    float negative_slope;
+    double negative_slope;
     ptrdiff_t N, C, S;
     ptrdiff_t fold;
     ptrdiff_t pitch;                         /* of rows, in every operand: C if packed; 0: they differ */
@@ -86,14 +98,12 @@ typedef struct {
     ptrdiff_t ahead; /* elements from what is read to what is prefetched meanwhile; 0: nothing is */
 } bn_pass;
 
-/* Per-channel coefficients. For rows C * fold of them (of offset C), then BN_LINE more that begin again with the first;
- * for planes C.
- *   forward:   z = (x - mean) * scale + shift
- *   backward:  xhat = (x - mean) * invstd + offset
- *              dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
+/* Per-channel coefficients, of what a lane computes in. For rows C * fold of them (of offset C), then BN_LINE more that
+ * begin again with the first; for planes C. forward:   z = (x - mean) * scale + shift backward:  xhat = (x - mean) *
+ * invstd + offset dx = ((g - g_mean) + (x - mean) * g_proj) * scale + g_shift */
 typedef struct {
-    float *mean, *scale, *shift;
-    float *invstd, *offset, *g_mean, *g_proj, *g_shift; /* NULL: forward */
+    void *mean, *scale, *shift;
+    void *invstd, *offset, *g_mean, *g_proj, *g_shift; /* NULL: forward */
 } bn_coef;
 enum { BN_COEF_FORWARD = 3, BN_COEF_BACKWARD = 8 };
 
@@ -102,7 +112,7 @@ enum { BN_COEF_FORWARD = 3, BN_COEF_BACKWARD = 8 };
 typedef struct {
     ptrdiff_t t0, t1, c0, c1, ld;
     double *a, *b;
-    float *room;
+    void *room;
 } bn_tiles;
 
 /* Running averages of all channels: float32 values, float64 ones, or float32 ones with what each was rounded from,
@@ -112,32 +122,35 @@ typedef struct {
     ptrdiff_t stride, exact_stride;
 } bn_running;
 
-/* What coefficients are made from; weight and bias may be NULL. */
+/* What coefficients are made from; weight and bias, of what a lane computes in, may be NULL. */
 typedef struct {
     const double *mean, *var;
-    const float *weight, *bias;
+    const void *weight, *bias;
     double eps;
 } bn_source;
 
+/* The loops over elements of one kind in one layout. */
 typedef struct {
-    const char *name;
-    int lanes;    /* of a vector */
-    int held;     /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
-    int overlaps; /* whether two passes go in one loop: only where that was measured to be faster */
-
-    /* Planes and rows: the sums of each tile; of x - shift and its square, which give mean and squared deviations, or
-     * of g = grad_output * activation'(z) and g * (x - mean) * invstd. */
-    void (*stats[2])(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
-    void (*sums[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
+    /* The sums of each tile; of x - shift and its square, which give mean and squared deviations, or of g = grad_output
+     * * activation'(z) and g * (x - mean) * invstd. */
+    void (*stats)(const bn_problem *p, const bn_pass *how, const bn_tiles *to);
+    void (*sums)(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to);
     /* y = activation((x - mean) * scale + shift + residual) on elements [e0, e1); grad_input and grad_residual. */
-    void (*forward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
-    void (*backward[2])(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
-    /* If it overlaps, planes of more than BN_SHORT_PLANE values, streamed: forward on channels from `done` on and, in
-     * the same loop, stats of all tiles of as many others; or backward and sums. */
+    void (*forward)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    void (*backward)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1);
+    /* If the instruction set overlaps, planes of more than BN_SHORT_PLANE values, streamed: forward on channels from
+     * `done` on and, in the same loop, stats of all tiles of as many others; or backward and sums. */
     void (*forward_and_stats)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
                               const bn_tiles *to);
     void (*backward_and_sums)(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t done,
                               const bn_tiles *to);
+} bn_loops;
+
+/* What is done once a channel, where a lane computes in float32 or float64; and what the instruction set is. */
+typedef struct {
+    int lanes;    /* of a vector */
+    int held;     /* vectors of coefficients that registers hold beside what a pass needs; 0: too few to try */
+    int overlaps; /* whether two passes go in one loop: only where that was measured to be faster */
 
     /* Pools all tiles of channels [c0, c1) of `from`, whose arrays begin at channel `first`, into mean[c] and the
      * biased variance var[c]; or into the sums of g and of g * xhat, the gradients of bias and weight. */
@@ -145,22 +158,29 @@ typedef struct {
                        double *var);
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
                       double *g, double *gx);
-    /* The coefficients of channels [c0, c1): of the forward pass, from float32 statistics too; and the batch terms of
-     * the backward pass, from pooled sums over so many values. */
+    /* Of channels [c0, c1) from such a sum of g * xhat that of g * (x - mean); and back. */
+    void (*without_invstd)(const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *gx, double *dz_dev);
+    void (*with_invstd)(const bn_coef *k, ptrdiff_t c0, ptrdiff_t c1, const double *dz_dev, double *gx);
+    /* The coefficients of channels [c0, c1): of the forward pass, from running statistics of what a lane computes in,
+     * too; and the batch terms of the backward pass, from pooled sums over so many values. */
     void (*coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_source *from, const bn_coef *k);
-    void (*running_coef)(const bn_problem *p, const float *mean, const float *var, const bn_source *from,
+    void (*running_coef)(const bn_problem *p, const void *mean, const void *var, const bn_source *from,
                          const bn_coef *k);
     void (*backward_coef)(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const double *g, const double *gx,
                           double count, const bn_coef *k);
+    /* gradient = (what a lane computes in) sum, of channels [c0, c1) */
+    void (*round)(const double *sum, ptrdiff_t c0, ptrdiff_t c1, void *gradient);
     /* running = (1 - momentum) * running + momentum * (batch * factor) in float64, of channels [c0, c1). A channel
-     * where `finite`, if that is not NULL, is beyond float32 stays as it is. */
+     * where `finite`, if that is not NULL, is beyond what a lane computes in stays as it is. */
     void (*move_running)(const bn_running *running, const double *batch, const double *finite, ptrdiff_t c0,
                          ptrdiff_t c1, double momentum, double factor);
-} bn_kernels;
+} bn_terms;
 
-#define BN_DECLARE(isa) extern const bn_kernels bn_kernels_##isa;
-BN_ISAS(BN_DECLARE)
-#undef BN_DECLARE
+typedef struct {
+    const char *name;
+    const bn_loops *loops[BN_N_ELEMENTS][2]; /* planes and rows */
+    const bn_terms *terms[BN_N_ELEMENTS];
+} bn_kernels;
 
 /* The kernels this CPU can run, the best last; returns their number. */
 enum { BN_MAX_ISAS = 3 };
@@ -169,7 +189,12 @@ int bn_supported(const bn_kernels *tables[BN_MAX_ISAS]);
 /* Rows that are folded into one, of C channels. */
 ptrdiff_t bn_fold(ptrdiff_t C);
 
-/* What an activation is called in Python; NULL for none. */
+/* What an activation is called in Python, NULL for none; and an element. */
 const char *bn_activation_name(int code);
+const char *bn_element_name(int element);
+
+/* Bytes of an element, and of what a lane computes in. */
+ptrdiff_t bn_element_bytes(int element);
+ptrdiff_t bn_real_bytes(int element);
 
 #endif

@@ -19,7 +19,7 @@ typedef struct {
     ptrdiff_t l2, llc; /* bytes of a core's L2 and of one last-level cache, which are the same where there is no L3 */
     int llc_cpus;      /* that share the latter */
     int streams;       /* has stores that pass the caches by */
-    int lanes, held, overlaps; /* of the instruction set: see bn_kernels */
+    int lanes, held, overlaps; /* of the instruction set, in float32: see bn_terms */
 } bn_machine;
 
 /* This machine, with a guess of what its system does not tell; without lanes and held. */

@@ -28,6 +28,10 @@ ptrdiff_t bn_fold(ptrdiff_t C) { return rows_folded(C); }
 
 int bn_plan_threads(ptrdiff_t elements, int threads, const bn_tuning *t) { return elements < t->serial ? 1 : threads; }
 
+/* Elements of a cache line, and those that a vector takes. */
+static ptrdiff_t line_of(const bn_problem *p) { return 64 / bn_element_bytes(p->element); }
+static int lanes_of(const bn_problem *p, const bn_machine *m) { return m->lanes * 4 / (int)bn_real_bytes(p->element); }
+
 /* ---- where data is */
 
 /* Bytes of the last-level caches that the threads are spread over. */
@@ -40,7 +44,7 @@ static ptrdiff_t cache_bytes(const bn_machine *m, const bn_tuning *t, int thread
 /* Whether outputs are written past the cache, as all tensors together exceed what holds them better than memory does;
  * and whether those that are read exceed what is found there again from one pass or call to the next. */
 static void place_data(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
-    const ptrdiff_t bytes = p->N * p->C * p->S * (ptrdiff_t)sizeof(float);
+    const ptrdiff_t bytes = p->N * p->C * p->S * bn_element_bytes(p->element);
     const int read = (p->x.data != NULL) + (p->residual.data != NULL) + (p->grad_output.data != NULL);
     const int written = (p->y.data != NULL) + (p->grad_input.data != NULL) + (p->grad_residual.data != NULL);
     ptrdiff_t most_written = t->cache, most_read = t->cache;
@@ -66,10 +70,11 @@ static void place_data(bn_plan *plan, const bn_problem *p, const bn_machine *m, 
  * rows share it; but the hardware prefetches one row after the other best. Two at a time are nearer to memory's order.
  */
 static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
-    const ptrdiff_t K = plan->width, line = BN_LINE;
+    const ptrdiff_t K = plan->width, line = line_of(p);
+    const int lanes = lanes_of(p, m);
     const int backward = bn_second_pass(plan->op) == BN_PASS_BACKWARD;
     const int far = p->packed && p->N * p->S * p->C >= t->far, whole = K <= BN_PANEL && !plan->by_columns;
-    const int operands = (backward ? 3 : 2) + (p->residual.data != NULL), wide_vectors = m->lanes == line;
+    const int operands = (backward ? 3 : 2) + (p->residual.data != NULL), wide_vectors = m->lanes == BN_LINE;
     const int memory = p->packed && plan->from_memory;
     const int several = p->packed && (!plan->from_memory || K >= t->wide);
 
@@ -94,22 +99,23 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
         /* rows this wide have coefficients that crowd L1; those of the backward pass cost more than order, too, where
          * what is read comes from the cache */
         plan->apply.rows = K >= t->wide || (backward && !plan->from_memory) ? 4 : 1;
-        if (2 * m->lanes < line) /* more than two stores a line would not be combined */
+        if (2 * lanes < line) /* more than two stores a line would not be combined */
             plan->apply.rows = 1;
         plan->why_rows =
             plan->apply.rows == 4 ? "coefficients cost more than memory's order gains" : "memory's order is fastest";
     } else if (p->pitch && !plan->from_memory) {
         plan->apply.rows = far && wide_vectors && K * operands <= 2 * t->wide ? 2 : 4;
         plan->apply.ahead = far ? plan->apply.rows * K : 0;
-        plan->page_rows = !far && K * (ptrdiff_t)sizeof(float) % 4096 == 0;
+        plan->page_rows = !far && K * bn_element_bytes(p->element) % 4096 == 0;
         plan->why_rows = "coefficients cost more than what they are applied to";
     }
     /* activations that are looked up want the registers themselves */
-    const int looked_up = p->activation > BN_RELU6 || (backward && p->fixed);
+    const int few = p->element != BN_f32 && (p->activation || p->residual.data || p->grad_residual.data);
+    const int looked_up = few || p->activation > (backward ? BN_RELU : BN_RELU6) || (backward && p->fixed);
     const int vectors = looked_up ? 0 : backward ? m->held / 2 : m->held;
-    if (whole_lines && vectors && vectors * m->lanes % p->C == 0)
+    if (whole_lines && vectors && vectors * lanes % p->C == 0)
         plan->apply.period = vectors;
-    else if (whole_lines && vectors && vectors * 3 / 4 * m->lanes % p->C == 0)
+    else if (whole_lines && vectors && vectors * 3 / 4 * lanes % p->C == 0)
         plan->apply.period = vectors * 3 / 4;
     if (plan->apply.period)
         plan->why_rows = "registers hold the coefficients of all channels";
@@ -131,7 +137,7 @@ static void plan_planes(bn_plan *plan, const bn_problem *p, const bn_machine *m,
 static ptrdiff_t channels_of_group(const bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
     const int read = bn_first_pass(plan->op) == BN_PASS_STATS ? 1 : 2;
     const int overlapped = plan->way == BN_OVERLAPPED, groups = overlapped ? 2 : 1;
-    const ptrdiff_t plane = p->S * (ptrdiff_t)sizeof(float), channel = plane * p->N;
+    const ptrdiff_t plane = p->S * bn_element_bytes(p->element), channel = plane * p->N;
     const ptrdiff_t cache = cache_bytes(m, t, plan->threads) / plan->threads;
     const ptrdiff_t held = max_z(m->l2 / 2 / read, t->held);
     const ptrdiff_t run = overlapped ? t->overlap_run : t->run;
@@ -150,11 +156,11 @@ static void plan_owners(bn_plan *plan, const bn_problem *p, const bn_machine *m,
     plan->unit = 1;
     if (past) {
         plan->group = channels_of_group(plan, p, m, t);
-        while (plan->unit * p->S % BN_LINE && 2 * plan->unit <= plan->group)
+        while (plan->unit * p->S % line_of(p) && 2 * plan->unit <= plan->group)
             plan->unit *= 2;
         plan->group = (plan->group + plan->unit - 1) / plan->unit * plan->unit;
     } else if (p->N == 1)
-        plan->group = max_z(1, m->l2 / t->sample_of_l2 / (p->S * (ptrdiff_t)sizeof(float)));
+        plan->group = max_z(1, m->l2 / t->sample_of_l2 / (p->S * bn_element_bytes(p->element)));
     plan->owner_items = plan->threads;
     if (plan->way == BN_OWNED && plan->group < p->C) {
         plan->owner_items = (plan->owned + plan->group - 1) / plan->group;
@@ -204,7 +210,8 @@ static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 /* The parts of a call's memory, one behind the other, each from a cache line on. What different threads write lies a
  * few lines apart: a core prefetches beyond what it writes, and would take it from its neighbour. */
 static void place_scratch(bn_plan *plan, const bn_problem *p, const bn_tuning *t) {
-    const size_t apart = 1024, page = 4096, number = sizeof(double), value = sizeof(float);
+    const size_t apart = 1024, page = 4096, number = sizeof(double);
+    const size_t value = (size_t)bn_real_bytes(p->element);
     const size_t arrays = bn_second_pass(plan->op) == BN_PASS_BACKWARD || bn_first_pass(plan->op) == BN_PASS_SUMS
                               ? BN_COEF_BACKWARD
                               : BN_COEF_FORWARD;

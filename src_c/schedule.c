@@ -3,9 +3,13 @@
  * Which of them does what never changes a result: tiles, and the order in which they are pooled, depend on shape and
  * memory layout alone. */
 #include <stdint.h>
+#include <string.h>
 
 #include "tiles.h"
 #include "workplace.h"
+
+static const bn_terms *terms(const bn_call *call) { return call->K->terms[call->p.element]; }
+static const bn_loops *loops(const bn_call *call) { return call->K->loops[call->p.element][call->p.layout]; }
 
 typedef void (*item)(const bn_call *call, const bn_workplace *at, ptrdiff_t i);
 
@@ -35,53 +39,53 @@ static void make_coef(const bn_call *call, const bn_workplace *at, ptrdiff_t c0,
         from.mean = at->mean;
         from.var = at->var;
     }
-    call->K->coef(&call->p, c0, c1, &from, &at->k);
+    terms(call)->coef(&call->p, c0, c1, &from, &at->k);
 }
 
 /* From the tiles of channels [c0, c1) to all that needs them. */
 static void finish_first_pass(const bn_call *call, const bn_workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
                               ptrdiff_t c1) {
     if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
-        call->K->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
+        terms(call)->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
         if (bn_second_pass(call->plan.op))
             make_coef(call, at, c0, c1);
         const double *finite = call->skip_nonfinite ? at->var : NULL;
         if (call->update) {
-            call->K->move_running(&call->running_mean, at->mean, finite, c0, c1, call->momentum, 1.0);
-            call->K->move_running(&call->running_var, at->var, finite, c0, c1, call->momentum, call->unbiasing);
+            terms(call)->move_running(&call->running_mean, at->mean, finite, c0, c1, call->momentum, 1.0);
+            terms(call)->move_running(&call->running_var, at->var, finite, c0, c1, call->momentum, call->unbiasing);
         }
         return;
     }
-    call->K->pool_sums(&call->p, &at->k, tiles, c0, c1, at->g, at->gx);
-    for (ptrdiff_t c = c0; call->grad_weight && c < c1; c++)
-        call->grad_weight[c] = (float)at->gx[c];
-    for (ptrdiff_t c = c0; call->grad_bias && c < c1; c++)
-        call->grad_bias[c] = (float)at->g[c];
-    for (ptrdiff_t c = c0; call->dz && c < c1; c++) {
-        call->dz[c] = at->g[c];
-        call->dz_dev[c] = at->k.invstd[c] != 0.0f ? at->gx[c] / at->k.invstd[c] : 0.0;
+    terms(call)->pool_sums(&call->p, &at->k, tiles, c0, c1, at->g, at->gx);
+    if (call->grad_weight)
+        terms(call)->round(at->gx, c0, c1, call->grad_weight);
+    if (call->grad_bias)
+        terms(call)->round(at->g, c0, c1, call->grad_bias);
+    if (call->dz) {
+        memcpy(call->dz + c0, at->g + c0, (size_t)(c1 - c0) * sizeof(double));
+        terms(call)->without_invstd(&at->k, c0, c1, at->gx, call->dz_dev);
     }
     if (bn_second_pass(call->plan.op) && !call->p.fixed)
-        call->K->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
+        terms(call)->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
 }
 
 /* Of channels [c0, c1) all that the second pass needs; in one loop with the second pass of as many channels from `done`
  * on, unless that is negative. */
 static void first_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0, ptrdiff_t c1, ptrdiff_t done) {
-    const bn_kernels *K = call->K;
+    const bn_loops *K = loops(call);
     const bn_problem *p = &call->p;
     const bn_plan *plan = &call->plan;
     const ptrdiff_t from = plan->by_columns ? c0 : 0; /* of the tiles' memory */
     const bn_tiles tiles = {0, plan->T, c0, c1, c1 - c0, at->tile_a + from, at->tile_b + from, at->room};
     if (bn_first_pass(plan->op) == BN_PASS_STATS) {
         if (done < 0)
-            K->stats[p->layout](p, &plan->sums, &tiles);
+            K->stats(p, &plan->sums, &tiles);
         else
             K->forward_and_stats(p, &at->k, &plan->overlap, done, &tiles);
     } else {
         make_coef(call, at, c0, c1);
         if (done < 0)
-            K->sums[p->layout](p, &at->k, &plan->sums, &tiles);
+            K->sums(p, &at->k, &plan->sums, &tiles);
         else
             K->backward_and_sums(p, &at->k, &plan->overlap, done, &tiles);
     }
@@ -90,9 +94,9 @@ static void first_pass(const bn_call *call, const bn_workplace *at, ptrdiff_t c0
 
 static void apply(const bn_call *call, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
     if (bn_second_pass(call->plan.op) == BN_PASS_FORWARD)
-        call->K->forward[call->p.layout](&call->p, k, how, e0, e1);
+        loops(call)->forward(&call->p, k, how, e0, e1);
     else
-        call->K->backward[call->p.layout](&call->p, k, how, e0, e1);
+        loops(call)->backward(&call->p, k, how, e0, e1);
 }
 
 /* ---- channels with an owner */
@@ -148,11 +152,9 @@ static void coef_of_channels(const bn_call *call, const bn_workplace *at, ptrdif
     make_coef(call, at, c0, c1);
     if (bn_first_pass(call->plan.op) || call->p.fixed)
         return;
-    for (ptrdiff_t c = c0; c < c1; c++) { /* of sums that are given */
-        at->g[c] = call->dz[c];
-        at->gx[c] = call->dz_dev[c] * at->k.invstd[c];
-    }
-    call->K->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
+    memcpy(at->g + c0, call->dz + c0, (size_t)(c1 - c0) * sizeof(double)); /* of sums that are given */
+    terms(call)->with_invstd(&at->k, c0, c1, call->dz_dev, at->gx);
+    terms(call)->backward_coef(&call->p, c0, c1, at->g, at->gx, call->count, &at->k);
 }
 
 static void some_tiles(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {
@@ -164,9 +166,9 @@ static void some_tiles(const bn_call *call, const bn_workplace *at, ptrdiff_t i)
     const bn_tiles tiles = {t0,      t1, plan->owned + c0, plan->owned + c1, ld, at->tile_a + begin, at->tile_b + begin,
                             at->room};
     if (bn_first_pass(plan->op) == BN_PASS_STATS)
-        call->K->stats[call->p.layout](&call->p, &plan->sums, &tiles);
+        loops(call)->stats(&call->p, &plan->sums, &tiles);
     else
-        call->K->sums[call->p.layout](&call->p, &at->k, &plan->sums, &tiles);
+        loops(call)->sums(&call->p, &at->k, &plan->sums, &tiles);
 }
 
 static void pool_channels(const bn_call *call, const bn_workplace *at, ptrdiff_t i) {

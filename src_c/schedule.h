@@ -15,10 +15,10 @@ typedef struct {
     double momentum, unbiasing;
     double *dz, *dz_dev; /* the sums of g and of g * (x - mean), where they go or those that are given; or NULL */
     double count;        /* values of a channel that those for the second pass are over */
-    float *grad_weight, *grad_bias; /* NULL: not wanted */
-    bn_coef k;                      /* coefficients of inference; others are made in scratch */
-    void *memory;                   /* what scratch lies in, to be freed */
-    char *scratch;                  /* plan.scratch.bytes from a cache line on; NULL: none are needed */
+    void *grad_weight, *grad_bias; /* of what a lane computes in; NULL: not wanted */
+    bn_coef k;                     /* coefficients of inference; others are made in scratch */
+    void *memory;                  /* what scratch lies in, to be freed */
+    char *scratch;                 /* plan.scratch.bytes from a cache line on; NULL: none are needed */
 } bn_call;
 
 /* One of the threads at a call, and how it waits for all the others; alone it need not. */

@@ -1,4 +1,5 @@
-/* simd.h: one vocabulary of float32 vector operations, and which file has the words for this object.
+/* simd.h: one vocabulary of vector operations in float32, or float64 if REAL_IS_FLOAT64, and which file has the words
+ * for this object.
  *
  * Every operation is defined lane by lane, so that a kernel written against it gives the same bits on every
  * instruction set with a fused multiply-add; on SSE2 vfma rounds twice.
@@ -15,7 +16,12 @@
  *   OVERLAPS        whether two passes go in one loop on it: 0, where that was not measured to be faster
  *   vdiv(a, b)      a / b
  *   vscale(a, m)    a * 2^k, where the low bits of m as an integer are those of k, and the result is a normal number
- *   vexp(a)         e^a within 2 ulp, from -87 to 88.25; a NaN gives anything
+ *   vexp(a)         e^a within 2 ulp, from -87 to 88.25, or -708 to 708; a NaN gives anything
+ *   vh, vi          in float32: VL halves as they lie in memory; VL integers of 32 bits
+ *   vhload ... vhstream   as vload ... vstream, of halves
+ *   vhwiden, vhnarrow     from halves to integers and back, which are below 2^16
+ *   vfloat, vbits   the same bits as floats and as integers, which viadd, viand, vior, vishl and vishr work on
+ *   vf16, vto_f16   from float16 and, to nearest even, to it: where F16_HARDWARE is defined
  *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
  *   vaddress(p)     p in a register: not to be computed anew, nor from what is near it
  *   vprefetch(p, cache)   the line of p to that cache, and no fault wherever p points
@@ -41,6 +47,17 @@
 
 enum { TO_L1, TO_L2 };
 
+#ifdef REAL_IS_FLOAT64
+#if defined(__AVX512F__)
+#include "simd/avx512_f64.h"
+#elif defined(__AVX2__)
+#include "simd/avx2_f64.h"
+#elif defined(__aarch64__) || defined(_M_ARM64)
+#include "simd/neon_f64.h"
+#else
+#include "simd/sse2_f64.h"
+#endif
+#else
 #if defined(__AVX512F__)
 #include "simd/avx512.h"
 #elif defined(__AVX2__)
@@ -50,7 +67,23 @@ enum { TO_L1, TO_L2 };
 #else
 #include "simd/sse2.h"
 #endif
+#endif
 
+#ifdef REAL_IS_FLOAT64
+/* a = k * ln 2 + r, and the Taylor series of r, whose next term is 4e-18 at most. */
+INLINE vf vexp(vf a) {
+    const vf rounding = vset1(6755399441055744.0); /* 1.5 * 2^52 */
+    const vf m = vfma(a, vset1(1.4426950408889634), rounding), k = vsub(m, rounding);
+    const vf r = vfnma(k, vset1(1.90821492927058770e-10), vfnma(k, vset1(6.93147180369123816490e-01), a));
+    static const double factorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
+                                        1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
+                                        1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
+    vf p = vset1(factorials[0]);
+    for (int i = 1; i < 12; i++)
+        p = vfma(p, r, vset1(factorials[i]));
+    return vscale(vadd(vfma(p, vmul(r, r), r), vset1(1.0)), m);
+}
+#else
 /* As Cephes does: a = k * ln 2 + r, and a polynomial of r. The sum that rounds to k has its bits at its low end. */
 INLINE vf vexp(vf a) {
     const vf rounding = vset1(12582912.0f); /* 1.5 * 2^23 */
@@ -63,6 +96,7 @@ INLINE vf vexp(vf a) {
     p = vfma(p, r, vset1(5.0000001201e-1f));
     return vscale(vadd(vfma(p, vmul(r, r), r), vset1(1.0f)), m);
 }
+#endif
 
 #if defined(__GNUC__)
 INLINE vf vhold(vf a) {

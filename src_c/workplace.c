@@ -6,15 +6,15 @@
 void bn_coef_at(bn_coef *k, char *at, size_t step, int backward) {
     const bn_coef none = {0};
     *k = none;
-    k->mean = (float *)at;
-    k->scale = (float *)(at + step);
-    k->shift = (float *)(at + 2 * step);
+    k->mean = at;
+    k->scale = at + step;
+    k->shift = at + 2 * step;
     if (backward) {
-        k->invstd = (float *)(at + 3 * step);
-        k->offset = (float *)(at + 4 * step);
-        k->g_mean = (float *)(at + 5 * step);
-        k->g_proj = (float *)(at + 6 * step);
-        k->g_shift = (float *)(at + 7 * step);
+        k->invstd = at + 3 * step;
+        k->offset = at + 4 * step;
+        k->g_mean = at + 5 * step;
+        k->g_proj = at + 6 * step;
+        k->g_shift = at + 7 * step;
     }
 }
 
@@ -56,12 +56,12 @@ static void *from_channel(void *array, ptrdiff_t first, size_t size) {
     return (void *)((uintptr_t)array - (uintptr_t)first * size);
 }
 
-static void index_by_channel(bn_workplace *w, ptrdiff_t first) {
-    float **const arrays[] = {&w->k.mean,   &w->k.scale,  &w->k.shift,  &w->k.invstd,
-                              &w->k.offset, &w->k.g_mean, &w->k.g_proj, &w->k.g_shift};
+static void index_by_channel(bn_workplace *w, ptrdiff_t first, size_t value) {
+    void **const arrays[] = {&w->k.mean,   &w->k.scale,  &w->k.shift,  &w->k.invstd,
+                             &w->k.offset, &w->k.g_mean, &w->k.g_proj, &w->k.g_shift};
     for (int i = 0; i < BN_COEF_BACKWARD; i++)
         if (*arrays[i])
-            *arrays[i] = from_channel(*arrays[i], first, sizeof(float));
+            *arrays[i] = from_channel(*arrays[i], first, value);
     w->g = from_channel(w->g, first, sizeof(double));
     w->gx = from_channel(w->gx, first, sizeof(double));
 }
@@ -71,6 +71,8 @@ static void results_to(const bn_call *call, bn_workplace *w) {
     w->mean = call->mean ? call->mean : w->g; /* which the forward pass has no other use for */
     w->var = call->var ? call->var : w->gx;
 }
+
+static size_t value_bytes(const bn_call *call) { return (size_t)bn_real_bytes(call->p.element); }
 
 static int has_backward_coef(const bn_call *call) { return call->p.grad_output.data != NULL; }
 
@@ -83,13 +85,13 @@ bn_workplace bn_own_place(const bn_call *call, const bn_member *me) {
     w.g = w.tile_b + call->plan.T * most;
     w.gx = w.g + most;
     char *const coef = (char *)(((uintptr_t)(w.gx + most) + 63) / 64 * 64);
-    bn_coef_at(&w.k, coef, ((size_t)most * sizeof(float) + 63) / 64 * 64, has_backward_coef(call));
+    bn_coef_at(&w.k, coef, ((size_t)most * value_bytes(call) + 63) / 64 * 64, has_backward_coef(call));
     return w;
 }
 
 bn_workplace bn_for_channels_from(const bn_call *call, const bn_workplace *own, ptrdiff_t first) {
     bn_workplace w = *own;
-    index_by_channel(&w, first);
+    index_by_channel(&w, first, value_bytes(call));
     results_to(call, &w);
     return w;
 }
@@ -97,7 +99,7 @@ bn_workplace bn_for_channels_from(const bn_call *call, const bn_workplace *own, 
 bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
     const bn_problem *p = &call->p;
     const bn_scratch *s = &call->plan.scratch;
-    const size_t row = (size_t)call->plan.width * sizeof(float);
+    const size_t row = (size_t)(call->plan.width * bn_element_bytes(p->element));
     bn_workplace w = {0};
     w.k = call->k;
     if (call->scratch == NULL)
@@ -122,9 +124,9 @@ bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
         };
         char *const at = call->scratch + s->rooms + (size_t)me->member * s->room_step;
         /* statistics go by neither grad_output nor coefficients */
-        w.room = (float *)(s->chosen ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at);
+        w.room = s->chosen ? bn_clear_of(at, beside, p->grad_output.data ? 6 : 1) : at;
     }
-    index_by_channel(&w, call->plan.owned);
+    index_by_channel(&w, call->plan.owned, value_bytes(call));
     results_to(call, &w);
     return w;
 }

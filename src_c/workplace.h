@@ -10,7 +10,7 @@ typedef struct {
     double *tile_a, *tile_b;
     double *mean, *var, *g, *gx;
     bn_coef k;
-    float *room;
+    void *room;
 } bn_workplace;
 
 /* Of all channels without an owner; the room for sums is this member's. */

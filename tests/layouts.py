@@ -7,9 +7,9 @@ import numpy as np
 GAP = 77.0  # fills memory that no element of an array lies in: any use of it is far off
 
 
-def arrange(values, layout, axis=1):
+def arrange(values, layout, axis=1, dtype=np.float32):
     """An array of that layout with the shape and values of `values`; a broadcast one repeats the first."""
-    return LAYOUTS[layout](np.asarray(values, np.float32), axis % values.ndim)
+    return LAYOUTS[layout](np.asarray(values).astype(dtype), axis % values.ndim)
 
 
 def contiguous(values, axis):
@@ -41,7 +41,7 @@ def along(dimension, step=1, border=0):
         shape[i] = shape[i] * abs(step) + 2 * border
         index = [slice(None)] * values.ndim
         index[i] = slice(border, shape[i] - border)
-        block = np.full(shape, GAP, np.float32)[tuple(index)]
+        block = np.full(shape, GAP, values.dtype)[tuple(index)]
         index[i] = slice(None, None, step)
         view = block[tuple(index)]
         view[...] = values
@@ -72,7 +72,7 @@ def at_byte(offset):
     def layout(values, axis):
         memory = np.zeros(values.nbytes + 128, np.uint8)
         start = -memory.ctypes.data % 64 + offset
-        view = np.ndarray(values.shape, np.float32, buffer=memory, offset=start)
+        view = np.ndarray(values.shape, values.dtype, buffer=memory, offset=start)
         view[...] = values
         return view
 
@@ -91,7 +91,7 @@ def memory_mapped(values, axis):
     with tempfile.TemporaryFile() as file:
         file.write(contiguous(values, axis).tobytes())
         file.flush()
-        return np.memmap(file, np.float32, "r", shape=values.shape)
+        return np.memmap(file, values.dtype, "r", shape=values.shape)
 
 
 def broadcast(dimension):
@@ -107,7 +107,7 @@ def broadcast(dimension):
 
 
 def broadcast_everywhere(values, axis):
-    return np.broadcast_to(np.float32(3.25), values.shape)
+    return np.broadcast_to(values.dtype.type(3.25), values.shape)
 
 
 WRITABLE = {

@@ -1,15 +1,20 @@
 """Each operation beside what the oracle says of it, and proof that a call leaves its inputs alone."""
 
+import os
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+import pytest
 import reference
 from layouts import arrange
 
 import fastbn
 from fastbn import _kernels
 
+DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "float16")}
+DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 SMOOTH = ("hardswish", "silu")  # that round on their way
 SLOPE = 0.25
@@ -21,7 +26,13 @@ MEAN = 1e-6  # of the deviation
 ROUNDING = 6e-8  # of a float32
 GRADIENT = 5e-7  # of the gradient that reaches it
 SMOOTH_GRADIENT = 1e-6  # the same behind a smooth activation, whose derivative has an exponential in it
+FLOAT64 = 5e-9  # times all of these, of float64
 SUM = 2e-6  # of the sum of the absolute values of its terms
+
+
+not_sanitized = pytest.mark.skipif(
+    "ASAN_OPTIONS" in os.environ, reason="the sanitizer takes memory and stacks of its own"
+)
 
 
 @contextmanager
@@ -98,11 +109,11 @@ class Problem(NamedTuple):
     axis: int
 
 
-def problem(shape, axis=1, offset=0.0, seed=0, **layouts):
+def problem(shape, axis=1, offset=0.0, seed=0, dtype="float32", **layouts):
     """Normal data with a mean and a deviation of its own in each channel.
 
     `shape` is (N, C, ...) wherever the channels go. `layouts` are those of x, grad_output and residual where
-    they are not contiguous.
+    they are not contiguous, `dtype` is theirs.
     """
     rng = np.random.default_rng(seed)
     C = shape[1]
@@ -110,16 +121,19 @@ def problem(shape, axis=1, offset=0.0, seed=0, **layouts):
     mean, deviation = rng.uniform(-1, 1, C), rng.uniform(0.5, 1.5, C)
 
     def operand(name, values):
-        return arrange(np.moveaxis(values, 1, axis), layouts.get(name, "contiguous"), axis)
+        return arrange(np.moveaxis(values, 1, axis), layouts.get(name, "contiguous"), axis, DTYPES[dtype])
+
+    def parameter(values):
+        return values.astype(np.float64 if dtype == "float64" else np.float32)
 
     return Problem(
         x=operand("x", rng.standard_normal(shape) * deviation.reshape(at) + mean.reshape(at) + offset),
         grad_output=operand("grad_output", rng.standard_normal(shape)),
         residual=operand("residual", rng.standard_normal(shape)),
-        weight=(rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)).astype(np.float32),
-        bias=rng.uniform(-1, 1, C).astype(np.float32),
-        running_mean=(mean + offset + rng.uniform(-0.1, 0.1, C)).astype(np.float32),
-        running_var=np.square(deviation * rng.uniform(0.9, 1.1, C)).astype(np.float32),
+        weight=parameter(rng.uniform(0.5, 1.5, C) * rng.choice([-1, 1], C)),
+        bias=parameter(rng.uniform(-1, 1, C)),
+        running_mean=parameter(mean + offset + rng.uniform(-0.1, 0.1, C)),
+        running_var=parameter(np.square(deviation * rng.uniform(0.9, 1.1, C))),
         axis=axis,
     )
 
@@ -184,7 +198,7 @@ def sums_and_output(p, stats, options, add):
 def output_at(place, p):
     """Memory for an output that begins as many bytes behind the beginning of a page as `place` does."""
     memory = np.full(p.x.nbytes + 4096, 255, np.uint8)  # NaN
-    return np.ndarray(p.x.shape, np.float32, memory, (place - memory.ctypes.data) % 4096)
+    return np.ndarray(p.x.shape, p.x.dtype, memory, (place - memory.ctypes.data) % 4096)
 
 
 def running_stats(p):
@@ -194,12 +208,14 @@ def running_stats(p):
 
 def expect(operation, p, activation=None, add=False):
     """What the oracle gives for :func:`run`: by name the value, and how far from it a result may be."""
-    x = np.asarray(p.x, np.float64)
+    x, finer = p.x, 1.0
+    if p.x.dtype == np.float64:
+        x, finer = p.x.astype(np.longdouble), FLOAT64
     mean, var, count = reference.batch_stats(x, p.axis)
     deviation = np.sqrt(var)
     stats = {
-        "mean": (mean, MEAN * deviation + 1e-12 * abs(mean)),
-        "var": (var, VARIANCE * var),
+        "mean": (mean, finer * MEAN * deviation + max(1e-12 * finer, 3e-16) * abs(mean)),
+        "var": (var, finer * VARIANCE * var),
         "count": (count, 0),
     }
     if operation == "batch_stats":
@@ -220,7 +236,7 @@ def expect(operation, p, activation=None, add=False):
         )
         # smooth activations round what reaches them, others pass it on or do not
         smooth = activation["activation"] in SMOOTH
-        g = abs(np.asarray(p.grad_output, np.float64) if smooth else grads[3])
+        g = finer * abs(np.asarray(p.grad_output, np.float64) if smooth else grads[3])
         xhat = abs(reference.normalize(x, *given, axis=p.axis))
         other = reference.others(x, p.axis)
         sums = [v.sum(other) for v in (g * xhat, g)]
@@ -243,13 +259,13 @@ def expect(operation, p, activation=None, add=False):
         given = mean, var
     y = reference.forward(x, *given, **parameters, **activation)
     scaled = reference.forward(x, *given, weight=p.weight, axis=p.axis)
-    result = {"y": (y, near(np.maximum(abs(y), abs(scaled))))}
+    result = {"y": (y, finer * near(np.maximum(abs(y), abs(scaled))))}
     if operation == "forward":
         result |= stats
     if operation == "training":
         running = reference.update_running(p.running_mean, p.running_var, mean, var, count)
-        result["running_mean"] = running[0], 2 * ROUNDING * abs(running[0]) + 0.1 * MEAN * deviation
-        result["running_var"] = running[1], 2 * ROUNDING * running[1] + 0.1 * VARIANCE * var
+        result["running_mean"] = running[0], finer * (2 * ROUNDING * abs(running[0]) + 0.1 * MEAN * deviation)
+        result["running_var"] = running[1], finer * (2 * ROUNDING * running[1] + 0.1 * VARIANCE * var)
     return result
 
 
@@ -258,7 +274,7 @@ def near(expected):
 
 
 def assert_within(actual, expected, bound, name="result"):
-    error = abs(np.asarray(actual, np.float64) - expected)
+    error = abs(reference.exact(actual) - expected)
     if not np.all(error <= bound):
         worst = np.unravel_index(np.argmax(error - bound), np.shape(error))
         limit = np.broadcast_to(bound, np.shape(error))[worst]
@@ -270,8 +286,15 @@ def assert_within(actual, expected, bound, name="result"):
 
 
 def check(operation, p, activation=None, add=False, out=None, num_threads=None):
-    """Run an operation against the oracle; returns its results."""
+    """Run an operation against the oracle, of halves that of float32; returns its results."""
     results = run(operation, p, activation, add, out, num_threads)
+    if p.x.dtype.itemsize == 2:
+        wide = p._replace(**{name: widened(getattr(p, name)) for name in Problem._fields[:3]})
+        check(operation, wide, activation, add, num_threads=num_threads)
+        assert_same_bits(
+            results, rounded(run(operation, wide, activation, add), p), f"{operation} {activation}"
+        )
+        return results
     for name, (expected, bound) in expect(operation, p, activation, add).items():
         assert np.shape(results[name]) == np.shape(expected), name
         assert_within(results[name], expected, bound, f"{operation} {activation} {add}: {name}")
@@ -279,10 +302,28 @@ def check(operation, p, activation=None, add=False, out=None, num_threads=None):
         if name in ("mean", "var"):
             assert value.dtype == np.float64
         elif name != "count":
-            assert value.dtype == np.float32
+            assert value.dtype == p.x.dtype
     if out is not None:
         assert results.get("y", results.get("grad_input")) is out
     return results
+
+
+def widened(a):
+    """In float32, as aligned and with the same strides in elements: tiles depend on the layout."""
+    steps = [stride // a.itemsize for stride in a.strides]
+    low, high = (sum(f(0, s * (n - 1)) for s, n in zip(steps, a.shape, strict=True)) for f in (min, max))
+    memory = np.zeros(4 * (high - low + 2), np.uint8)
+    begin = -4 * low + (not a.flags.aligned)
+    view = np.ndarray(a.shape, np.float32, memory, begin, [4 * s for s in steps])
+    view[...] = a
+    return view
+
+
+def rounded(results, p):
+    """What half elements are to give, from what float32 gives of them, widened: each value rounded once."""
+    elements = "y", "grad_input", "grad_residual"
+    with np.errstate(over="ignore"):
+        return {k: v.astype(p.x.dtype) if k in elements else v for k, v in results.items()}
 
 
 def assert_same_bits(results, others, what=""):

@@ -1,13 +1,21 @@
-"""The oracle: batch normalization (Ioffe and Szegedy, 2015) in float64 NumPy, one plain line a formula."""
+"""The oracle: batch normalization (Ioffe and Szegedy, 2015) in NumPy, one plain line a formula.
+
+In float64, or longdouble for what comes in that.
+"""
 
 import numpy as np
+
+
+def exact(a):
+    a = np.asarray(a)
+    return a.astype(np.longdouble if a.dtype == np.longdouble else np.float64, copy=False)
 
 
 def column(vector, ndim, axis):
     """One value per channel, shaped to be combined with an array of `ndim` dimensions."""
     shape = [1] * ndim
     shape[axis] = -1
-    return np.asarray(vector, np.float64).reshape(shape)
+    return exact(vector).reshape(shape)
 
 
 def others(x, axis):
@@ -17,7 +25,7 @@ def others(x, axis):
 
 def batch_stats(x, axis=1):
     """Mean, biased variance and count of the values of each channel."""
-    x = np.asarray(x, np.float64)
+    x = exact(x)
     if x.size == 0:
         return np.zeros(x.shape[axis]), np.zeros(x.shape[axis]), 0
     mean = x.mean(others(x, axis))
@@ -27,14 +35,14 @@ def batch_stats(x, axis=1):
 
 def inverse_deviation(var, eps):
     """1 / sqrt(var + eps): 0 where there is no deviation at all, so that the output is `bias`; NaN below."""
-    v = np.asarray(var, np.float64) + eps
+    v = exact(var) + eps
     with np.errstate(invalid="ignore"):
         return np.divide(1.0, np.sqrt(v), out=np.zeros_like(v), where=v != 0)
 
 
 def normalize(x, mean, var, eps=1e-5, axis=1):
     """x with mean 0 and deviation 1: what is multiplied by `weight`."""
-    x = np.asarray(x, np.float64)
+    x = exact(x)
     return (x - column(mean, x.ndim, axis)) * column(inverse_deviation(var, eps), x.ndim, axis)
 
 
@@ -115,11 +123,11 @@ def backward(
     """
     if z is None:
         z = preactivation(x, mean, var, weight, bias, eps, axis, residual)
-    g = np.asarray(grad_output, np.float64) * derivative(z, activation, negative_slope)
+    g = exact(grad_output) * derivative(z, activation, negative_slope)
     xhat = normalize(x, mean, var, eps, axis)
     grad_bias = g.sum(others(g, axis))
     grad_weight = (g * xhat).sum(others(g, axis))
-    scale = inverse_deviation(var, eps) * (1.0 if weight is None else np.asarray(weight, np.float64))
+    scale = inverse_deviation(var, eps) * (1.0 if weight is None else exact(weight))
     grad_input = g
     if training and g.size:
         count = g.size // g.shape[axis]
@@ -130,7 +138,7 @@ def backward(
 
 def update_running(running_mean, running_var, mean, var, count, momentum=0.1, unbiased=True):
     """The new running mean and variance; an empty batch changes nothing."""
-    running_mean, running_var = np.asarray(running_mean, np.float64), np.asarray(running_var, np.float64)
+    running_mean, running_var = exact(running_mean), exact(running_var)
     if count == 0:
         return running_mean, running_var
     if unbiased and count > 1:

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import numpy
 import pytest
-from test_isa_isolation import extensions, strangers
+from test_isa_isolation import PARTS, extensions, strangers
 
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
 ISAS = ("baseline", "avx2", "avx512") if X86_64 else ("baseline",)
-KERNELS = {f"{OBJECTS}/kernels_{isa}.c" for isa in ISAS}
-SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} - {"src_c/kernels.c"} | KERNELS
+KERNELS_OF = {isa: {f"{OBJECTS}/{part}_{isa}_{element}.c" for part, element in PARTS} for isa in ISAS}
+KERNELS = set().union(*KERNELS_OF.values())
+SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} | KERNELS
 EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
@@ -94,9 +95,11 @@ def test_each_file_has_its_own_flags(recorder):
     machine_flags = {name: {flag for flag in flags if flag.startswith("-m")} for name, flags in own.items()}
     expected = {name: set() for name in SOURCES}
     if X86_64:
-        avx2 = {"-mavx2", "-mfma"}
+        avx2 = {"-mavx2", "-mfma", "-mf16c"}
         avx512 = {"-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"}
-        expected |= {f"{OBJECTS}/kernels_avx2.c": avx2, f"{OBJECTS}/kernels_avx512.c": avx2 | avx512}
+        expected |= dict.fromkeys(KERNELS_OF["avx2"], avx2) | dict.fromkeys(
+            KERNELS_OF["avx512"], avx2 | avx512
+        )
         assert {"-DFASTBN_HAVE_AVX2=1", "-DFASTBN_HAVE_AVX512=1"} <= set(own["src_c/dispatch.c"])
     assert machine_flags == expected
     demanded = {"-O3", "-std=c11", "-ffp-contract=off", "-Wall", "-Wextra"}
@@ -112,7 +115,7 @@ def test_what_is_built_again_when(recorder):
     assert set(recorder.build()) == set()
     recorder.touch("src_c/kernels.h")
     assert set(recorder.build()) == SOURCES | EXTENSION
-    for source in "kernels.c", "kernels/apply.inc.h", "simd/avx2.h", "elements/f32.h":
+    for source in "kernels/planes.c", "kernels/apply.inc.h", "simd/avx2.h", "elements/f32.h":
         recorder.touch(f"src_c/{source}")
         assert set(recorder.build()) == KERNELS | EXTENSION, source
     recorder.touch("src_c/plan.c")

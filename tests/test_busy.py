@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from operations import not_sanitized
 
 import fastbn
 from fastbn import _kernels, threads
@@ -186,6 +187,7 @@ def used():
 
 
 @linux_only
+@not_sanitized
 @pytest.mark.parametrize("left", [0, 1, 4, 9, 16, 17, 24])
 def test_no_memory_for_threads(left):
     code = f"""

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from operations import not_sanitized
 
 import fastbn
 from fastbn import _kernels
@@ -112,6 +113,7 @@ def test_many_channels_of_the_shortest_planes(isa, streamed, shape, seeds):
         assert (np.abs(y - wanted) <= 2e-6 * np.maximum(1, np.abs(wanted))).all()
 
 
+@not_sanitized
 def test_threads_of_small_stacks(isa):
     """Every operation over every layout in a thread whose stack is as small as musl's once were."""
     values = np.random.default_rng(0).standard_normal((6 * 300, 2100)).astype(np.float32)

@@ -137,8 +137,8 @@ def test_weights_that_are_refused():
         fold_conv(linear, None, bn)
     with pytest.raises(ValueError, match=r"linear_weight must have 2 axes, got shape \(6, 4, 3\)"):
         fold_linear(conv, None, bn)
-    for weight in conv.astype(np.float64), conv.astype(np.float16), conv.astype(">f4"):
-        with pytest.raises(TypeError, match=f"conv_weight must .* float32 .* got ndarray of {weight.dtype} "):
+    for weight in conv.astype(np.int64), conv.astype(">f4"):
+        with pytest.raises(TypeError, match=f"conv_weight must .* float32.* got ndarray of {weight.dtype} "):
             fold_conv(weight, None, bn)
     with pytest.raises(TypeError, match="conv_bias"):
         fold_conv(conv, np.zeros(C), bn)

@@ -19,7 +19,18 @@ from fastbn import _kernels
 
 TAG = sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
 OBJECTS = Path(__file__).parents[1] / "build/objects" / TAG
-MAY_HAVE = {"kernels_avx2.c": {"AVX"}, "kernels_avx512.c": {"AVX", "AVX-512"}}  # what is not here: SSE2 alone
+MAY_HAVE = {"avx2": {"AVX"}, "avx512": {"AVX", "AVX-512"}}  # what is not here: SSE2 alone
+PARTS = [(p, e) for p in ("planes", "rows") for e in ("f32", "f64", "f16", "bf16")] + [
+    ("terms", "f32"),
+    ("terms", "f64"),
+]
+
+
+def isa_of(source):
+    """The instruction set that a file such as planes_avx2_f32.c is compiled for."""
+    name = Path(source).stem.split("_")
+    return name[1] if len(name) == 3 else None
+
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="x86-64 only"),
@@ -97,14 +108,14 @@ def extensions(file):
 
 
 def strangers(found):
-    return [each for each in found if each[0] not in MAY_HAVE.get(each[1], ())]
+    return [each for each in found if each[0] not in MAY_HAVE.get(isa_of(each[1]), ())]
 
 
 def ways_in(objects):
     """(object, symbol) by which the code of an instruction set can be reached, other than its table."""
     found = []
     for file in objects:
-        if file.with_suffix(".c").name not in MAY_HAVE:
+        if isa_of(file) not in MAY_HAVE:
             continue
         for s in symbols(file):
             is_table = (s.name, s.kind, s.binding) == (f"bn_{file.stem}", "OBJECT", "GLOBAL")
@@ -121,7 +132,10 @@ def test_extension_uses_extensions_only_behind_the_dispatcher():
     assert not misplaced
     # what has been looked for is there
     assert {(needs, source) for needs, source, *_ in found} == {
-        (needs, source) for source, may in MAY_HAVE.items() for needs in may
+        (needs, f"{part}_{isa}_{element}.c")
+        for isa, may in MAY_HAVE.items()
+        for needs in may
+        for part, element in PARTS
     }
 
 
@@ -129,7 +143,7 @@ def test_objects_are_reached_by_their_tables_only():
     objects = sorted(OBJECTS.glob("*.o"))
     if not objects:
         pytest.skip(f"no objects in {OBJECTS}: fastbn was not built here")
-    assert {Path(source).stem for source in MAY_HAVE} < {file.stem for file in objects}
+    assert {f"{part}_{isa}_{e}" for isa in MAY_HAVE for part, e in PARTS} < {file.stem for file in objects}
     assert not ways_in(objects)
 
 
@@ -137,20 +151,20 @@ def test_objects_are_reached_by_their_tables_only():
 
 KERNELS = """
 LINKAGE void scale(int *v) { for (int i = 0; i < 64; i++) v[i] = v[i] > 2 ? v[i] : 2; }
-const struct { void (*run)(int *); } bn_kernels_ISA = { scale };
+const struct { void (*run)(int *); } bn_loops_ISA_f32 = { scale };
 """
 FLAGS = {"avx2": ["-mavx2"], "avx512": ["-mavx512f", "-mprefer-vector-width=512"], "other": []}
 
 
 @pytest.fixture
 def compiled(tmp_path):
-    """Compiles kernels_{avx2,avx512,other}.c: the objects, and what is linked from them."""
+    """Compiles loops_{avx2,avx512,other}_f32.c: the objects, and what is linked from them."""
     cc = shutil.which("cc") or pytest.skip("no C compiler is installed")
 
     def build(flags=FLAGS, linkage="static"):
         objects = []
         for isa in FLAGS:
-            source = tmp_path / f"kernels_{isa}.c"
+            source = tmp_path / f"loops_{isa}_f32.c"
             source.write_text(KERNELS.replace("ISA", isa).replace("LINKAGE", linkage))
             objects.append(source.with_suffix(".o"))
             output_of(cc, "-O3", "-fPIC", *flags[isa], "-c", source, "-o", objects[-1])
@@ -164,8 +178,8 @@ def test_static_functions_of_one_name_are_told_apart(compiled):
     objects, linked = compiled()
     found = extensions(linked)
     assert {(needs, source, name) for needs, source, name, _ in found} >= {
-        ("AVX", "kernels_avx2.c", "scale"),
-        ("AVX-512", "kernels_avx512.c", "scale"),
+        ("AVX", "loops_avx2_f32.c", "scale"),
+        ("AVX-512", "loops_avx512_f32.c", "scale"),
     }
     assert not strangers(found)
     assert not ways_in(objects)
@@ -183,13 +197,13 @@ def test_static_functions_of_one_name_are_told_apart(compiled):
 def test_an_instruction_elsewhere_is_seen(compiled, isa, flag, needs):
     _, linked = compiled(FLAGS | {isa: [flag, "-mprefer-vector-width=512"]})
     seen = strangers(extensions(linked))
-    assert (needs, f"kernels_{isa}.c", "scale") in {each[:3] for each in seen}
-    assert {each[1] for each in seen} == {f"kernels_{isa}.c"}
+    assert (needs, f"loops_{isa}_f32.c", "scale") in {each[:3] for each in seen}
+    assert {each[1] for each in seen} == {f"loops_{isa}_f32.c"}
 
 
 def test_a_shared_function_is_seen(compiled):
     objects, linked = compiled(linkage="__attribute__((weak))")
-    assert ways_in(objects) == [("kernels_avx2", "scale"), ("kernels_avx512", "scale")]
+    assert ways_in(objects) == [("loops_avx2_f32", "scale"), ("loops_avx512_f32", "scale")]
     seen = strangers(extensions(linked))
     assert "scale" in {each[2] for each in seen}
     assert {each[1] for each in seen} == {""}  # whichever copy the linker took, it belongs to no file
@@ -198,7 +212,7 @@ def test_a_shared_function_is_seen(compiled):
 def test_code_that_runs_at_load_is_seen(compiled):
     constructor = "static volatile int i; __attribute__((constructor)) static void at_load(void) { i = 1; }"
     objects, _ = compiled(linkage=f"{constructor} static")
-    assert {object for object, _ in ways_in(objects)} == {"kernels_avx2", "kernels_avx512"}
+    assert {object for object, _ in ways_in(objects)} == {"loops_avx2_f32", "loops_avx512_f32"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from operations import not_sanitized
 
 import fastbn
 from fastbn import _kernels, outputs
@@ -192,6 +193,7 @@ assert fastbn._kernels.output_memory()[0] < kept
 """
 
 
+@not_sanitized
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is that of Linux")
 @pytest.mark.parametrize(

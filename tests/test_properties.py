@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operations import (
     ACTIVATIONS,
+    DTYPES,
     OPERATIONS,
     UNFUSED,
     Problem,
@@ -41,7 +42,7 @@ def shapes(draw, max_size=20000):
 
 
 @st.composite
-def views(draw, shape, values):
+def views(draw, shape, values, dtype=DTYPES["float32"]):
     """An array of that shape, and of those values where no stride is 0: with its axes in any order in memory,
     with steps, reversals, broadcasting and an odd address."""
     order = draw(st.permutations(range(len(shape))))
@@ -50,8 +51,8 @@ def views(draw, shape, values):
     )
     offset = draw(st.sampled_from([0, 0, 0, 4, 1, 6]))
     sizes = [shape[i] * abs(steps[i]) if steps[i] else min(1, shape[i]) for i in order]
-    memory = np.zeros(int(np.prod(sizes)) * 4 + 8, np.uint8)
-    block = np.ndarray(sizes, np.float32, buffer=memory, offset=offset)
+    memory = np.zeros(int(np.prod(sizes)) * dtype.itemsize + 8, np.uint8)
+    block = np.ndarray(sizes, dtype, buffer=memory, offset=offset)
     block = block.transpose(np.argsort(order))
     view = block[tuple(slice(None, None, step or 1) for step in steps)]
     view[...] = values[tuple(slice(None) if step else slice(0, 1) for step in steps)]
@@ -64,13 +65,15 @@ def problems(draw):
     axis = draw(st.integers(-len(shape), len(shape) - 1))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     C = shape[axis]
-    offset = draw(st.sampled_from([0, 0, 3, 100]))
+    dtype = DTYPES[draw(st.sampled_from(["float32", *DTYPES]))]
+    real = np.float64 if dtype == np.float64 else np.float32
+    offset = draw(st.sampled_from([0, 0, 3, 0 if dtype == np.float64 else 100]))
     return Problem(
-        *(draw(views(shape, rng.standard_normal(shape) + o)) for o in (offset, 0, 0)),
-        weight=rng.uniform(0.5, 1.5, C).astype(np.float32),
-        bias=rng.uniform(-1, 1, C).astype(np.float32),
-        running_mean=(rng.uniform(-0.5, 0.5, C) + offset).astype(np.float32),
-        running_var=rng.uniform(0.5, 2, C).astype(np.float32),
+        *(draw(views(shape, rng.standard_normal(shape) + o, dtype)) for o in (offset, 0, 0)),
+        weight=rng.uniform(0.5, 1.5, C).astype(real),
+        bias=rng.uniform(-1, 1, C).astype(real),
+        running_mean=(rng.uniform(-0.5, 0.5, C) + offset).astype(real),
+        running_var=rng.uniform(0.5, 2, C).astype(real),
         axis=axis,
     )
 

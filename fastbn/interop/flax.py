@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastbn.modules import BatchNorm, _array
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 # What Flax calls the arrays of either collection, and what PyTorch and fastbn call them.
 _STATISTICS = {"mean": "running_mean", "var": "running_var"}
@@ -19,6 +24,7 @@ def from_flax(
     momentum: float = 0.99,
     eps: float = 1e-5,
     axis: int = -1,
+    dtype: DTypeLike = np.float32,
 ) -> BatchNorm:
     """A layer that computes what a BatchNorm of Flax (linen) does.
 
@@ -36,11 +42,13 @@ def from_flax(
     momentum, eps, axis
         What the module was made with: variables do not tell. The defaults are those of Flax, and `momentum`
         is as Flax has it.
+    dtype : {numpy.float32, numpy.float64}
+        Of the layer, which weights are rounded to.
 
     Returns
     -------
     BatchNorm
-        In evaluation mode (``use_running_average=True``). Values are copied and rounded to float32. A `bias`
+        In evaluation mode (``use_running_average=True``). Values are copied and rounded to `dtype`. A `bias`
         without a `scale` gets a `weight` of ones. In training a batch with one value per channel is an error
         here, and has variance 0 in Flax.
 
@@ -82,6 +90,7 @@ def from_flax(
         bias="bias" in parameters,
         axis=axis,
         unbiased=False,
+        dtype=dtype,
     )
     named = {_STATISTICS[key]: value for key, value in statistics.items()}
     named |= {_PARAMETERS[key]: value for key, value in parameters.items()}

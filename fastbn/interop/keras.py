@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fastbn.interop import _class_for_rank
 from fastbn.modules import BatchNorm, _array
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 # What Keras calls the arrays, in the order of get_weights(), and what PyTorch and fastbn call them.
 _NAMES = {
@@ -19,7 +24,7 @@ _NAMES = {
 _STATISTICS = ["moving_mean", "moving_variance"]
 
 
-def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
+def from_keras(layer_or_weights: Any, name: str = "", *, dtype: DTypeLike = np.float32) -> BatchNorm:
     """A layer that computes what a BatchNormalization of Keras 3 or 2 (tf_keras) does.
 
     Keras weighs the old value with its `momentum`, fastbn the new one with ``1 - momentum``, along the same
@@ -36,12 +41,14 @@ def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
     name : str
         Which layer of a model: its name, behind those of the models it is nested in, as in
         ``"backbone/bn1"``.
+    dtype : {numpy.float32, numpy.float64}
+        Of the layer, which weights are rounded to.
 
     Returns
     -------
     BatchNorm
         BatchNorm1d, 2d or 3d where the layer knows the rank of its input. Values are copied and rounded to
-        float32. In evaluation mode, as a Keras layer is when it is called without ``training=True``; in
+        `dtype`. In evaluation mode, as a Keras layer is when it is called without ``training=True``; in
         training a batch with one value per channel is an error here, and has variance 0 in Keras. Weights
         alone come without options: the layer then has Keras' defaults, ``momentum=0.01`` (0.99 there),
         ``eps=1e-3`` and ``axis=-1``; set them if the model had others. A `beta` without a `gamma`
@@ -57,7 +64,7 @@ def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
         weights are not those of a batch normalization.
     """
     if isinstance(layer_or_weights, Mapping):
-        return _layer(BatchNorm, layer_or_weights)
+        return _layer(BatchNorm, layer_or_weights, dtype)
     if isinstance(layer_or_weights, (list, tuple)):
         names = {2: _STATISTICS, 4: list(_NAMES)}.get(len(layer_or_weights))
         if names is None:
@@ -65,7 +72,7 @@ def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
                 f"weights must be {list(_NAMES)} or {_STATISTICS}, got {len(layer_or_weights)} arrays; "
                 f"a mapping with names tells a lone gamma from a lone beta"
             )
-        return _layer(BatchNorm, dict(zip(names, layer_or_weights, strict=True)))
+        return _layer(BatchNorm, dict(zip(names, layer_or_weights, strict=True)), dtype)
 
     layer = layer_or_weights
     if name:
@@ -104,6 +111,7 @@ def from_keras(layer_or_weights: Any, name: str = "") -> BatchNorm:
     return _layer(
         _class_for_rank(layer.input_spec.ndim),
         arrays,
+        dtype,
         momentum=layer.momentum,
         eps=layer.epsilon,
         axis=axes[0],
@@ -128,6 +136,7 @@ def _batch_norms(model: Any, start: str = "") -> Iterator[tuple[str, Any]]:
 def _layer(
     kind: type[BatchNorm],
     weights: Mapping[str, Any],
+    dtype: DTypeLike,
     momentum: float = 0.99,
     eps: float = 1e-3,
     axis: int = -1,
@@ -145,6 +154,7 @@ def _layer(
         bias="beta" in weights,
         axis=axis,
         unbiased=unbiased,
+        dtype=dtype,
     )
     layer.load_state_dict(layer.state_dict() | {_NAMES[name]: weights[name] for name in weights})
     return layer.eval()

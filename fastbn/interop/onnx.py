@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -16,10 +16,13 @@ from fastbn.functional import batch_norm, batch_norm_forward, batch_stats, updat
 from fastbn.interop import _class_for_rank
 from fastbn.modules import BatchNorm
 
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
 _DOMAINS = ("", "ai.onnx")  # the two spellings of ONNX's own
 
 
-def from_onnx(model: Any, node: Any = None) -> BatchNorm:
+def from_onnx(model: Any, node: Any = None, *, dtype: DTypeLike = np.float32) -> BatchNorm:
     """A layer that computes what a BatchNormalization node of ONNX does.
 
     ONNX weighs the old value with `momentum`, fastbn the new one with ``1 - momentum``; both average the
@@ -32,13 +35,15 @@ def from_onnx(model: Any, node: Any = None) -> BatchNorm:
     node : str or onnx.NodeProto, optional
         The node, its name or that of its first output, in the model's main graph. May be left out where the
         graph has one BatchNormalization only.
+    dtype : {numpy.float32, numpy.float64}
+        Of the layer, which weights are rounded to.
 
     Returns
     -------
     BatchNorm
         BatchNorm1d, 2d or 3d where the rank of the node's input is stated in the model or can be inferred.
         Values may be initializers or results of nodes that need no input; they are copied and rounded to
-        float32. In training mode if the node is; a batch with one value per channel is an error here then,
+        `dtype`. In training mode if the node is; a batch with one value per channel is an error here then,
         and has variance 0 in ONNX.
 
     Raises
@@ -71,7 +76,7 @@ def from_onnx(model: Any, node: Any = None) -> BatchNorm:
     names = list(node.input[1:])
     arrays = _constants(model, opsets, names, folder)
     layer = _class_for_rank(_rank(model, node.input[0]))(
-        arrays[0].size, attributes["epsilon"], 1 - attributes["momentum"], unbiased=False
+        arrays[0].size, attributes["epsilon"], 1 - attributes["momentum"], unbiased=False, dtype=dtype
     )
     keys = "weight", "bias", "running_mean", "running_var"
     layer.load_state_dict(dict(zip(keys, arrays, strict=True)))
@@ -86,16 +91,16 @@ class BatchNormalization(OpRun):
     does not pass `new_ops` on to functions defined in the model; ``onnx.inliner.inline_local_functions``
     takes these apart first. Of the two spellings of ONNX's own domain it knows "" only, not "ai.onnx".
 
-    Tensors are float32; float16 and bfloat16 are computed in float32 and rounded once. A training node of
-    opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the biased variance
-    of the batch (ONNX Runtime gives 1 / sqrt(variance + epsilon) there).
+    Float32, float64, float16 and bfloat16; the latter two are computed in float32 and rounded once. A
+    training node of opset 6 to 9 has outputs Y, mean, var, saved_mean and saved_var, of which the last is the
+    biased variance of the batch (ONNX Runtime gives 1 / sqrt(variance + epsilon) there).
 
     Raises
     ------
     ValueError
         When a model is loaded, if its opset is below 6; when it is run, if shapes do not fit.
     TypeError
-        When it is run, if a tensor is float64.
+        When it is run, if a tensor is of another dtype.
     """
 
     op_domain = ""
@@ -106,14 +111,15 @@ class BatchNormalization(OpRun):
 
     def _run(self, x: Any, scale: Any, bias: Any, mean: Any, var: Any, **attributes: Any) -> tuple[Any, ...]:
         shape, x_dtype, statistics_shape, statistics_dtype = x.shape, x.dtype, mean.shape, mean.dtype
-        x, scale, bias, mean, var = map(_float32, self.input, (x, scale, bias, mean, var))
+        real = np.float64 if x_dtype == np.float64 else np.float32
+        scale, bias, mean, var = (a.astype(real, copy=False) for a in (scale, bias, mean, var))
         if x.ndim == 1 or not attributes.get("spatial", 1):  # one channel; each activation is a channel
             x = x.reshape(len(x), math.prod(x.shape[1:]))
             scale, bias, mean, var = (a.ravel() for a in (scale, bias, mean, var))
         eps = float(attributes["epsilon"])
         if not _training(self._schema, self.onnx_node, attributes):
             y = batch_norm(x, mean, var, scale, bias, eps=eps)
-            return (y.reshape(shape).astype(x_dtype, copy=False),)
+            return (y.reshape(shape),)
         # With one value per channel ONNX has variance 0, and fastbn an error unless statistics are given.
         stats = batch_stats(x) if x.size == scale.size else None
         y, stats = batch_norm_forward(x, scale, bias, eps, stats=stats)
@@ -123,7 +129,7 @@ class BatchNormalization(OpRun):
         if self._schema.since_version < 14:
             statistics += [a.astype(x_dtype) for a in (stats.mean, stats.var)]
         return (
-            y.reshape(shape).astype(x_dtype, copy=False),
+            y.reshape(shape),
             *(a.reshape(statistics_shape) for a in statistics),
         )
 
@@ -158,12 +164,6 @@ def _training(schema: Any, node: Any, attributes: dict[str, Any]) -> bool:
     if schema.since_version == 6:
         return not attributes["is_test"]
     return any(node.output[1:])  # opsets 7 and 9: by the outputs that are asked for
-
-
-def _float32(name: str, array: Any) -> Any:
-    if array.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {array.dtype.name}")
-    return array.astype(np.float32, copy=False)
 
 
 def _find(graph: Any, wanted: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastbn.modules import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, _array
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from numpy.typing import DTypeLike, NDArray
 
 # torch.nn has these, and torchvision, detectron2 and others the last, by this very name.
 _KINDS: dict[str, type[BatchNorm]] = {
@@ -20,7 +22,13 @@ _KINDS: dict[str, type[BatchNorm]] = {
 }
 
 
-def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None = None) -> BatchNorm:
+def from_torch(
+    module_or_state_dict: Any,
+    prefix: str = "",
+    *,
+    eps: float | None = None,
+    dtype: DTypeLike = np.float32,
+) -> BatchNorm:
     """A layer that computes what a batch norm of PyTorch does.
 
     Parameters
@@ -33,12 +41,14 @@ def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None
         Where in the network or state dict the batch norm is, such as ``"layer1.0.bn1"``.
     eps : float, optional
         In place of what the module says, or of the default where it says nothing.
+    dtype : {numpy.float32, numpy.float64}
+        Of the layer, which weights are rounded to.
 
     Returns
     -------
     BatchNorm
         BatchNorm1d, 2d or 3d where the module is one. Values are copied, from any device, and rounded to
-        float32. A module passes on its mode, `eps` and `momentum`. A state dict knows none of these: the
+        `dtype`. A module passes on its mode, `eps` and `momentum`. A state dict knows none of these: the
         layer is in evaluation mode with PyTorch's defaults, ``eps=1e-5`` and ``momentum=0.1``; set them if
         the model had others. A FrozenBatchNorm2d normalizes by its buffers in either mode: its layer is in
         evaluation mode. `track_running_stats` is passed on as it stands, whatever buffers there are.
@@ -49,7 +59,7 @@ def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None
         If there is no batch norm at `prefix`, or one whose `forward` is not PyTorch's own.
     ValueError
         If a state dict has no running statistics at `prefix`, or entries that are not a batch norm's; if a
-        value is beyond float32, a variance plus `eps` below zero, the counter no whole number, or `eps`
+        value is beyond `dtype`, a variance plus `eps` below zero, the counter no whole number, or `eps`
         missing for a module that keeps none.
     AttributeError
         If a network has no module at `prefix`.
@@ -57,7 +67,7 @@ def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None
     prefix = prefix.rstrip(".")
     if isinstance(module_or_state_dict, Mapping):
         state = _state_at(module_or_state_dict, prefix)
-        return _layer(BatchNorm, state, 1e-5 if eps is None else eps).eval()
+        return _layer(BatchNorm, state, 1e-5 if eps is None else eps, dtype).eval()
 
     import torch
 
@@ -100,7 +110,7 @@ def from_torch(module_or_state_dict: Any, prefix: str = "", *, eps: float | None
         raise ValueError(f"{name} at prefix {prefix!r} does not tell its eps; give it, as eps=1e-5 (or 0)")
     state = {key: _array(value) for key, value in module.state_dict().items()}
     num_features = getattr(module, "num_features", None)
-    layer = _layer(kind or _KINDS.get(name, BatchNorm), state, options["eps"], num_features)
+    layer = _layer(kind or _KINDS.get(name, BatchNorm), state, options["eps"], dtype, num_features)
     layer.momentum = options["momentum"]
     layer.track_running_stats = options["track_running_stats"]
     return layer.train(options["training"])
@@ -161,7 +171,11 @@ def _candidates(prefixes: list[str]) -> str:
 
 
 def _layer(
-    kind: type[BatchNorm], state: Mapping[str, NDArray[Any]], eps: float, num_features: int | None = None
+    kind: type[BatchNorm],
+    state: Mapping[str, NDArray[Any]],
+    eps: float,
+    dtype: DTypeLike,
+    num_features: int | None = None,
 ) -> BatchNorm:
     sizes = [state[name].size for name in ("running_mean", "weight") if name in state]
     if num_features is None and not sizes:
@@ -174,6 +188,7 @@ def _layer(
         affine="weight" in state,
         bias="bias" in state,
         track_running_stats="running_mean" in state,
+        dtype=dtype,
     )
     layer.load_state_dict(state)
     return layer

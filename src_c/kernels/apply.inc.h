@@ -1,4 +1,4 @@
-/* apply.inc.h: what the elementwise passes make of a few vectors, forward and backward, from their coefficients. */
+/* apply.inc.h: what the passes make of a few vectors, forward and backward, from their coefficients. */
 
 enum { FORWARD, BACKWARD };
 
@@ -47,7 +47,7 @@ INLINE void move(cursor *a, ptrdiff_t x, ptrdiff_t r, ptrdiff_t dy, ptrdiff_t ou
         a->gr += gr;
 }
 
-INLINE vcoef coef_of_channel(const bn_coef *k, ptrdiff_t c, int direction) {
+INLINE vcoef coef_of_channel(const coefs *k, ptrdiff_t c, int direction) {
     const int b = direction == BACKWARD;
     const vf none = vset1(0);
     const vcoef v = {
@@ -65,7 +65,7 @@ INLINE vcoef coef_of_channel(const bn_coef *k, ptrdiff_t c, int direction) {
 INLINE vf of_columns(const real *v, vt t, int whole) { return whole ? vload(v) : vload_tail(v, t); }
 
 /* Of t alone unless a whole vector is meant, because the others may be another thread's, and being written. */
-INLINE vcoef coef_of_columns(const bn_coef *k, ptrdiff_t c, vt t, int whole, int direction) {
+INLINE vcoef coef_of_columns(const coefs *k, ptrdiff_t c, vt t, int whole, int direction) {
     const int b = direction == BACKWARD;
     const vf none = vset1(0);
     const vcoef v = {
@@ -121,24 +121,29 @@ INLINE batch part_of_vector(vt t) {
 INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int step, const cursor *a, ptrdiff_t i,
                       batch b, instance of, vf *v, vf *g) {
     vf d[4];
-    UNROLLED for (int j = 0; j < b.n; j++) {
-        const ptrdiff_t at = i + j * b.distance;
-        d[j] = vsub(element_at(a->x + at, b.t, b.whole), k[j * step].mean);
-        if (of.direction == FORWARD || of.act != PLAIN)
-            v[j] = z_at(p, &k[j * step], a, at, d[j], b.t, b.whole, of);
-        if (of.direction == BACKWARD)
-            g[j] = element_at(a->dy + at, b.t, b.whole);
+    const int at_once = of.act == ANY ? b.n : 1; /* one after the other takes fewer registers */
+    UNROLLED for (int first = 0; first < b.n; first += at_once) {
+        UNROLLED for (int j = first; j < first + at_once; j++) {
+            const ptrdiff_t at = i + j * b.distance;
+            d[j] = vsub(element_at(a->x + at, b.t, b.whole), k[j * step].mean);
+            if (of.direction == FORWARD || of.act != PLAIN)
+                v[j] = z_at(p, &k[j * step], a, at, d[j], b.t, b.whole, of);
+            if (of.direction == BACKWARD)
+                g[j] = element_at(a->dy + at, b.t, b.whole);
+        }
+        if (of.direction == FORWARD) {
+            activate(p, act, of.act, at_once, v + first);
+            continue;
+        }
+        pass_gradient(p, act, of.act, at_once, v + first, g + first);
+        UNROLLED for (int j = first; j < first + at_once; j++) {
+            const vcoef *c = &k[j * step];
+            if (of.act == ANY && p->fixed)
+                v[j] = vmul(g[j], c->scale);
+            else
+                v[j] = vfma(vfma(d[j], c->g_proj, vsub(g[j], c->g_mean)), c->scale, c->g_shift);
+        }
     }
-    if (of.direction == FORWARD) {
-        activate(p, act, of.act, b.n, v);
-        return;
-    }
-    pass_gradient(p, act, of.act, b.n, v, g);
-    if (of.act == ANY && p->fixed)
-        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vmul(g[j], k[j * step].scale);
-    else
-        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vfma(
-            vfma(d[j], k[j * step].g_proj, vsub(g[j], k[j * step].g_mean)), k[j * step].scale, k[j * step].g_shift);
 }
 
 INLINE void store_at(const cursor *a, ptrdiff_t i, batch b, instance of, const vf *v, const vf *g) {
@@ -170,6 +175,26 @@ INLINE void apply_at(const bn_problem *p, const vact *act, const vcoef *k, const
     store_at(a, i, b, of, v, g);
 }
 
+/* g and g * (x - mean) * invstd of a batch at offset i, into as many sums of each. */
+INLINE void sum_at(const bn_problem *p, const vact *act, const vcoef *k, const cursor *a, ptrdiff_t i, batch b,
+                   instance of, vf *g_sum, vf *gx_sum) {
+    vf d[4], z[4], g[4];
+    UNROLLED for (int j = 0; j < b.n; j++) {
+        const ptrdiff_t at = i + j * b.distance;
+        d[j] = vsub(element_at(a->x + at, b.t, b.whole), k->mean);
+        if (!b.whole)
+            d[j] = vkeep(d[j], b.t); /* 0 * d must be 0 there */
+        g[j] = vhold(element_at(a->dy + at, b.t, b.whole));
+        if (of.act != PLAIN)
+            z[j] = z_at(p, k, a, at, d[j], b.t, b.whole, of);
+    }
+    pass_gradient(p, act, of.act, b.n, z, g);
+    UNROLLED for (int j = 0; j < b.n; j++) {
+        g_sum[j] = vadd(g_sum[j], g[j]);
+        gx_sum[j] = vfma(g[j], vmul(d[j], k->invstd), gx_sum[j]);
+    }
+}
+
 /* What lies `ahead` of offset i. It lets reads go on while streaming stores drain. */
 INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) {
     vprefetch(a->x + i + a->ahead, cache);
@@ -181,3 +206,17 @@ INLINE void prefetch_at(const cursor *a, ptrdiff_t i, int cache, int direction) 
 INLINE ptrdiff_t before_line(const elem *out) {
     return (ptrdiff_t)((0 - (uintptr_t)out / sizeof(elem)) % (uintptr_t)LINE);
 }
+
+/* Defines a kernel of `direction` from an inline function, streamed and not. */
+#define APPLY(layout, direction, specialize, name)                                                                     \
+    static void name(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {          \
+        if (how->store == BN_STREAMED) {                                                                               \
+            specialize(p, APPLY_STREAMED_##layout##_##direction);                                                      \
+            vfence();                                                                                                  \
+        } else {                                                                                                       \
+            specialize(p, APPLY_CACHED_##layout##_##direction);                                                        \
+        }                                                                                                              \
+    }
+#define APPLY_AS(layout, direction, act, res, store)                                                                   \
+    apply_##layout(p, k, how, e0, e1, (instance){direction, act, res, store})
+#define SUMS_AS(layout, act, res) sum_##layout(p, k, how, to, (instance){BACKWARD, act, res, BN_CACHED})

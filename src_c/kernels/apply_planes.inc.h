@@ -38,7 +38,7 @@ INLINE void apply_run(const bn_problem *p, const vact *act, const vcoef *k, cons
 /* Short planes that follow one another, from offset s of channel c on: vectors keep to those of the output, across
  * planes, with the coefficients of both where they lie in two. Masked stores, one a plane, would take as long as all
  * the rest, and streamed planes would share lines. */
-INLINE void apply_short(const bn_problem *p, const vact *act, const bn_coef *coef, const cursor *a, ptrdiff_t c,
+INLINE void apply_short(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a, ptrdiff_t c,
                         ptrdiff_t s, ptrdiff_t len, instance of) {
     const batch one = whole_vectors(1, 0), two = whole_vectors(2, VL);
     ptrdiff_t i = 0, end = p->S - s;                    /* of channel c */
@@ -78,7 +78,7 @@ INLINE void apply_short(const bn_problem *p, const vact *act, const bn_coef *coe
 INLINE void apply_planes(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
                          ptrdiff_t e1, instance of) {
     const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
-    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     const bn_operand out = of.direction == FORWARD ? p->y : p->grad_input;
     const vact act = activation_of(p);
     ptrdiff_t s = e0 % p->S, c = e0 / p->S % p->C, n = e0 / p->S / p->C;
@@ -103,18 +103,6 @@ INLINE void apply_planes(const bn_problem *problem, const bn_coef *coefficients,
     }
 }
 
-/* Defines a kernel of `direction` from an inline function, streamed and not. */
-#define APPLY(layout, direction, specialize, name)                                                                     \
-    static void name(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {          \
-        if (how->store == BN_STREAMED) {                                                                               \
-            specialize(p, APPLY_STREAMED_##layout##_##direction);                                                      \
-            vfence();                                                                                                  \
-        } else {                                                                                                       \
-            specialize(p, APPLY_CACHED_##layout##_##direction);                                                        \
-        }                                                                                                              \
-    }
-#define APPLY_AS(layout, direction, act, res, store)                                                                   \
-    apply_##layout(p, k, how, e0, e1, (instance){direction, act, res, store})
 #define APPLY_STREAMED_planes_FORWARD(act, res)  APPLY_AS(planes, FORWARD, act, res, BN_STREAMED)
 #define APPLY_CACHED_planes_FORWARD(act, res)    APPLY_AS(planes, FORWARD, act, res, BN_CACHED)
 #define APPLY_STREAMED_planes_BACKWARD(act, res) APPLY_AS(planes, BACKWARD, act, res, BN_STREAMED)

@@ -19,7 +19,7 @@ INLINE cursor row_of(const bn_problem *p, const rowset *b, ptrdiff_t r, int dire
 }
 
 /* Part of one row, in order. */
-INLINE void apply_part(const bn_problem *p, const vact *act, const bn_coef *coef, const cursor *a, ptrdiff_t c,
+INLINE void apply_part(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a, ptrdiff_t c,
                        ptrdiff_t end, instance of) {
     of.store = BN_CACHED;
     for (; c + VL <= end; c += VL) {
@@ -50,7 +50,7 @@ INLINE cursor held_at(const cursor *a, ptrdiff_t i, instance of) {
 /* Several rows at a time, at one distance in every operand: coefficients in memory cost more than what they are
  * applied to. With `ahead`, the next so many rows are prefetched in the order of memory, which several rows at once
  * hide from the hardware. */
-INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef *coef, const rowset *b, ptrdiff_t r,
+INLINE void apply_some_rows(const bn_problem *p, const vact *act, const coefs *coef, const rowset *b, ptrdiff_t r,
                             int rows, int ahead, int from_end, instance of) {
     const ptrdiff_t K = p->C * p->fold, distance = p->pitch * p->fold;
     cursor a = row_of(p, b, r, of.direction);
@@ -84,7 +84,7 @@ INLINE void apply_some_rows(const bn_problem *p, const vact *act, const bn_coef 
 }
 
 /* So many at a time from row r on; returns the row after them. */
-INLINE ptrdiff_t apply_rows_by(const bn_problem *p, const vact *act, const bn_coef *coef, const rowset *b, ptrdiff_t r,
+INLINE ptrdiff_t apply_rows_by(const bn_problem *p, const vact *act, const coefs *coef, const rowset *b, ptrdiff_t r,
                                int rows, int ahead, int from_end, instance of) {
     for (; r + rows <= b->rows; r += rows)
         apply_some_rows(p, act, coef, b, r, rows, ahead, from_end, of);
@@ -93,7 +93,7 @@ INLINE ptrdiff_t apply_rows_by(const bn_problem *p, const vact *act, const bn_co
 
 /* Packed rows in memory's order, from a line of the output on: the coefficients of so many vectors, after which the
  * channels begin again, stay in registers. Returns where whole periods end. */
-INLINE ptrdiff_t apply_periods(const bn_problem *p, const bn_coef *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
+INLINE ptrdiff_t apply_periods(const bn_problem *p, const coefs *coef, ptrdiff_t e0, ptrdiff_t e1, int vectors,
                                instance of) {
     const ptrdiff_t K = p->C * p->fold, period = vectors * VL, len = (e1 - e0) / period * period;
     const cursor a = cursor_at(p, 0, 0, e0, of.direction);
@@ -124,7 +124,7 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
                        ptrdiff_t e1, instance of) {
     /* Copies: to the compiler a vector may be stored to whatever there is a pointer to, these included. */
     const bn_problem local = *problem, *const p = &local;
-    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     const bn_pass local_pass = *how, *const pass = &local_pass;
     const ptrdiff_t K = p->C * p->fold;
     const int rotate = p->packed && K % LINE == 0;

@@ -80,7 +80,7 @@ static void settle_waiting(const bn_problem *p, waiting *w, const bn_tiles *to, 
 }
 
 /* Tile d of cols <= VL channels from `other` on, and the elementwise pass of those from c on. */
-INLINE void overlap_tile(const bn_problem *p, const vact *act, const bn_coef *coef, const bn_pass *how, const tile *d,
+INLINE void overlap_tile(const bn_problem *p, const vact *act, const coefs *coef, const bn_pass *how, const tile *d,
                          ptrdiff_t c, ptrdiff_t other, ptrdiff_t cols, instance of, waiting *w) {
     vf sum[VL][LANES / VL], sq[VL][LANES / VL];
     ptrdiff_t sample[SAMPLES];
@@ -116,7 +116,7 @@ INLINE void overlap_tile(const bn_problem *p, const vact *act, const bn_coef *co
 INLINE void overlap(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t done,
                     const bn_tiles *to, instance of) {
     const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
-    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     const vact act = activation_of(p);
     const ptrdiff_t channels = to->c1 - to->c0;
     waiting w;

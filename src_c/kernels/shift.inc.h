@@ -1,9 +1,10 @@
 /* shift.inc.h: the value near a tile's mean that its values are summed from, and what becomes of the shifted sums. */
 
-#define TINY 1e-30 /* below this the squares have lost bits to underflow */
+/* Below this the squares have lost bits to underflow. */
+#define TINY (sizeof(real) == 4 ? 1e-30 : 1e-280)
 
 /* In place of squared deviations, where the sums of shifted values tell too little: */
-#define UNSOUND -1.0 /* float32 has not the range, or the shift was too far off the mean */
+#define UNSOUND -1.0 /* the lanes have not the range, or the shift was too far off the mean */
 #define FLAT    -2.0 /* either all values are alike, or their squares have underflowed */
 
 /* The variance loses accuracy with the square of the deviations that the shift was off the mean. Columns, which are
@@ -18,21 +19,12 @@ static int settle(double n, double off, ptrdiff_t cols, const real *shift, const
     int any = 0;
     for (ptrdiff_t c = 0; c < cols; c++) {
         const double s = sum[c], q = sq[c], a = s / n, m = q - s * a;
-        const int unsound = !(off * (s * a) <= q) | !(q <= FLT_MAX), flat = q < TINY;
+        const int unsound = !(off * (s * a) <= q) | !(q <= REAL_MAX), flat = q < TINY;
         mean[c] = shift[c] + a;
         m2[c] = unsound ? UNSOUND : flat ? FLAT : m > 0.0 ? m : 0.0;
         any |= unsound | flat;
     }
     return any;
-}
-
-static int alike(const elem *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len) {
-    const real first = widen(*x);
-    int differ = 0;
-    for (ptrdiff_t r = 0; r < runs; r++)
-        for (ptrdiff_t i = 0; i < len; i++)
-            differ |= widen(x[r * stride + i]) != first;
-    return !differ;
 }
 
 /* In float64, twice over the values; eight partial sums, because one would wait for itself. */
@@ -69,7 +61,7 @@ INLINE vf vmedian3(vf a, vf b, vf c) { return vmax(vmin(a, b), vmin(vmax(a, b), 
 /* Runs of less than a line have too few values for that. */
 INLINE void samples(const bn_problem *p, const tile *a, ptrdiff_t *at) {
     for (int i = 0; i < SAMPLES; i++)
-        at[i] = i * min_z(a->len, NEAR) / SAMPLES + (a->len < LINE ? i * a->runs / SAMPLES * p->x.outer : 0);
+        at[i] = i * min_z(a->len, NEAR) / SAMPLES + (a->len < BN_LINE ? i * a->runs / SAMPLES * p->x.outer : 0);
 }
 
 /* Of small tiles three values will do: the others would take as long as the sums. One channel after the other: vectors

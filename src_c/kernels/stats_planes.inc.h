@@ -81,6 +81,15 @@ INLINE void add_lanes(ptrdiff_t cols, vf *s, real *sum) {
     vstore(sum, vsums(s));
 }
 
+static int alike(const elem *x, ptrdiff_t stride, ptrdiff_t runs, ptrdiff_t len) {
+    const real first = widen(*x);
+    int differ = 0;
+    for (ptrdiff_t r = 0; r < runs; r++)
+        for (ptrdiff_t i = 0; i < len; i++)
+            differ |= widen(x[r * stride + i]) != first;
+    return !differ;
+}
+
 /* Once more a tile whose sums were unsound, from cache: about the mean that they told, which is as good as a guess can
  * be, or where that does not help in float64. */
 static void settle_again(const bn_problem *p, const tile *a, const elem *x, double *mean, double *m2) {

@@ -1,25 +1,5 @@
 /* sums_planes.inc.h: each tile's sums for the backward pass, of planes. */
 
-/* g and g * (x - mean) * invstd of a batch at offset i, into as many sums of each. */
-INLINE void sum_at(const bn_problem *p, const vact *act, const vcoef *k, const cursor *a, ptrdiff_t i, batch b,
-                   instance of, vf *g_sum, vf *gx_sum) {
-    vf d[4], z[4], g[4];
-    UNROLLED for (int j = 0; j < b.n; j++) {
-        const ptrdiff_t at = i + j * b.distance;
-        d[j] = vsub(element_at(a->x + at, b.t, b.whole), k->mean);
-        if (!b.whole)
-            d[j] = vkeep(d[j], b.t); /* 0 * d must be 0 there */
-        g[j] = vhold(element_at(a->dy + at, b.t, b.whole));
-        if (of.act != PLAIN)
-            z[j] = z_at(p, k, a, at, d[j], b.t, b.whole, of);
-    }
-    pass_gradient(p, act, of.act, b.n, z, g);
-    UNROLLED for (int j = 0; j < b.n; j++) {
-        g_sum[j] = vadd(g_sum[j], g[j]);
-        gx_sum[j] = vfma(g[j], vmul(d[j], k->invstd), gx_sum[j]);
-    }
-}
-
 /* As add_shifted does, from a cursor that it may move. */
 INLINE void add_grads(const bn_problem *p, const vact *act, const vcoef *k, cursor from, ptrdiff_t runs, ptrdiff_t len,
                       instance of, int lanes, vf *g, vf *gx) {
@@ -60,8 +40,8 @@ INLINE void add_grads(const bn_problem *p, const vact *act, const vcoef *k, curs
 }
 
 /* The sums of one channel's tile, still in VL lanes. */
-INLINE void sum_plane(const bn_problem *p, const vact *act, const bn_coef *coef, const tile *b, ptrdiff_t c,
-                      instance of, vf *g, vf *gx) {
+INLINE void sum_plane(const bn_problem *p, const vact *act, const coefs *coef, const tile *b, ptrdiff_t c, instance of,
+                      vf *g, vf *gx) {
     const vcoef k = coef_of_channel(coef, c, BACKWARD);
     vf s[LANES / VL], q[LANES / VL];
     for (int j = 0; j < LANES / VL; j++)
@@ -90,7 +70,7 @@ INLINE void store_sums(ptrdiff_t cols, vf *s, vf *q, double *g, double *gx) {
 }
 
 /* As short_stats does; the next sample's run is prefetched if there is something `ahead`. */
-INLINE void short_sums(const bn_problem *p, const vact *act, const bn_coef *coef, const tile *b, ptrdiff_t c0,
+INLINE void short_sums(const bn_problem *p, const vact *act, const coefs *coef, const tile *b, ptrdiff_t c0,
                        ptrdiff_t cols, int ahead, instance of, double *g, double *gx) {
     vf sum[SHORT_BLOCK * SHORT_LANES / VL], sq[SHORT_BLOCK * SHORT_LANES / VL];
     for (ptrdiff_t r = 0; r < b->runs; r++) {
@@ -116,7 +96,9 @@ INLINE void short_sums(const bn_problem *p, const vact *act, const bn_coef *coef
         store_sums(min_z(VL, cols - c), sum + c, sq + c, g + c, gx + c);
 }
 
-INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, const bn_pass *how, const bn_tiles *to, instance of) {
+INLINE void sum_planes(const bn_problem *p, const bn_coef *coefficients, const bn_pass *how, const bn_tiles *to,
+                       instance of) {
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     const ptrdiff_t step = p->S <= BN_SHORT_PLANE ? SHORT_BLOCK : VL;
     const vact act = activation_of(p);
     for (ptrdiff_t t = to->t0; t < to->t1; t++) {
@@ -135,8 +117,7 @@ INLINE void sum_planes(const bn_problem *p, const bn_coef *coef, const bn_pass *
     }
 }
 
-#define SUMS_AS(layout, act, res) sum_##layout(p, k, how, to, (instance){BACKWARD, act, res, BN_CACHED})
-#define SUMS_planes(act, res)     SUMS_AS(planes, act, res)
+#define SUMS_planes(act, res) SUMS_AS(planes, act, res)
 static void sums_planes(const bn_problem *p, const bn_coef *k, const bn_pass *how, const bn_tiles *to) {
     SPECIALIZE_SUMS(p, SUMS_planes);
 }

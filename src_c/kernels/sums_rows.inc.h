@@ -10,8 +10,8 @@ INLINE void move_on(cursor *a, ptrdiff_t n, instance of) {
 }
 
 /* As add_rows does; with `ahead`, the next so many rows are prefetched. */
-INLINE void sum_some_rows(const bn_problem *p, const vact *act, const bn_coef *coef, const cursor *a, int rows,
-                          int ahead, ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, instance of) {
+INLINE void sum_some_rows(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a, int rows, int ahead,
+                          ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, instance of) {
     const ptrdiff_t K = p->C * p->fold;
     const vt tail = vtail(cols % VL);
     cursor here = *a, next = *a;
@@ -44,7 +44,7 @@ INLINE void sum_some_rows(const bn_problem *p, const vact *act, const bn_coef *c
 }
 
 /* As tile_stats. */
-INLINE void tile_sums(const bn_problem *p, const vact *act, const bn_coef *coef, const bn_pass *how, ptrdiff_t row0,
+INLINE void tile_sums(const bn_problem *p, const vact *act, const coefs *coef, const bn_pass *how, ptrdiff_t row0,
                       ptrdiff_t rows, ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, instance of, double *g,
                       double *gx) {
     memset(g, 0, (size_t)cols * sizeof *g);
@@ -70,7 +70,7 @@ INLINE void tile_sums(const bn_problem *p, const vact *act, const bn_coef *coef,
 INLINE void sum_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, const bn_tiles *to,
                      instance of) {
     const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
-    const bn_coef local_coef = *coefficients, *const coef = &local_coef;
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     const vact act = activation_of(p);
     real *const sum = (real *)to->room, *const sq = sum + PANEL;
     const ptrdiff_t rest = p->N * p->S % p->fold * p->C;

@@ -46,3 +46,35 @@ INLINE vf vsums(const vf *v) {
     }
     return _mm256_add_ps(_mm256_shuffle_ps(a[0], a[2], 0x88), _mm256_shuffle_ps(a[0], a[2], 0xdd));
 }
+
+typedef __m128i vh;
+typedef __m256i vi;
+INLINE int vbit(vt t, int i) { return _mm256_movemask_ps(_mm256_castsi256_ps(t)) >> i & 1; }
+INLINE vh vhload(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
+INLINE vh vhload_tail(const uint16_t *p, vt t) {
+    uint16_t b[VL] = {0};
+    for (int i = 0; vbit(t, i); i++)
+        b[i] = p[i];
+    return vhload(b);
+}
+INLINE void vhstore(uint16_t *p, vh a) { _mm_storeu_si128((__m128i *)p, a); }
+INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
+    uint16_t b[VL];
+    vhstore(b, a);
+    for (int i = 0; vbit(t, i); i++)
+        p[i] = b[i];
+}
+INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si128((__m128i *)p, a); }
+INLINE vi vhwiden(vh a) { return _mm256_cvtepu16_epi32(a); }
+INLINE vh vhnarrow(vi a) { return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }
+INLINE vf vfloat(vi a) { return _mm256_castsi256_ps(a); }
+INLINE vi vbits(vf a) { return _mm256_castps_si256(a); }
+INLINE vi viset1(uint32_t a) { return _mm256_set1_epi32((int)a); }
+INLINE vi viadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vi viand(vi a, vi b) { return _mm256_and_si256(a, b); }
+INLINE vi vior(vi a, vi b) { return _mm256_or_si256(a, b); }
+INLINE vi vishl(vi a, int n) { return _mm256_slli_epi32(a, n); }
+INLINE vi vishr(vi a, int n) { return _mm256_srli_epi32(a, n); }
+#define F16_HARDWARE 1
+INLINE vf vf16(vh a) { return _mm256_cvtph_ps(a); }
+INLINE vh vto_f16(vf a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }

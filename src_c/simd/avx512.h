@@ -46,3 +46,24 @@ INLINE vf vsums(const vf *v) {
     }
     return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[2], 0x88), _mm512_shuffle_ps(a[0], a[2], 0xdd));
 }
+
+typedef __m256i vh;
+typedef __m512i vi;
+INLINE vh vhload(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE vh vhload_tail(const uint16_t *p, vt t) { return _mm256_maskz_loadu_epi16(t, p); }
+INLINE void vhstore(uint16_t *p, vh a) { _mm256_storeu_si256((__m256i *)p, a); }
+INLINE void vhstore_tail(uint16_t *p, vh a, vt t) { _mm256_mask_storeu_epi16(p, t, a); }
+INLINE void vhstream(uint16_t *p, vh a) { _mm256_stream_si256((__m256i *)p, a); }
+INLINE vi vhwiden(vh a) { return _mm512_cvtepu16_epi32(a); }
+INLINE vh vhnarrow(vi a) { return _mm512_cvtepi32_epi16(a); }
+INLINE vf vfloat(vi a) { return _mm512_castsi512_ps(a); }
+INLINE vi vbits(vf a) { return _mm512_castps_si512(a); }
+INLINE vi viset1(uint32_t a) { return _mm512_set1_epi32((int)a); }
+INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vi viand(vi a, vi b) { return _mm512_and_si512(a, b); }
+INLINE vi vior(vi a, vi b) { return _mm512_or_si512(a, b); }
+INLINE vi vishl(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
+INLINE vi vishr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
+#define F16_HARDWARE 1
+INLINE vf vf16(vh a) { return _mm512_cvtph_ps(a); }
+INLINE vh vto_f16(vf a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }

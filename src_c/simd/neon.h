@@ -63,3 +63,34 @@ INLINE vf vsums(const vf *v) {
         a[i] = vadd_f32(vget_low_f32(v[i]), vget_high_f32(v[i]));
     return vpaddq_f32(vcombine_f32(a[0], a[1]), vcombine_f32(a[2], a[3]));
 }
+
+typedef uint16x4_t vh;
+typedef uint32x4_t vi;
+INLINE vh vhload(const uint16_t *p) { return vld1_u16(p); }
+INLINE vh vhload_tail(const uint16_t *p, vt t) {
+    uint16_t b[VL] = {0};
+    for (int i = 0; i < t; i++)
+        b[i] = p[i];
+    return vhload(b);
+}
+INLINE void vhstore(uint16_t *p, vh a) { vst1_u16(p, a); }
+INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
+    uint16_t b[VL];
+    vhstore(b, a);
+    for (int i = 0; i < t; i++)
+        p[i] = b[i];
+}
+INLINE void vhstream(uint16_t *p, vh a) { vhstore(p, a); }
+INLINE vi vhwiden(vh a) { return vmovl_u16(a); }
+INLINE vh vhnarrow(vi a) { return vmovn_u32(a); }
+INLINE vf vfloat(vi a) { return vreinterpretq_f32_u32(a); }
+INLINE vi vbits(vf a) { return vreinterpretq_u32_f32(a); }
+INLINE vi viset1(uint32_t a) { return vdupq_n_u32(a); }
+INLINE vi viadd(vi a, vi b) { return vaddq_u32(a, b); }
+INLINE vi viand(vi a, vi b) { return vandq_u32(a, b); }
+INLINE vi vior(vi a, vi b) { return vorrq_u32(a, b); }
+INLINE vi vishl(vi a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
+INLINE vi vishr(vi a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
+#define F16_HARDWARE 1
+INLINE vf vf16(vh a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
+INLINE vh vto_f16(vf a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }

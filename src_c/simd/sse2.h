@@ -59,3 +59,33 @@ INLINE vf vsums(const vf *v) {
     const vf b = _mm_add_ps(_mm_movelh_ps(v[2], v[3]), _mm_movehl_ps(v[3], v[2]));
     return _mm_add_ps(_mm_shuffle_ps(a, b, 0x88), _mm_shuffle_ps(a, b, 0xdd));
 }
+
+typedef __m128i vh; /* its lower half */
+typedef __m128i vi;
+INLINE vh vhload(const uint16_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
+INLINE vh vhload_tail(const uint16_t *p, vt t) {
+    uint16_t b[VL] = {0};
+    for (int i = 0; i < t; i++)
+        b[i] = p[i];
+    return vhload(b);
+}
+INLINE void vhstore(uint16_t *p, vh a) { _mm_storel_epi64((__m128i *)p, a); }
+INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
+    uint16_t b[VL];
+    vhstore(b, a);
+    for (int i = 0; i < t; i++)
+        p[i] = b[i];
+}
+INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si64((long long *)p, _mm_cvtsi128_si64(a)); }
+INLINE vi vhwiden(vh a) { return _mm_unpacklo_epi16(a, _mm_setzero_si128()); }
+INLINE vh vhnarrow(vi a) { /* the pack there is saturates signed values */
+    return _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(a, 16), 16), _mm_setzero_si128());
+}
+INLINE vf vfloat(vi a) { return _mm_castsi128_ps(a); }
+INLINE vi vbits(vf a) { return _mm_castps_si128(a); }
+INLINE vi viset1(uint32_t a) { return _mm_set1_epi32((int)a); }
+INLINE vi viadd(vi a, vi b) { return _mm_add_epi32(a, b); }
+INLINE vi viand(vi a, vi b) { return _mm_and_si128(a, b); }
+INLINE vi vior(vi a, vi b) { return _mm_or_si128(a, b); }
+INLINE vi vishl(vi a, int n) { return _mm_slli_epi32(a, n); }
+INLINE vi vishr(vi a, int n) { return _mm_srli_epi32(a, n); }

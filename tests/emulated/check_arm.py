@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from problems import DRIVER, PARTS, ROOT, Job, assert_same, groups, results_of, run
+from problems import DRIVER, ROOT, Job, assert_same, groups, objects_in, results_of, run
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="x86-64 only: what is compared with is AVX2"
@@ -46,9 +46,8 @@ def drivers(arm_build):
     """How to run the driver on each machine."""
     strict = ["-O2", "-std=c11", "-Wall", "-Wextra", "-Werror"]
     for compiler, build, *link in (("aarch64-linux-gnu-gcc", ARM, "-static"), ("cc", NATIVE)):
-        parts = [build / f"src_c/{name}.o" for name in PARTS]
-        objects = [*build.glob("kernels_*.o"), *parts]
-        run(compiler, *strict, *link, "-Isrc_c", DRIVER, *objects, "-lm", "-lpthread", "-o", build / "driver")
+        linked = [*strict, *link, "-Isrc_c", DRIVER, *objects_in(build), "-lm", "-lpthread"]
+        run(compiler, *linked, "-o", build / "driver")
     return {"arm": ["qemu-aarch64", ARM / "driver", "baseline"], "avx2": [NATIVE / "driver", "avx2"]}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from problems import DRIVER, PARTS, ROOT, Job, assert_same, groups, results_of, run  # noqa: E402
+from problems import DRIVER, ROOT, Job, assert_same, groups, objects_in, results_of, run  # noqa: E402
 
 from fastbn import _kernels  # noqa: E402
 
@@ -25,9 +25,8 @@ def build(folder, flags):
     """The driver, with objects built by setup.py's flags and these."""
     cross = {"CC": "gcc", "CFLAGS": flags, "LDFLAGS": flags}
     run(sys.executable, "setup.py", "--quiet", "build_ext", "--debug", "-t", folder, "-b", folder, **cross)
-    objects = [*folder.glob("kernels_*.o"), *(folder / f"src_c/{name}.o" for name in PARTS)]
     strict = ["-O1", "-g", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Isrc_c", *flags.split()]
-    run("gcc", *strict, DRIVER, *objects, "-lm", "-lpthread", "-o", folder / "driver")
+    run("gcc", *strict, DRIVER, *objects_in(folder), "-lm", "-lpthread", "-o", folder / "driver")
     return folder / "driver"
 
 
@@ -68,11 +67,8 @@ def test_how_much_is_reached(tmp_path, capsys):
             for _ in results_of([driver, isa], jobs, where):
                 pass
     reached = {}
-    for name in ("plan", "schedule", "workplace", "kernels_avx2", "kernels_avx512", "kernels_baseline"):
-        objects = list(folder.rglob(f"{name}.gcda"))
-        if not objects:
-            continue
-        done = run("gcov", "--no-output", "--object-directory", objects[0].parent, objects[0], LC_ALL="C")
+    for file in folder.rglob("*.gcda"):
+        done = run("gcov", "--no-output", "--object-directory", file.parent, file, LC_ALL="C")
         for file, share, lines in re.findall(
             r"File '(?:.*/)?src_c/(\S+)'\nLines executed:([\d.]+)% of (\d+)", done.stdout
         ):

@@ -194,7 +194,7 @@ static void inference(bn_call *call, const header *h, const float *running_mean,
     double *mean = memory(MEAN, (size_t)h->C * sizeof *mean), *var = memory(VAR, (size_t)h->C * sizeof *var);
     const size_t step = ((size_t)(h->C * call->p.fold + BN_LINE) * sizeof(float) + 63) / 64 * 64;
     bn_coef_at(&call->k, memory(COEF, 3 * step), step, 0);
-    call->K->running_coef(&call->p, running_mean, running_var, &call->source, &call->k);
+    call->K->terms[BN_f32]->running_coef(&call->p, running_mean, running_var, &call->source, &call->k);
     operate(call, BN_INFERENCE, (int)h->threads);
     for (int64_t c = 0; c < h->C; c++) {
         mean[c] = running_mean[c];
@@ -258,9 +258,9 @@ static void run(const bn_kernels *K, const header *h) {
     tuning = bn_tunings[machine.class];
     tuning.cache = h->cache;
     tuning.group = h->group;
-    machine.lanes = K->lanes;
-    machine.held = K->held;
-    machine.overlaps = K->overlaps;
+    machine.lanes = K->terms[BN_f32]->lanes;
+    machine.held = K->terms[BN_f32]->held;
+    machine.overlaps = K->terms[BN_f32]->overlaps;
 
     call.p.x = operand_of(h, X, read_operand(h, X));
     void *residual = read_operand(h, RESIDUAL), *grad_output = read_operand(h, GRAD_OUTPUT);

@@ -14,6 +14,13 @@ ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.c")
 PARTS = ("dispatch", "machine", "plan", "schedule", "workplace")  # of src_c, beside the kernels
 
+
+def objects_in(folder):
+    """What the driver is linked with, of a build in that folder."""
+    loops = [file for part in ("planes", "rows", "terms") for file in folder.glob(f"{part}_*.o")]
+    return [*loops, *(folder / f"src_c/{name}.o" for name in PARTS)]
+
+
 GAP = 0x5A5A5A5A  # what driver.c fills memory with
 WAY = "way, tiles, rows, stores"
 BACKWARD = {
