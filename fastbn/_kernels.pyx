@@ -89,6 +89,11 @@ def tune(Py_ssize_t serial=-1, Py_ssize_t cache=-1, Py_ssize_t group=-1):
         TUNING.group = group
 
 
+def dtypes():
+    """The names of what kernels work on."""
+    return list(ELEMENTS)
+
+
 def machines():
     """The names of machines that plans can be made for."""
     cdef int i = 0

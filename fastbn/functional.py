@@ -52,14 +52,15 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, rank >= 2
+    x : ndarray of float32, float64, float16 or bfloat16 (of ml_dtypes), rank >= 2
         Not changed, unless it is also `out`. Walked without a copy where its memory is NCHW or channels-last,
         with any stride over batch and channels; copied once otherwise.
     running_mean, running_var : ndarray of float32, or both of float64, shape (C,), or None
         Running statistics. In training they are updated in place, or both None, and overlap nothing else;
         otherwise they are needed, and each variance plus `eps` is >= 0. See :func:`update_running` for when
         to prefer float64.
-    weight, bias : ndarray of float32, shape (C,), or None
+    weight, bias : ndarray of float32, or float64 where `x` is, shape (C,), or None
+        Those of float16 and bfloat16 are widened.
         1 and 0 where None.
     training : bool
         Normalize with the statistics of `x`, and update the running ones.
@@ -72,26 +73,28 @@ def batch_norm(
     unbiased : bool
         Update `running_var` with the unbiased variance, n / (n - 1) of the one that normalizes, as PyTorch
         does; False for Keras, ONNX and Flax.
-    residual : ndarray of float32, shape of `x`, or None
+    residual : ndarray of the dtype and shape of `x`, or None
         Added before the activation.
     activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
         Applied in the same pass over memory.
     negative_slope : float
         Of "leaky_relu".
-    out : ndarray of float32, shape of `x`, or None
+    out : ndarray of the dtype and shape of `x`, or None
         Where the result goes. May be `x`, and may overlap nothing else.
     num_threads : int or None
         At most so many threads; None for :func:`fastbn.get_num_threads`. Never changes a result.
 
     Returns
     -------
-    ndarray of float32, shape of `x`
+    ndarray of the dtype and shape of `x`
+        A half is what float32 gives for the widened values, rounded once to nearest even.
         `out`, or a new array in the memory order of `x`.
 
     Raises
     ------
     TypeError
-        If an array is not float32 in native byte order, or of the running ones only one is float64.
+        If an array is of another dtype or byte order, dtypes are mixed otherwise than said above, or of the
+        running ones only one is float64.
     ValueError
         If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
         channel has one value only or a running array is read-only. Nothing has been written then.
@@ -125,7 +128,7 @@ def batch_stats(x: Array, *, axis: int = 1, num_threads: int | None = None) -> B
 
     Parameters
     ----------
-    x : ndarray of float32, rank >= 2
+    x : ndarray of float32, float64, float16 or bfloat16 (of ml_dtypes), rank >= 2
     axis : int
         The channels' axis.
     num_threads : int or None
@@ -169,7 +172,7 @@ def batch_norm_forward(
 
     Returns
     -------
-    y : ndarray of float32, shape of `x`
+    y : ndarray of the dtype and shape of `x`
     stats : BatchStats
         What it was normalized with; :func:`batch_norm_backward` wants it.
 
@@ -215,7 +218,7 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    grad_output : ndarray of float32, shape of `x`
+    grad_output : ndarray of the dtype and shape of `x`
         Gradient of the loss with respect to the output.
     x, weight, bias, eps, axis, residual, activation, negative_slope, num_threads
         Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
@@ -225,12 +228,12 @@ def batch_norm_backward(
         `sums` of at least as many.
     training : bool
         Whether the gradient goes through `stats`, as those of `x`; False takes them as constants.
-    out : ndarray of float32, shape of `x`, or None
+    out : ndarray of the dtype and shape of `x`, or None
         Where grad_input goes. May overlap no input.
     sums : GradSums or None
         Where `x` is a part of the batch that `stats` are of: :func:`batch_norm_backward_sums` of all parts,
         merged. Then grad_weight and grad_bias are those of the whole batch.
-    output : ndarray of float32, shape of `x`, or None
+    output : ndarray of the dtype and shape of `x`, or None
         What the forward call returned. The mask of "relu", "relu6" or "leaky_relu" (of a slope above 0) is
         found from it, with the same result, and the residual need not be kept.
     needs : collection of str
@@ -241,7 +244,7 @@ def batch_norm_backward(
     -------
     BatchNormGrads
         grad_input and grad_residual (None without `residual` and `output`) of the shape of `x`, grad_weight
-        and grad_bias of shape (C,), all float32. None in place of what `needs` does not name.
+        and grad_bias of shape (C,), of the dtype of parameters. None in place of what `needs` does not name.
 
     Raises
     ------
