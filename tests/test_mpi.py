@@ -71,6 +71,7 @@ def told_by(done):
     return sorted(re.findall(r"rank \d: \d", done.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells of CPUs")
 @pytest.mark.parametrize(
     ("size", "environment", "expected"),
@@ -112,6 +113,7 @@ for ours, theirs in zip(network[1::2], alone[1::2], strict=True):
 
 
 @pytest.mark.skipif(not PAGE.exists(), reason="the tests were copied without docs/")
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_guide(size, tmp_path):
     """Every program of docs/many_machines.md that is for MPI."""
