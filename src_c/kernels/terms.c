@@ -4,6 +4,8 @@
 
 #define BLOCK 64 /* channels at a time */
 
+#include "kernels/running.inc.h"
+
 /* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
  * and a tile adds n * (its mean - the mean)^2 to its own squared deviations. Means are taken relative to the first
  * tile's, so that equal ones pool to exactly themselves. Of n <= BLOCK channels, `at` after the first of `from`. */
@@ -208,39 +210,6 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_sourc
         coef_block(cb, n, hi, lo, v, from, &k);
     }
     repeat_coef(p, c0, c1, &k);
-}
-
-INLINE void move_towards(char *value, ptrdiff_t stride, char *exact, ptrdiff_t exact_stride, const double *batch,
-                         const double *finite, ptrdiff_t c0, ptrdiff_t c1, double momentum, double factor) {
-    for (ptrdiff_t c = c0; c < c1; c++) {
-        if (finite && !(fabs(finite[c]) <= REAL_MAX))
-            continue;
-        float v = 0.0f;
-        double a = 0.0;
-        if (value) /* memcpy: aligned or not */
-            memcpy(&v, value + c * stride, sizeof v);
-        if (exact)
-            memcpy(&a, exact + c * exact_stride, sizeof a);
-        if (value)
-            a = exact && (float)a == v ? a : v;
-        a = (1.0 - momentum) * a + momentum * (batch[c] * factor);
-        v = (float)a;
-        if (value)
-            memcpy(value + c * stride, &v, sizeof v);
-        if (exact)
-            memcpy(exact + c * exact_stride, &a, sizeof a);
-    }
-}
-
-static void move_running(const bn_running *r, const double *batch, const double *finite, ptrdiff_t c0, ptrdiff_t c1,
-                         double momentum, double factor) {
-    /* constants to the compiler, which then takes several at a time */
-    if (finite || !r->value || r->stride != sizeof(float))
-        move_towards(r->value, r->stride, r->exact, r->exact_stride, batch, finite, c0, c1, momentum, factor);
-    else if (r->exact)
-        move_towards(r->value, sizeof(float), r->exact, sizeof(double), batch, NULL, c0, c1, momentum, factor);
-    else
-        move_towards(r->value, sizeof(float), NULL, 0, batch, NULL, c0, c1, momentum, factor);
 }
 
 static void running_coef(const bn_problem *p, const void *running_mean, const void *running_var, const bn_source *from,
