@@ -169,8 +169,9 @@ class Oracle:
         self.channels = np.unique(np.linspace(0, c - 1, min(c, 6)).astype(int))
 
         def pick(a):
-            a = a.reshape(a.shape[0], a.shape[1], -1) if a.ndim > 1 else a[None, :, None]
-            return a[:, self.channels].astype(np.float64)
+            a = np.moveaxis(a, d.axis, 1) if a.ndim > 1 else a[None, :]
+            a = a[:, self.channels]
+            return a.reshape(*a.shape[:2], -1).astype(np.float64)
 
         x, dy = pick(d.x), pick(d.grad_output)
         w, b, mean, var = (pick(a) for a in (d.weight, d.bias, d.running_mean, d.running_var))

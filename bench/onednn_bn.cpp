@@ -100,6 +100,8 @@ struct batch_norm {
         for (int arg : {DNNL_ARG_DIFF_SCALE, DNNL_ARG_DIFF_SHIFT})
             mem[arg] = memory(channels, cpu);
         args bn_args = mem;
+        for (int arg : {DNNL_ARG_DST, DNNL_ARG_SHIFT}) // not read here, and an error to oneDNN 3.2
+            bn_args.erase(arg);
         if (how == by_own_primitive) {
             bn_args[DNNL_ARG_DIFF_DST] = memory(data, cpu);
             const auto alg = algorithm::eltwise_relu_use_dst_for_bwd;
@@ -152,6 +154,10 @@ const char *onednn_version() {
     static const std::string text =
         std::to_string(v->major) + "." + std::to_string(v->minor) + "." + std::to_string(v->patch);
     return text.c_str();
+}
+
+int onednn_probe() {
+    return guarded([] { engine(engine::kind::cpu, 0); });
 }
 
 const char *onednn_error() { return last_error.c_str(); }

@@ -270,12 +270,16 @@ class TorchCompile(PyTorch):
 
 
 class Numba(Contestant):
-    """The kernels of numba_bn.py, alone and shared out between threads."""
+    """The kernels of numba_bn.py, shared out between threads, small arrays also not.
+
+    Their compilation takes a minute of the first run; it is kept in build/bench.
+    """
 
     name = "Numba"
     dtypes = ("float32", "float64")
     chain = True
     fastmath = False
+    serial = True
 
     def __init__(self, threads):
         os.environ.setdefault("NUMBA_CACHE_DIR", str(BUILD / "numba"))
@@ -292,7 +296,7 @@ class Numba(Contestant):
         rows = "_rows" if d.axis == -1 or d.layout == NC else ""
         dims = (-1, c) if rows else (n, c, math.prod(spatial))
         out = d.empty() if task.preallocate else None
-        for threads in {1, self.threads}:
+        for threads in {1, self.threads} if self.serial and d.x.nbytes < 2**22 else (self.threads,):
             flavour = self.numba_bn.kernels(threads > 1, self.fastmath, task.activation, task.residual)
             function = getattr(flavour, task.kind + rows)
             call = self.call(task, function, dims, out, threads)
@@ -334,6 +338,7 @@ class Numba(Contestant):
 class NumbaFastmath(Numba):
     name = "Numba, fastmath"
     fastmath = True
+    serial = False
 
 
 class OnnxRuntime(Contestant):
@@ -629,13 +634,14 @@ class Paddle(Contestant):
         spatial = ("HW" if d.layout == NC else "", "L", "HW", "DHW")[len(d.shape) - 2]
         form = f"N{spatial}C" if d.layout == NHWC else f"NC{spatial}"
         options = {"momentum": 1 - MOMENTUM, "epsilon": EPS, "data_format": form}
+        relu = functional.relu if task.kind == "backward" else functional.relu_
 
         def forward(x, w, b):
             y = functional.batch_norm(x, *running, w, b, training=task.kind != "inference", **options)
-            y = paddle.add_(y, residual) if task.residual else y
+            y = y.add_(residual) if task.residual else y
             if task.activation == "silu":
                 return functional.silu(y)
-            return functional.relu(y) if task.relu else y
+            return relu(y) if task.relu else y
 
         def arrays(tensors):
             return tuple(map(np.from_dlpack, tensors))
@@ -747,6 +753,10 @@ class OneDNN(Contestant):
         include, lib = self.prefix / "include", self.prefix / "lib"
         if not (include / "dnnl.hpp").exists() or not (lib / "libdnnl.so.3").exists():
             raise ImportError(f"it is not installed: {self.install}")
+        os.environ.setdefault("ONEDNN_VERBOSE", "none")
+        # This build's CPU is a device of SYCL, whose driver is another library of the same folder.
+        os.environ.setdefault("OCL_ICD_FILENAMES", str(lib / "libintelocl.so"))
+        os.environ.setdefault("DPCPP_CPU_NUM_CUS", str(threads))
         # By an rpath of the old kind, which holds for what libdnnl needs, too.
         flags = (
             f"-I{include}",
@@ -767,6 +777,8 @@ class OneDNN(Contestant):
         for name in ("version", "error", "implementation"):
             getattr(library, f"onednn_{name}").restype = ctypes.c_char_p
         self.version = library.onednn_version().decode()
+        if library.onednn_probe():
+            raise ImportError(f"it has no CPU engine: {library.onednn_error().decode()}")
 
     def candidates(self, task, layout):
         if not task.preallocate:
@@ -810,6 +822,7 @@ class OneDNN(Contestant):
             plain = np.moveaxis(a, d.axis, 1) if a.ndim > 1 else a
             bn("set", name.encode(), pointer(np.ascontiguousarray(plain)))
         bn("run_before")
+        bn("run")  # and says why it cannot
 
         def result(_):
             y = out
