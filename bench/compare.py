@@ -412,6 +412,12 @@ class Bench:
                 what = "chain rows" if args.chain and not contestant.chain else args.dtype
                 self.note(f"{contestant.name} is left out: it has no {what}")
         self.theirs = wanted
+        self.everyone = [*wanted, self.ours]
+        try:
+            self.ours.fastbn.batch_stats(tasks.Data((2, 1), tasks.NC, args.dtype).x)
+        except TypeError as error:
+            self.note(f"fastbn refuses {args.dtype}: {first_line(error)}")
+            self.everyone.remove(self.ours)
 
     def note(self, text):
         if text not in self.notes:
@@ -443,7 +449,7 @@ class Bench:
         return found
 
     def entry(self, contestant, sets, layout, oracle):
-        op, shape = sets[0].op, label(sets[0].data.shape)
+        op = sets[0].op
 
         def complain(text):
             self.note(f"{op}: {text}")
@@ -453,7 +459,7 @@ class Bench:
                 return fastest_in_chain(contestant, sets, layout, oracle, complain)
             return fastest(contestant, sets[0], layout, oracle, complain)
         except Exception as error:
-            self.note(f"{shape} {op}: {contestant.name}, {layout} is left out: {first_line(error)}")
+            self.note(f"{op}: {contestant.name}, {layout} is left out: {first_line(error)}")
             return None
 
     def row(self, shape, op, theirs, data, progress):
@@ -465,7 +471,9 @@ class Bench:
         layouts = tasks.user_layouts(shape)
         oracle = Oracle(sets[layouts[0]][0])
         entries = []
-        for contestant in [*theirs, self.ours]:
+        for contestant in self.everyone:
+            if contestant is not self.ours and contestant not in theirs:
+                continue
             for layout in contestant.layouts:
                 # What is blocked is compared with the arrays it was made from.
                 blocked = layout == tasks.BLOCKED and tasks.NCHW in layouts and not self.args.chain

@@ -5,7 +5,6 @@ compare.py checks each against the oracle and times the fastest. A contestant wh
 ImportError or OSError when it is made, and is left out.
 """
 
-import contextlib
 import ctypes
 import math
 import os
@@ -413,7 +412,10 @@ class OnnxRuntime(Contestant):
 
 
 class OpenVINO(Contestant):
-    """Inference only. Its BatchNormInference is channels-second: channels-last is a scale and a shift."""
+    """Inference only, in float32: in bfloat16 its parameters would be rounded, too.
+
+    Its BatchNormInference is channels-second: channels-last is a scale and a shift.
+    """
 
     name = "OpenVINO"
     dtypes = ("float32", *HALVES)
@@ -428,6 +430,7 @@ class OpenVINO(Contestant):
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",  # or it may compute in bfloat16
         }
 
     def candidates(self, task, layout):
@@ -439,29 +442,27 @@ class OpenVINO(Contestant):
         element = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16, "float16": openvino.Type.f16}
         element = element[d.dtype]
 
-        def constant(a):
-            return ops.convert(ops.constant(a), element.get_type_name())
-
         def tensor(a):
             a = a.view(np.uint16) if d.dtype == "bfloat16" else a
             return openvino.Tensor(a, a.shape, element)
 
+        def wide(parameter):
+            return parameter if d.dtype == "float32" else ops.convert(parameter, "f32")
+
         parameters = [ops.parameter(d.x.shape, element)]
         if d.layout == NHWC:
             scale = d.weight / np.sqrt(d.running_var + np.float32(EPS))
-            y = ops.multiply(parameters[0], constant(scale))
-            y = ops.add(y, constant(d.bias - d.running_mean * scale))
+            y = ops.add(ops.multiply(wide(parameters[0]), scale), d.bias - d.running_mean * scale)
         else:
-            constants = (constant(a) for a in (d.weight, d.bias, d.running_mean, d.running_var))
-            y = ops.batch_norm_inference(parameters[0], *constants, EPS)
+            constants = (ops.constant(a) for a in (d.weight, d.bias, d.running_mean, d.running_var))
+            y = ops.batch_norm_inference(wide(parameters[0]), *constants, EPS)
         if task.residual:
             parameters.append(ops.parameter(d.x.shape, element))
-            y = ops.add(y, parameters[1])
+            y = ops.add(y, wide(parameters[1]))
         y = ops.relu(y) if task.relu else y
         y = ops.swish(y) if task.activation == "silu" else y
-        # In float32, or it may take bfloat16 by itself.
-        config = self.config | {"INFERENCE_PRECISION_HINT": element.get_type_name()}
-        compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", config)
+        y = y if d.dtype == "float32" else ops.convert(y, element.get_type_name())
+        compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", self.config)
         inputs = [d.x, d.residual][: len(parameters)]
         if not task.preallocate:
             yield Candidate("compiled model", partial(compiled, inputs), lambda results: (results[0],))
@@ -789,10 +790,18 @@ class OneDNN(Contestant):
             hows = ["of its own"] + ["fused"] * task.relu + ["post-op"] * (task.kind == "inference")
         else:
             hows = [""]
+        refused = None
         for form in ONEDNN_FORMATS_OF[layout]:
             for activated in hows:
-                with contextlib.suppress(NotImplementedError):
-                    yield self.candidate(task, form, activated)
+                try:
+                    candidate = self.candidate(task, form, activated)
+                except NotImplementedError as error:
+                    refused = refused or error
+                else:
+                    refused = candidate
+                    yield candidate
+        if isinstance(refused, NotImplementedError):
+            raise refused
 
     def candidate(self, task, form, activated):
         library, d = self.library, task.data
