@@ -52,7 +52,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from shapes import CHAIN, CHAIN_BYTES, SHAPES, label, values_per_channel
+from shapes import CHAIN, CHAIN_BYTES, FEW, SHAPES, label, values_per_channel
 
 ISA_ENVIRONMENT = {
     "avx2": {
@@ -93,13 +93,14 @@ def parse(arguments=None):
     parser.add_argument(
         "--shapes", nargs="+", metavar="PATTERN", help="such as 32x256x56x56 '*x7x7'; default: all"
     )
+    parser.add_argument("--few", action="store_true", help="six shapes for everyone")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="such as oneDNN; default: all")
     parser.add_argument("--dtype", choices=tasks.DTYPES, default="float32", help="of the arrays")
     parser.add_argument("--chain", action="store_true", help="chain rows in place of hot ones")
     parser.add_argument(
-        "--seconds", type=float, default=0.2, help="for the rounds of a row (default: %(default)s)"
+        "--seconds", type=float, default=0.1, help="for the rounds of a row (default: %(default)s)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="at least (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="at least (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="--seconds 0 --rounds 3")
     parser.add_argument(
         "--isa", choices=ISA_ENVIRONMENT, help="hold every contestant that can be held to this one"
@@ -425,11 +426,12 @@ class Bench:
             self.console.print(f"[yellow]{text}", highlight=False)
 
     def groups(self):
-        for shape, ops in groups(self.args, CHAIN if self.args.chain else SHAPES):
+        args = self.args
+        for shape, ops in groups(args, CHAIN if args.chain else FEW if args.few else SHAPES):
             theirs = [
                 c
                 for c in self.theirs
-                if self.args.shapes or self.args.chain or c.shapes is None or label(shape) in c.shapes
+                if args.shapes or args.chain or c.shapes is None or label(shape) in c.shapes
             ]
             if theirs:
                 yield shape, ops, theirs

@@ -31,7 +31,7 @@ from tasks import (
 
 BUILD = Path(__file__).resolve().parents[1] / "build" / "bench"
 HALVES = ("bfloat16", "float16")
-FEW_SHAPES = tuple(map(label, FEW))
+FEW_SHAPES = tuple(map(label, FEW))  # for peers that take long to be timed, or to compile each shape
 
 
 class FastBN(Contestant):
@@ -82,6 +82,7 @@ class NumPy(Contestant):
     """One thread; not halves, which NumPy would add up in halves."""
 
     name = "NumPy"
+    shapes = FEW_SHAPES
     dtypes = ("float32", "float64")
     chain = True
 
@@ -220,7 +221,7 @@ class TorchCompile(PyTorch):
     """torch.compile with its default backend; of the backward the one of a compiled forward."""
 
     name = "torch.compile"
-    shapes = FEW_SHAPES  # each shape of each operation is compiled for seconds
+    shapes = FEW_SHAPES
 
     def __init__(self, threads):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(BUILD / "inductor"))
@@ -487,6 +488,7 @@ class TensorFlow(Contestant):
     """
 
     name = "TensorFlow"
+    shapes = FEW_SHAPES
     dtypes = ("float32", *HALVES)
 
     def __init__(self, threads):
@@ -548,6 +550,7 @@ class JAX(Contestant):
     """As Flax computes: in float32 where the arrays are halves."""
 
     name = "JAX"
+    shapes = FEW_SHAPES
     dtypes = DTYPES
     chain = True
 
@@ -619,6 +622,7 @@ class JAX(Contestant):
 
 class Paddle(Contestant):
     name = "PaddlePaddle"
+    shapes = FEW_SHAPES
     dtypes = ("float32", "float64")
     chain = True
 
@@ -666,7 +670,7 @@ class LiteRT(Contestant):
     """
 
     name = "LiteRT"
-    shapes = FEW_SHAPES  # each is converted for half a second
+    shapes = FEW_SHAPES
 
     def __init__(self, threads):
         import tensorflow

@@ -31,7 +31,7 @@ ODD = [
 
 SHAPES = TABLE + ODD
 
-# For peers whose every shape takes seconds to compile, and for those far behind.
+# For peers that take long.
 FEW = [(1, 256, 56, 56), (32, 256, 56, 56), (8, 96, 56, 56), (32, 2048, 7, 7), (32, 128, 100), (4096, 256)]
 
 # Of the chart: one image, a batch beyond every cache, a table of features.
