@@ -42,9 +42,19 @@ tag data_tag(int format, size_t ndims) {
     return tags[format][ndims - 2];
 }
 
+// One for all objects: of SYCL they are dear.
+const engine &cpu_engine() {
+    static const engine cpu(engine::kind::cpu, 0);
+    return cpu;
+}
+const stream &cpu_queue() {
+    static const stream queue(cpu_engine());
+    return queue;
+}
+
 struct batch_norm {
-    engine cpu{engine::kind::cpu, 0};
-    stream queue{cpu};
+    engine cpu = cpu_engine();
+    stream queue = cpu_queue();
     memory::desc plain, channels;
     args mem;
     std::vector<std::pair<primitive, args>> before, steps; // `before` runs once, `steps` are what is timed
@@ -71,8 +81,10 @@ struct batch_norm {
         const forward_t::primitive_desc forward(cpu, kind, data, data, eps, flags,
                                                 how == by_post_op && !residual ? activated : primitive_attr());
         implementation = forward.impl_info_str();
-        for (int arg : {DNNL_ARG_SRC, DNNL_ARG_DST})
-            mem[arg] = memory(data, cpu);
+        // What the caller will bind has no memory of its own.
+        const auto bound = [&] { return format < blocked16 ? memory(data, cpu, DNNL_MEMORY_NONE) : memory(data, cpu); };
+        mem[DNNL_ARG_SRC] = bound();
+        mem[DNNL_ARG_DST] = op == backward ? memory(data, cpu) : bound();
         for (int arg : {DNNL_ARG_SCALE, DNNL_ARG_SHIFT, DNNL_ARG_MEAN, DNNL_ARG_VARIANCE})
             mem[arg] = memory(channels, cpu);
         if (forward.workspace_desc().get_size())
@@ -82,7 +94,7 @@ struct batch_norm {
         if (op != backward) {
             const memory y = mem[DNNL_ARG_DST];
             if (residual) {
-                mem[DNNL_ARG_SRC_1] = memory(data, cpu);
+                mem[DNNL_ARG_SRC_1] = bound();
                 const binary::primitive_desc add(cpu, algorithm::binary_add, data, data, data,
                                                  how == no_activation ? primitive_attr() : activated);
                 steps.push_back(
@@ -96,7 +108,7 @@ struct batch_norm {
 
         // The forward runs before, for the statistics, y and the workspace that the backward reads.
         for (int arg : {DNNL_ARG_DIFF_DST, DNNL_ARG_DIFF_SRC})
-            mem[arg] = memory(data, cpu);
+            mem[arg] = bound();
         for (int arg : {DNNL_ARG_DIFF_SCALE, DNNL_ARG_DIFF_SHIFT})
             mem[arg] = memory(channels, cpu);
         args bn_args = mem;
@@ -157,7 +169,7 @@ const char *onednn_version() {
 }
 
 int onednn_probe() {
-    return guarded([] { engine(engine::kind::cpu, 0); });
+    return guarded([] { cpu_engine(); });
 }
 
 const char *onednn_error() { return last_error.c_str(); }
