@@ -426,7 +426,7 @@ class OpenVINO(Contestant):
         import openvino
 
         self.openvino, self.version = openvino, openvino.__version__.partition("-")[0]
-        self.core = openvino.Core()
+        self.core, self.row = openvino.Core(), None
         self.config = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
@@ -463,7 +463,11 @@ class OpenVINO(Contestant):
         y = ops.relu(y) if task.relu else y
         y = ops.swish(y) if task.activation == "silu" else y
         y = y if d.dtype == "float32" else ops.convert(y, element.get_type_name())
-        compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", self.config)
+        row = task.op, d.layout, d.shape
+        if row != self.row:  # the sets of a chain row share it
+            self.compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", self.config)
+            self.row = row
+        compiled = self.compiled
         inputs = [d.x, d.residual][: len(parameters)]
         if not task.preallocate:
             yield Candidate("compiled model", partial(compiled, inputs), lambda results: (results[0],))
