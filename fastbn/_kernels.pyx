@@ -1301,15 +1301,15 @@ cdef class Operands:
         if mask is None:
             return 0
         given = truths(mask)
-        gapless = given
-        if not is_position_a_byte(given, self.x, self.axis):
-            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
-            PyArray_CopyInto(gapless, given)
         if self.out is not None:
             check_clear(self.out, "out", given, "mask")
         if p.layout == BN_PLANES:
             pitch += BN_LINE
         kept = per_channel(N * pitch + BN_LINE, cnp.NPY_UINT8, True)
+        gapless = given
+        if not is_position_a_byte(given, self.x, self.axis):  # no Python code runs between this and the loop, if it is
+            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
+            PyArray_CopyInto(gapless, given)
         for n in range(N):
             of = <const unsigned char *> cnp.PyArray_DATA(gapless) + n * S
             to = <unsigned char *> cnp.PyArray_DATA(kept) + n * pitch
