@@ -1,4 +1,4 @@
-"""What PyTorch's own tests ask of its batch norm, of ours: its samples of wrong calls, and what its tests state.
+"""What PyTorch's own tests ask of its batch norm, asked of ours: samples of wrong calls, and what they state.
 
 Its samples of right calls (op_db, module_db) are in test_results.py and test_layers.py.
 """
@@ -27,9 +27,7 @@ def test_module_error_inputs(name, training):
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
     (info,) = (info for info in module_db if info.name == f"nn.{name}")
-    samples = info.module_error_inputs_func(
-        info, "cpu", torch.float32, requires_grad=True, training=training
-    )
+    samples = info.module_error_inputs_func(info, "cpu", torch.float32, requires_grad=True, training=training)
     assert samples
     for sample in samples:
         assert sample.error_on == ModuleErrorEnum.FORWARD_ERROR
@@ -111,8 +109,8 @@ def test_cumulative_average_of_two_batches_is_the_mean_of_each(dtype):
         assert torch.equal(layer.running_var, torch.ones(3, dtype=dtype))
     layer(one)
     layer(two)
-    for average, (a, b) in zip((layer.running_mean, layer.running_var), zip(*apart, strict=True), strict=True):
-        torch.testing.assert_close(average, (a + b) / 2)
+    for average, *both in zip((layer.running_mean, layer.running_var), *apart, strict=True):
+        torch.testing.assert_close(average, sum(both) / 2)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch's own use
@@ -140,7 +138,7 @@ def test_running_statistics_have_no_tangents(dual):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(name, training):
-    """Of both orders; in float32 by the kernels, which are nearer to the function than its differences are."""
+    """Of both orders, in float64; and what the kernels do in float32 is near that."""
     shape = {"BatchNorm1d": (5, 2), "BatchNorm2d": (3, 2, 2, 2), "BatchNorm3d": (2, 2, 2, 1, 2)}[name]
     layer = getattr(ours, name)(2).double().train(training)
     x = normal(*shape).double().requires_grad_()
