@@ -70,21 +70,23 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         # As torch.nn's own forward decides.
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
-        tracked = self.track_running_stats
+        again = False
         if not torch.jit.is_scripting():
             if self.once:
-                tracked = tracked and not _in_backward()
-        if self.training and tracked:
+                again = _in_backward()
+        if self.training and self.track_running_stats:
             batches = self.num_batches_tracked
-            if batches is not None:
+            if batches is not None and not again:
                 batches.add_(1)
                 if self.momentum is None:
                     factor = 1.0 / float(batches)
         running_mean, running_var = self.running_mean, self.running_var
         bn_training = self.training or (running_mean is None and running_var is None)
-        if self.training and not tracked:
+        if self.training and not self.track_running_stats:
             running_mean, running_var = None, None
         if not torch.jit.is_scripting():
+            if self.training and again:
+                running_mean, running_var = None, None
             return batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
                 residual=residual, activation=activation, negative_slope=negative_slope, mask=mask,
