@@ -284,11 +284,14 @@ def _kind(value: Any) -> str:
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:
-    """That of gradients of such an input, by its strides: PyTorch's TensorImpl::suggest_memory_format."""
+    """That of gradients of such an input, as PyTorch's batch norm chooses it."""
     ndim = t.dim()
     if ndim != 4 and ndim != 5:
         return torch.contiguous_format
-    strides = t.stride()
+    channels_last = torch.channels_last if ndim == 4 else torch.channels_last_3d
+    if not t.is_contiguous() and t.is_contiguous(memory_format=channels_last):
+        return channels_last
+    strides = t.stride()  # the rest is TensorImpl::suggest_memory_format
     if strides[1] > strides[-1] or strides[1] == 0:
         return torch.contiguous_format
     shape = t.shape
@@ -297,7 +300,7 @@ def _memory_format(t: Tensor) -> torch.memory_format:
         if strides[d] < least:
             return torch.contiguous_format
         least = strides[d] * shape[d]
-    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+    return channels_last
 
 
 def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:

@@ -369,6 +369,23 @@ def test_checkpoint(kernels_called, reentrant):
     assert [name for name, _ in kernels_called] == ["forward", "forward", "backward"]
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoint_once(reentrant, momentum):
+    """Asked for, the statistics move as without a checkpoint; and so they do after it."""
+    results = []
+    for once in True, None:
+        layer = ours.BatchNorm2d(5, momentum=momentum, activation="relu", once=bool(once))
+        assert ("once" in repr(layer)) == bool(once)
+        for step in range(2):
+            x = normal(4, 5, 3, 2, seed=step).requires_grad_()
+            y = checkpointing.checkpoint(layer, x, use_reentrant=reentrant) if once else layer(x)
+            y.backward(normal(4, 5, 3, 2, seed=9))
+        assert layer.num_batches_tracked == 2
+        results.append([y, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    assert all(map(torch.equal, *results))
+
+
 def test_saved_tensors_go_through_hooks():
     """As torch.autograd.graph.save_on_cpu, and whatever packs them, expects."""
     packed = []

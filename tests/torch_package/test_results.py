@@ -1,6 +1,7 @@
 """fastbn.torch.batch_norm: outputs, gradients, running statistics: near PyTorch in float64, like its own."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -247,6 +248,26 @@ def test_strides(kernels_called, shape, layout, training):
         y.relu_()  # is no view
     assert results[0] == results[1]
     assert [name for name, _ in kernels_called] == ["forward" if training else "normalize", "backward"]
+
+
+@both_modes
+def test_strides_in_any_order_of_axes(training):
+    """Sizes of 1 leave open what the memory format is."""
+    shapes = [*itertools.product((1, 3), repeat=4), *itertools.product((1, 2), repeat=3), (1, 300, 1, 300)]
+    shapes += [(1, 2, 1, 2, 2), (2, 2, 1, 1, 2), (1, 2, 1, 1, 3)]
+    for shape in shapes:
+        if training and np.prod(shape) == shape[1]:
+            continue
+        for order in itertools.permutations(range(len(shape))):
+            x = normal(*(shape[d] for d in order)).permute([order.index(d) for d in range(len(shape))])
+            strides = []
+            for function in ours.batch_norm, F.batch_norm:
+                weight, bias, *running = parameters(shape[1])
+                x = x.detach().requires_grad_()
+                y = function(x, *running, weight, bias, training)
+                y.backward(torch.ones(shape))
+                strides.append((y.stride(), x.grad.stride()))
+            assert strides[0] == strides[1], (shape, x.stride())
 
 
 def test_strides_of_size_one():
@@ -605,7 +626,9 @@ def test_evaluation_takes_no_statistics_and_needs_no_mask(kernels_called):
     assert torch.equal(y, ours.batch_norm(normal(4, 5, 6), *running, weight, bias))
 
 
-@pytest.mark.parametrize("name", ["nn.functional.batch_norm", "native_batch_norm"])
+@pytest.mark.parametrize(
+    "name", ["nn.functional.batch_norm", "native_batch_norm", "_native_batch_norm_legit"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_of_pytorch(name, dtype):
     """Trap 33: op_db."""
@@ -619,15 +642,16 @@ def test_samples_of_pytorch(name, dtype):
         results = []
         for function in op.op, ours.batch_norm:
             args, kwargs = copy.deepcopy((sample.args, sample.kwargs))
-            if name == "native_batch_norm":
-                weight, bias, mean, var, *options = args
-            else:
+            mean = var = None
+            if name == "nn.functional.batch_norm":
                 mean, var, weight, bias, *options = args
-            given = (
-                (weight, bias, mean, var)
-                if function is torch.native_batch_norm
-                else (mean, var, weight, bias)
-            )
+            elif len(args) == 5:
+                weight, bias, *options = args
+            else:
+                weight, bias, mean, var, *options = args
+            given = mean, var, weight, bias
+            if function is not ours.batch_norm:
+                given = args[: len(args) - len(options)]
             x = sample.input.detach().clone().requires_grad_()
             y = outcome(function, x, *given, *options, **kwargs)
             if isinstance(y, tuple) and isinstance(y[0], torch.Tensor):
