@@ -1709,14 +1709,15 @@ cdef struct Spans:  # of the memory of a call's operands
     uintptr_t high[MOST_OPERANDS]
     bint written[MOST_OPERANDS]
 
-cdef dict EXCHANGES = {}  # by type: the table in a capsule, None if it has none
+cdef dict EXCHANGES = {}  # by type: the table in a capsule, False if it has none
 
 
 cdef DLExchange *exchange_of(type kind) except? NULL:
-    if kind not in EXCHANGES:
-        EXCHANGES[kind] = getattr(kind, "__dlpack_c_exchange_api__", None)
-    capsule = EXCHANGES[kind]
+    capsule = EXCHANGES.get(kind)
     if capsule is None:
+        capsule = getattr(kind, "__dlpack_c_exchange_api__", False)
+        EXCHANGES[kind] = capsule
+    if capsule is False:
         return NULL
     cdef DLExchange *table = <DLExchange *> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
     while table != NULL and table.major != 1:
@@ -1769,8 +1770,10 @@ cdef int look(Tensor *t, object a) except -1:
         table.look(<void *> a, &told)
         t.m.dtype = dtype_of(&told)
         if told.device != 1 or t.m.dtype == cnp.NPY_VOID:  # kDLCPU
-            raise TypeError("expected a tensor of float32, float64 or int64 in the memory of the CPU, got one of DLPack's "
-                            f"device {told.device}, dtype {told.code}, {told.bits} bits, {told.lanes} lanes")
+            raise TypeError(
+                "expected a tensor of float32, float64 or int64 in the memory of the CPU, got one of DLPack's device "
+                f"{told.device}, dtype {told.code}, {told.bits} bits, {told.lanes} lanes"
+            )
         size = told.bits // 8
         t.m.nd = told.nd
         if told.nd <= MOST_DIMENSIONS:
@@ -1781,7 +1784,8 @@ cdef int look(Tensor *t, object a) except -1:
         raise ValueError(f"a tensor must have at most {<int> MOST_DIMENSIONS} dimensions, got {t.m.nd}")
     for i in range(t.m.nd):
         if t.shape[i] < 0 or t.strides[i] < 0:
-            raise ValueError(f"a tensor must have no negative size or stride, got {t.shape[i]} and {t.strides[i]} bytes")
+            raise ValueError("a tensor must have no negative size or stride, got "
+                             f"{t.shape[i]} and {t.strides[i]} bytes")
         values *= t.shape[i]
     if t.m.data == NULL and values:
         raise ValueError("a tensor must have memory, got the address 0")
@@ -1949,7 +1953,7 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
 
 
 cdef bint put_counter(long long **at, Spans *spans, a) except -1:
-    cdef void *data
+    """The address of a number of batches that has room for one more, where there is one."""
     cdef Tensor t
     if a is None:
         return True

@@ -156,13 +156,12 @@ def _backward(
     grad_input = functional._empty_like(input, memory_format)
     grad_weight, grad_bias = (input.new_empty(input.shape[1]) for _ in range(2))
     grad_residual = None if residual is None else functional._empty_like(input, memory_format)
-    tensors = (
+    arguments: tuple[Any, ...] = (
         grad_output, input, mean, var, weight, bias, residual, None,
         grad_input, grad_weight, grad_bias, grad_residual,
+        training, eps, activation, negative_slope, torch.get_num_threads(),
     )  # fmt: skip
-    _kernels.tensor_backward(
-        *map(functional._told, tensors), training, eps, activation, negative_slope, torch.get_num_threads()
-    )
+    _kernels.tensor_backward(*map(functional._told, arguments))
     return grad_input, grad_weight, grad_bias, input.new_empty(0) if grad_residual is None else grad_residual
 
 

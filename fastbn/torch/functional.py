@@ -1,11 +1,12 @@
 """Batch norm of tensors: by fastbn's kernels where they take a call as it is, otherwise by PyTorch itself.
 
 Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels
-take is an allow-list, in :func:`why_not`; they see the memory of the tensors in place, and what they return is
-as PyTorch's would be: same strides, same gradients, same statistics.
+take is an allow-list, in :func:`why_not`; they see the memory of the tensors in place, and what they return
+is as PyTorch's would be: same strides, same gradients, same statistics.
 """
 
 # TorchScript compiles `composite` and what it calls, and cannot read annotations that are strings.
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fastbn import _kernels
 
 # What the kernels have: (dtype of input and output, dtype of parameters and statistics).
 _DTYPES = {(torch.float32, torch.float32)}
+_INPUT_DTYPES = {dtype for dtype, _ in _DTYPES}
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
@@ -214,23 +216,24 @@ def why_not(
     if len(shape) < 2:
         return f"input has shape {tuple(shape)}"
     C = shape[1]
-    values = input.numel()
     dtype = input.dtype
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is None:
-            continue
-        if type(vector) not in _TYPES or _dispatch_keys(vector).raw_repr() not in plain_keys:
-            return f"{name} is {_kind(vector)}"
-        if (dtype, vector.dtype) not in _DTYPES:
-            return f"input is of {dtype}, {name} of {vector.dtype}"
-        if vector.dim() != 1 or vector.numel() != C:
+    for vector in running_mean, running_var, weight, bias:
+        if vector is not None and (
+            type(vector) not in _TYPES
+            or _dispatch_keys(vector).raw_repr() not in plain_keys
+            or (dtype, vector.dtype) not in _DTYPES
+            or vector.dim() != 1
+            or vector.numel() != C
+        ):
+            vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
+            name = next((name for name, value in vectors.items() if value is vector), "bias")
+            if type(vector) not in _TYPES or _dispatch_keys(vector).raw_repr() not in plain_keys:
+                return f"{name} is {_kind(vector)}"
+            if (dtype, vector.dtype) not in _DTYPES:
+                return f"input is of {dtype}, {name} of {vector.dtype}"
             return f"{name} has shape {tuple(vector.shape)}, for {C} channels"
-    if (dtype, torch.float32) not in _DTYPES and (dtype, dtype) not in _DTYPES:
+    values = input.numel()
+    if dtype not in _INPUT_DTYPES:
         return f"input is of {dtype}"
     if residual is not None:
         if type(residual) not in _TYPES or _dispatch_keys(residual).raw_repr() not in plain_keys:
@@ -255,7 +258,7 @@ def why_not(
         return f"training is {training!r}"
     if not (isinstance(momentum, (float, int)) and (0 <= momentum <= 1 or not training)):
         return f"momentum is {momentum!r}"
-    if not (isinstance(eps, (float, int)) and 0 < eps < float("inf")):
+    if not (isinstance(eps, (float, int)) and 0 < eps < inf):
         return f"eps is {eps!r}"
     return None
 
@@ -325,11 +328,12 @@ def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
     return t
 
 
-def _told(operand: Any) -> Any:
+def _told(argument: Any) -> Any:
     """What the kernels take for a tensor."""
-    if _EXCHANGE or type(operand) not in _TYPES:
-        return operand
-    return operand.data_ptr(), str(operand.dtype).removeprefix("torch."), operand.shape, operand.stride()
+    if _EXCHANGE or type(argument) not in _TYPES:
+        return argument
+    dtype = str(argument.dtype).removeprefix("torch.")
+    return argument.data_ptr(), dtype, argument.shape, argument.stride()
 
 
 class _Exported:
@@ -378,12 +382,11 @@ def _forward(
     if want_stats:
         C = input.shape[1]
         mean, var = np.empty(C), np.empty(C)
-    operands = input, y, residual, weight, bias, running_mean, running_var, mean, var
-    if not _EXCHANGE:
-        operands = tuple(map(_told, operands))
-    _kernels.tensor_forward(
-        *operands, None, training, momentum, eps, activation, negative_slope, torch.get_num_threads()
-    )
+    arguments: tuple[Any, ...] = (
+        input, y, residual, weight, bias, running_mean, running_var, mean, var, None,
+        training, momentum, eps, activation, negative_slope, torch.get_num_threads(),
+    )  # fmt: skip
+    _kernels.tensor_forward(*(arguments if _EXCHANGE else map(_told, arguments)))
     return y, mean, var
 
 
@@ -402,8 +405,8 @@ def _backward(
     activation: Any,
     negative_slope: float,
 ) -> tuple[Tensor | None, ...]:
-    """Those gradients of input, weight, bias and residual that are needed."""
-    of_input, of_weight, of_bias, of_residual = needs
+    """The gradients of input, weight, bias and residual, as far as they are needed."""
+    of_input, of_weight, of_bias, of_residual, _ = needs
     memory_format = _memory_format(input)
     grad_input = _empty_like(input, memory_format) if of_input else None
     vector = input.new_empty(input.shape[1]) if weight is None else weight
@@ -411,15 +414,12 @@ def _backward(
     grad_bias = torch.empty_like(vector) if of_bias else None
     through_activation = of_residual and activation is not None  # else it is grad_output itself
     grad_residual = _empty_like(input, memory_format) if through_activation else None
-    operands = (
+    arguments: tuple[Any, ...] = (
         grad_output, input, mean, var, weight, bias, residual, output,
         grad_input, grad_weight, grad_bias, grad_residual,
+        training, eps, activation, negative_slope, torch.get_num_threads(),
     )  # fmt: skip
-    if not _EXCHANGE:
-        operands = tuple(map(_told, operands))
-    _kernels.tensor_backward(
-        *operands, training, eps, activation, negative_slope, torch.get_num_threads()
-    )
+    _kernels.tensor_backward(*(arguments if _EXCHANGE else map(_told, arguments)))
     if of_residual and not through_activation:
         grad_residual = grad_output
     return grad_input, grad_weight, grad_bias, grad_residual
@@ -460,8 +460,11 @@ class _BatchNorm(torch.autograd.Function):
         ):
             return _differentiable_backward(ctx, grad_output)
         mean, var, *call = ctx.call
-        input, *saved = ctx.saved_tensors
-        return *_backward(grad_output, input, mean, var, *saved, ctx.needs_input_grad[:4], *call), None
+        input, weight, bias, residual, output = ctx.saved_tensors
+        grads = _backward(
+            grad_output, input, mean, var, weight, bias, residual, output, ctx.needs_input_grad, *call
+        )
+        return *grads, None
 
 
 # Past autograd.Function.apply, which unwraps what is left over of torch.func: nothing plain.

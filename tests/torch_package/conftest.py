@@ -26,9 +26,7 @@ def kernels_called(monkeypatch):
         _kernels.tensor_backward(*args)
         calls.append(("backward", args[-1]))
 
-    spies = SimpleNamespace(
-        tensor_forward=forward, tensor_backward=backward, kept_like=_kernels.kept_like
-    )
+    spies = SimpleNamespace(tensor_forward=forward, tensor_backward=backward, kept_like=_kernels.kept_like)
     monkeypatch.setattr(functional, "_kernels", spies)
     return calls
 

@@ -344,8 +344,8 @@ def test_output_changed(training, add):
 @pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"])
 @pytest.mark.parametrize("slope", [0.25, -0.25])
 def test_residual_changed_in_place(activation, slope):
-    """It is needed again where neither the output tells the derivative nor that is 1 everywhere; then changing
-    it must not go unseen, and otherwise it need not be kept."""
+    """It is needed again where neither the output tells the derivative nor that is 1 everywhere; then
+    changing it must not go unseen, and otherwise it need not be kept."""
     needed = activation in ("silu", "hardswish") or (activation == "leaky_relu" and slope < 0)
     grads = []
     for change in False, True:
@@ -375,9 +375,7 @@ def test_residual_changed_in_place(activation, slope):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_mask_from_the_output_or_the_residual(kernels_called, training, activation, memory_format):
     """The same gradients to the bit, also at the kinks and where the output is not finite."""
-    x, residual, grad = (
-        normal(4, 5, 3, 2, seed=s).contiguous(memory_format=memory_format) for s in range(3)
-    )
+    x, residual, grad = (normal(4, 5, 3, 2, seed=s).contiguous(memory_format=memory_format) for s in range(3))
     residual[0, 0], residual[1, 1, 1], residual[2, 2, 2] = torch.nan, torch.inf, -torch.inf
     grads = []
     for tells in True, False:
