@@ -1,7 +1,7 @@
 /* activations.inc.h: what each activation of BN_ACTIVATIONS does to z, and to the gradient that reaches z.
  *
  * forward_CODE(z, a) and gradient_CODE(dy, z, a), with what `a` holds of the call. A NaN in z stays one; to it the
- * gradient passes as in PyTorch: whole through relu, relu6 and hardswish, times the slope through leaky_relu, and as NaN
+ * gradient passes as in PyTorch: whole through relu, relu6 and hardswish, times the slope through leaky_relu, as NaN
  * through silu. */
 
 typedef struct {
