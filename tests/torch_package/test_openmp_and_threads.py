@@ -125,9 +125,9 @@ class Normalized(torch.utils.data.Dataset):
 
         class Spy:
             @staticmethod
-            def normalize(*args):
-                seen.append(args[12])
-                return _kernels.normalize(*args)
+            def tensor_forward(*args):
+                seen.append(args[-1])
+                return _kernels.tensor_forward(*args)
 
         functional._kernels = Spy
         y = ours.batch_norm(normal(4, 5, 6, 7), torch.zeros(5), torch.ones(5))

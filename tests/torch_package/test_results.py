@@ -28,6 +28,7 @@ from judge import (  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ours  # noqa: E402
+from fastbn import _kernels  # noqa: E402
 from fastbn._kernels import output_memory  # noqa: E402
 from fastbn.torch.functional import why_not  # noqa: E402
 
@@ -496,19 +497,37 @@ def test_inputs_stay_resizable():
         assert t.untyped_storage().resizable()
 
 
-def test_without_dlpack(monkeypatch, kernels_called):
-    """As with a NumPy or a PyTorch of before it."""
+def test_without_exchange(monkeypatch, kernels_called):
+    """As with a PyTorch of before DLPack's table of functions."""
     results = []
-    for dlpack in True, False:
-        monkeypatch.setattr("fastbn.torch.functional._DLPACK", dlpack)
-        weight, bias, *running = parameters(5)
-        x, residual = (normal(4, 5, 6, seed=s).requires_grad_() for s in range(2))
-        y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
-        y.backward(normal(4, 5, 6, seed=2))
-        results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 2
+    for exchange in True, False:
+        monkeypatch.setattr("fastbn.torch.functional._EXCHANGE", exchange)
+        for size in 6, 40_000:  # the larger one in memory that is kept
+            weight, bias, *running = parameters(5)
+            x, residual = (normal(4, 5, size, seed=s).requires_grad_() for s in range(2))
+            y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
+            y.backward(normal(4, 5, size, seed=2))
+            results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
+    for with_it, without in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(with_it, without, strict=True):
+            assert torch.equal(a, b)
+    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 4
+
+
+def test_no_arrays_are_made():
+    """Of tensors that the kernels can walk."""
+    before = _kernels.calls_by_arrays()
+    for x in normal(64, 256), normal(4, 5, 8, 8), normal(4, 8, 8, 5).permute(0, 3, 1, 2), normal(4, 7, 5):
+        weight, bias, *running = parameters(x.shape[1])
+        residual = x.sin().requires_grad_()  # in the same memory order
+        y = ours.batch_norm(
+            x.requires_grad_(), *running, weight, bias, True, residual=residual, activation="relu"
+        )
+        y.backward(y.detach())
+        ours.batch_norm(x, *running, weight, bias)
+    assert _kernels.calls_by_arrays() == before
+    ours.batch_norm(normal(4, 5, 7).mT, *running, weight, bias, True)  # whose output is in another order
+    assert _kernels.calls_by_arrays() == before + 1
 
 
 # Masks.
