@@ -5,6 +5,7 @@ import pytest
 from layouts import LAYOUTS
 from operations import ACTIVATIONS, SLOPE, assert_same_bits, problem
 
+import fastbn
 from fastbn import _kernels
 
 SHAPES = [(4, 5), (64, 256), (3, 5, 7), (2, 6, 4, 3), (3, 1, 5), (2, 3, 1, 1), (2, 3, 2, 3, 2)]
@@ -167,7 +168,7 @@ def test_vectors_with_gaps():
 
 REFUSED = [
     ({"x": np.zeros(5, np.float32)}, ValueError, "at least 2 dimensions"),
-    ({"x": np.zeros((4, 5, 3))}, TypeError, "x must have dtype float32"),
+    ({"x": np.zeros((4, 5, 3), np.int64)}, TypeError, "x must be of float32, float64"),
     ({"x": "text"}, TypeError, "expected a tensor"),
     ({"x": (0, "float32", (4, 5, 3), (15, 3, 1))}, ValueError, "must have memory"),
     ({"x": (64, "float32", (4, 5, 3), (15, -3, 1))}, ValueError, "negative size or stride"),
@@ -236,3 +237,34 @@ def test_kept_like():
     for a in np.zeros((256, 300), np.float32), np.zeros((300, 256), np.float32).T:
         like = _kernels.kept_like(told(a))
         assert (like.shape, like.strides, like.dtype) == (a.shape, a.strides, a.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes(dtype, training):
+    """As the same by arrays, to the bit, and not by arrays."""
+    p = problem((4, 5, 6, 3), dtype=dtype)
+    before = _kernels.calls_by_arrays()
+    results = []
+    for by_tensors in False, True:
+        running = [p.running_mean.copy(), p.running_var.copy()]
+        y, mean, var = np.empty_like(p.x), np.empty(5), np.empty(5)
+        if by_tensors:
+            how = "relu", 0.01, 1
+            of = p.residual, p.weight, p.bias, *running
+            _kernels.tensor_forward(p.x, y, *of, mean, var, None, training, 0.1, 1e-5, *how)
+            grads = np.empty_like(y), np.empty_like(p.weight), np.empty_like(p.weight), np.empty_like(y)
+            of = p.grad_output, p.x, mean, var, p.weight, p.bias, p.residual, None
+            _kernels.tensor_backward(*of, *grads, training, 1e-5, *how)
+        else:
+            options = {"residual": p.residual, "activation": "relu"}
+            stats = fastbn.BatchStats(*(np.array(r, np.float64) for r in running), 72)
+            y = fastbn.batch_norm(p.x, *running, p.weight, p.bias, training, **options)
+            stats = fastbn.batch_stats(p.x) if training else stats
+            grads = fastbn.batch_norm_backward(
+                p.grad_output, p.x, stats, p.weight, p.bias, training=training, **options
+            )
+        results.append([y, *running, *grads])
+    for one, other in zip(*results, strict=True):
+        assert one.tobytes() == other.tobytes()
+    assert _kernels.calls_by_arrays() == before

@@ -28,7 +28,12 @@ from torch.utils._device import DeviceContext
 from fastbn import _kernels
 
 # What the kernels have: (dtype of input and output, dtype of parameters and statistics).
-_DTYPES = {(torch.float32, torch.float32)}
+_DTYPES = {
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+}
 _INPUT_DTYPES = {dtype for dtype, _ in _DTYPES}
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
@@ -312,8 +317,8 @@ def _memory_format(t: Tensor) -> torch.memory_format:
 
 def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
     """A tensor to write a result for `t` into; None where the array that a kernel makes is as good."""
-    if t.nbytes >= _KEPT_FROM and t.is_contiguous(memory_format=memory_format):
-        return None
+    if t.nbytes >= _KEPT_FROM and t.itemsize > 2 and t.is_contiguous(memory_format=memory_format):
+        return None  # NumPy has no bfloat16 of its own
     return torch.empty_like(t, memory_format=memory_format)
 
 

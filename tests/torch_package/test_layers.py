@@ -773,7 +773,7 @@ def test_why_not(training):
     with torch.inference_mode():
         assert why_not(normal(4, 5, 6), *running, None, None, training, None) is None
     for words, args in {
-        "input is of torch.float64": (x.double(), None, None, None, None, True, None),
+        "input is of torch.int64": (x.long(), None, None, None, None, True, None),
         "running_mean of torch.float64": (x, running[0].double(), running[1], None, None, training, None),
         "input is of type Labelled": (x.as_subclass(Labelled), *running, None, None, training, None),
         "on meta": (x.to("meta"), *running, None, None, training, None),

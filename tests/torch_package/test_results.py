@@ -457,7 +457,8 @@ def test_dtypes(dtype, parameter_dtype, training):
     for a, b in zip(mine, theirs, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         tolerance = 8 * torch.finfo(a.dtype).eps
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 10)
+        terms = 10 if a.shape == x.shape else x.numel() / 5  # of about 1, of which PyTorch rounds each sum
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * terms)
 
 
 def test_nothing_is_lost_to_overlapping_statistics(kernels_called):
