@@ -2005,6 +2005,7 @@ cdef struct DLExchange:
     void *stream
 
 cdef struct Tensor:
+    bint read_only
     Memory m  # whose shape and strides are these
     Py_ssize_t shape[MOST_DIMENSIONS]
     Py_ssize_t strides[MOST_DIMENSIONS]
@@ -2056,7 +2057,9 @@ cdef int look(Tensor *t, object a) except -1:
     cdef int i
     t.m.shape = t.shape
     t.m.strides = t.strides
+    t.read_only = False
     if cnp.PyArray_CheckExact(a) and cnp.PyArray_ISNOTSWAPPED(a):
+        t.read_only = not cnp.PyArray_ISWRITEABLE(a)
         array = memory_of(a)
         t.m.data, t.m.dtype, t.m.nd = array.data, array.dtype, array.nd
         if array.nd <= MOST_DIMENSIONS:
@@ -2122,13 +2125,18 @@ def kept_like(a):
     return empty_like(as_array(a), cnp.NPY_KEEPORDER)
 
 
-cdef void note(Spans *spans, const Memory *m, bint written) noexcept:
+cdef int note(Spans *spans, const Tensor *t, bint written) except -1:
+    """One more operand of a call."""
+    cdef const Memory *m = &t.m
     cdef uintptr_t high = <uintptr_t> m.data + <uintptr_t> bytes_of(m.dtype)
     cdef int i
+    if written and t.read_only:
+        raise ValueError("an operand that is written is read-only; pass a writable array")
     for i in range(m.nd):
         high += <uintptr_t> ((m.shape[i] - 1) * m.strides[i])
     spans.low[spans.n], spans.high[spans.n], spans.written[spans.n] = <uintptr_t> m.data, high, written
     spans.n += 1
+    return 0
 
 
 cdef bint apart(const Spans *s) noexcept:
@@ -2161,7 +2169,7 @@ cdef bint put(bn_operand *o, const bn_problem *p, const Memory *like, Spans *spa
     for i in range(t.m.nd):
         if t.m.shape[i] != like.shape[i]:
             return False
-    note(spans, &t.m, written)
+    note(spans, &t, written)
     return place(o, p, t.m, 1) and (not written or gapless(p, o))
 
 
@@ -2176,7 +2184,7 @@ cdef bint put_vector(void **at, Py_ssize_t C, int dtype, Spans *spans, a, bint w
     if (t.m.nd != 1 or t.m.shape[0] != C or t.m.dtype != dtype or C > 1 and t.m.strides[0] != size
             or <uintptr_t> t.m.data % <uintptr_t> size):
         return False
-    note(spans, &t.m, written)
+    note(spans, &t, written)
     at[0] = t.m.data
     return True
 
@@ -2286,7 +2294,7 @@ cdef bint put_counter(long long **at, Spans *spans, a) except -1:
     look(&t, a)
     if t.m.nd != 0 or t.m.dtype != cnp.NPY_INT64 or <uintptr_t> t.m.data % 8:
         return False
-    note(spans, &t.m, True)
+    note(spans, &t, True)
     at[0] = <long long *> t.m.data
     return 0 <= at[0][0] < 0x7FFFFFFFFFFFFFFF
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from layouts import LAYOUTS
+from numpy.lib.stride_tricks import as_strided
 from operations import ACTIVATIONS, SLOPE, assert_same_bits, problem
 
 import fastbn
@@ -20,6 +21,8 @@ def told(a):
     """What a tensor tells."""
     if not isinstance(a, np.ndarray):
         return a
+    if not a.flags.writeable:  # which a tensor cannot tell
+        return np.asarray(a)
     strides = tuple(stride // a.itemsize for stride in a.strides)
     return a.__array_interface__["data"][0], a.dtype, a.shape, strides
 
@@ -176,13 +179,15 @@ REFUSED = [
     ({"x": (64, "float32", (1,) * 33, (1,) * 33)}, ValueError, "at most 32 dimensions, got 33"),
     ({"y": None}, TypeError, "y must be a tensor"),
     ({"y": np.zeros((4, 3, 5), np.float32)}, ValueError, "out must have the shape"),
-    ({"y": np.broadcast_to(np.float32(0), (4, 5, 3))}, ValueError, "share memory"),
+    ({"y": as_strided(np.zeros(1, np.float32), (4, 5, 3), (0, 0, 0))}, ValueError, "share memory"),
     ({"residual": np.zeros((4, 5, 1), np.float32)}, ValueError, "residual must have the shape"),
     ({"weight": np.zeros(4, np.float32)}, ValueError, "weight must have shape"),
     ({"bias": np.zeros(5)}, TypeError, "bias must have dtype float32"),
     ({"running_mean": np.zeros(4, np.float32)}, ValueError, "running_mean must have shape"),
     ({"counter": np.array(2**63 - 1)}, ValueError, "num_batches_tracked must be from 0"),
     ({"counter": np.array(1, np.int32)}, TypeError, "num_batches_tracked must be an int64"),
+    ({"y": np.frombuffer(bytes(240), np.float32).reshape(4, 5, 3)}, ValueError, "read-only"),
+    ({"mean": np.frombuffer(bytes(40))}, ValueError, "read-only"),
     ({"eps": -1.0}, ValueError, "eps must be"),
     ({"momentum": 2.0}, ValueError, "momentum must be"),
     ({"activation": "tanh"}, ValueError, "activation must be"),
