@@ -337,6 +337,7 @@ def record() -> Iterator[Calls]:
     finally:
         for handle in handles:
             handle.remove()
+            global_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which PyTorch leaves there
         _records.remove(note)
 
 
