@@ -173,7 +173,7 @@ def named_calls():
 def inside(contestant, turns=5):
     """Milliseconds a turn in batch norms, activations and additions, forward and backward; medians.
 
-    And "calls": what a batch norm alone takes in the mean of a turn, in microseconds; more where more is fused.
+    And "calls": microseconds of a batch norm alone, the mean of a turn; more where more is fused with it.
     """
     with named_calls(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(turns):
