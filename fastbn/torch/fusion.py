@@ -113,11 +113,11 @@ def _defer(module: Any, x: Any) -> Any:
             type(x) in _TENSORS
             and x.is_cpu
             and x.dtype in _KERNEL_DTYPES
-            and x.dim() > 1
-            and x.shape[1] == module.num_features  # or it raises an error, which its own line should
             and module.activation is None
             and seen is None
             and _watched() is None
+            and x.dim() > 1
+            and x.shape[1] == module.num_features  # or it raises an error, which its own line should
         ):
             return _Waiting(module, x)
         if _records and seen is not None:
@@ -337,6 +337,7 @@ def record() -> Iterator[Calls]:
     finally:
         for handle in handles:
             handle.remove()
+            global_hooks._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which PyTorch leaves there
         _records.remove(note)
 
 
