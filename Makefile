@@ -6,23 +6,31 @@ VENV := .venv
 PY := $(abspath $(VENV))/bin/python
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-BUILD_REQUIRES := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+# The strings of a list in pyproject.toml that is written in one line.
+listed = $(shell sed -n 's/^$(1) = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
 C_PROGRAMS = $(wildcard bench/*.c tests/*/*.c)
 C_SOURCES = $(wildcard src_c/*.[ch] src_c/*/*.h bench/*.cpp) $(C_PROGRAMS)
 PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_path("include"))')
 
-.PHONY: help demo serve load test test-aarch64 test-arm test-kernels test-noavx test-portable test-races \
-    test-service lint format dev bench bench-peers bench-networks bench-scaling sanitize docs wheel release build torch emulators chromium tsan wrk
+.PHONY: help demo serve load test test-slow test-aarch64 test-arm test-kernels test-noavx test-portable test-races \
+    test-service lint format dev bench bench-peers bench-networks bench-scaling sanitize docs wheel release build torch \
+    emulators chromium tsan wrk
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
+# Where nothing is built yet it is compiled for this CPU alone, in two thirds of the time; make test adds the rest. The
+# examples multiply small matrices, for which threads of OpenBLAS only wait.
+CPU = $(shell uname -m | grep -q x86_64 && { grep -qsw avx512vl /proc/cpuinfo && echo avx512 || grep -osw -m1 avx2 /proc/cpuinfo; } | head -1)
+demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(wildcard fastbn/_kernels*.so),,$(CPU)))
+demo: export OPENBLAS_NUM_THREADS = 1
+demo: export PYTHONPATH = $(CURDIR)
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
 	$(PY) examples/first_layer.py
 	$(PY) examples/digits_mlp.py
-	$(PY) examples/claims.py --short
+	$(PY) examples/claims.py --short depth dropout
 
 serve: $(VENV)/service.stamp build ## start the reference service: draw a digit at http://127.0.0.1:8000
 	cd examples/service && exec gunicorn
@@ -30,8 +38,14 @@ serve: $(VENV)/service.stamp build ## start the reference service: draw a digit 
 load: $(VENV)/service.stamp build wrk ## load the reference service, with fastbn and with NumPy: latencies, requests/s
 	$(PY) examples/service/load.py $(LOAD)
 
-test: $(VENV)/test.stamp torch build ## run the test suite and print the coverage of the Python layer
-	$(PY) -m pytest --cov --cov-report=term
+# COVERAGE=1 for both, one after the other, tells how much of the Python layer they reach, and wants 95 %. It takes half as
+# long again.
+test: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run the test suite, but for what takes long
+	$(PY) -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
+	    $(if $(COVERAGE),--cov --cov-report= --cov-fail-under=0)
+
+test-slow: $(VENV)/test.stamp $(VENV)/demo.stamp torch build ## run what make test leaves out: packages, programs of the pages, long searches
+	$(PY) -m pytest -m slow $(if $(COVERAGE),--cov --cov-append --cov-report=term)
 
 test-arm: $(VENV)/test.stamp build emulators ## test that the kernels on AArch64 (emulated) give the same bits as with AVX2
 	$(PY) -m pytest tests/emulated/check_cpus.py -k aarch64
@@ -88,14 +102,19 @@ format: $(VENV)/lint.stamp ## rewrite Python and C in the project's style
 bench: $(VENV)/bench.stamp build ## time fastbn against NumPy and print the ratios
 	$(PY) bench/ratios.py
 
-bench-peers: $(VENV)/peers.stamp build ## time fastbn against PyTorch, oneDNN, TensorFlow, JAX, ONNX Runtime, OpenVINO
-	$(PY) bench/compare.py
+# What the site shows is made by PAGES=docs/performance.
+PAGES = build/bench
+ALL = $(shell nproc)
+bench-peers: $(VENV)/peers.stamp build ## time fastbn against other libraries, with one thread and with all: report, CSV, chart
+	$(PY) bench/compare.py --threads 1 --csv $(PAGES)
+	$(PY) bench/compare.py --threads $(ALL) --csv $(PAGES) --markdown build/bench/peers.md --plots $(PAGES)
+	$(PY) bench/pages.py $(PAGES)
 
 bench-networks: $(VENV)/networks.stamp build ## time networks of torchvision with PyTorch's batch norms and with fastbn's
 	$(PY) bench/networks.py
 
 bench-scaling: $(VENV)/bench.stamp build ## time fastbn with 1, 2, 4 ... all CPUs
-	$(PY) bench/scaling.py
+	$(PY) bench/scaling.py --csv $(PAGES)/scaling.csv --plot $(PAGES)/scaling.png
 
 # In a copy, so that no object is ever mixed with those of an ordinary build; of the instruction sets two, whose loops are
 # the same, because the sanitizers make compiling slow.
@@ -106,7 +125,7 @@ sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and U
 	cp -r setup.py pyproject.toml fastbn src_c tests docs $(SANITIZED)
 	cd $(SANITIZED) && FASTBN_BUILD_ISAS=avx2 CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 1200 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 3000 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
 
 docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and broken links are errors
 	rm -rf build/docs docs/reference/generated
@@ -134,7 +153,7 @@ release: ## everything that a release takes, but for pushing the tag
 	@test -z "$$(git status --porcelain)" || { echo "There are changes that are not committed"; exit 1; }
 	@grep -q '^## $(VERSION) ' CHANGELOG.md || { echo "CHANGELOG.md has no section '## $(VERSION) (date)'"; exit 1; }
 	@! git rev-parse --quiet --verify refs/tags/v$(VERSION) || { echo "The tag v$(VERSION) exists already"; exit 1; }
-	$(MAKE) lint test docs wheel
+	$(MAKE) lint test test-slow docs wheel
 	@echo "fastbn $(VERSION) is ready. A tag publishes it: git tag -s v$(VERSION) && git push origin v$(VERSION)"
 
 # ---- what the targets above stand on
@@ -143,8 +162,7 @@ dev: $(VENV)/python.stamp ## build for one instruction set alone, to try a chang
 	FASTBN_BUILD_ISAS=$(if $(filter baseline,$(ISA)),none,$(ISA)) $(PY) setup.py --quiet build_ext --inplace
 
 build: $(VENV)/python.stamp
-	@mkdir -p build
-	@$(PY) setup.py --quiet build_ext --inplace >build/build.log || { cat build/build.log; exit 1; }
+	@$(COMPILE) || { cat build/build.log; exit 1; }
 
 # $(call debian,CHECK,PACKAGES): what pip does not bring. Installed where that is possible, else asked for.
 define debian
@@ -178,16 +196,26 @@ torch:
 # Tools alone, which need nothing of fastbn built.
 $(VENV)/lint.stamp $(VENV)/release.stamp: $(VENV)/python.stamp
 	@echo "Installing the tools of make $(basename $(notdir $@)) into $(VENV)"
-	@$(PIP) install --group $(basename $(notdir $@))
+	@$(PIP) install --no-compile --group $(basename $(notdir $@))
 	@touch $@
 
-# .venv/test.stamp and the like: this checkout is installed there, in place, with the extra of that name.
+COMPILE = mkdir -p build && $(PY) setup.py --quiet build_ext --inplace >build/build.log
+
+# .venv/test.stamp and the like: this checkout is installed there, in place, with the extra of that name. It is compiled
+# while pip downloads; pip's own build waits for that one, and then has nothing to do.
 $(VENV)/%.stamp: $(VENV)/python.stamp
 	@echo "Installing fastbn[$*] into $(VENV)"
-	@PYTHONWARNINGS=ignore $(PIP) install --no-build-isolation --editable '.[$*]'
+	@$(COMPILE) 2>&1 & PYTHONWARNINGS=ignore $(PIP) install --no-compile --no-build-isolation --editable '.[$*]'; \
+	status=$$?; wait; exit $$status
+	@touch $@
+
+# The examples are run from the checkout, so their libraries are enough.
+$(VENV)/demo.stamp: $(VENV)/python.stamp
+	@echo "Installing what the examples need into $(VENV)"
+	@$(COMPILE) 2>&1 & $(PIP) install --no-compile $(call listed,demo); status=$$?; wait; exit $$status
 	@touch $@
 
 $(VENV)/python.stamp: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
-	@$(PIP) install --upgrade pip $(BUILD_REQUIRES)
+	@$(PIP) install --no-compile --upgrade pip $(call listed,requires)
 	@touch $@

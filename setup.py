@@ -214,4 +214,19 @@ kernels = Extension(
 )
 kernels.cython_c_in_temp = True  # the generated C belongs to the build, not to the source tree
 
-setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})
+
+def readme():
+    """README.md as PyPI shows it, where paths of the checkout would lead nowhere."""
+    text = Path("README.md").read_text(encoding="utf-8") if os.path.exists("README.md") else ""
+    text = text.replace(
+        "](docs/performance/", "](https://raw.githubusercontent.com/fastbn/fastbn/main/docs/performance/"
+    )
+    return re.sub(r"\]\((?!https?:)", "](https://github.com/fastbn/fastbn/blob/main/", text)
+
+
+setup(
+    ext_modules=[kernels],
+    cmdclass={"build_ext": BuildKernels},
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+)

@@ -1,6 +1,6 @@
 """Time fastbn with several numbers of threads, side by side in one process.
 
-    python bench/scaling.py [--threads 1 2 4 8 16] [--json PATH] [--markdown PATH] [--plot PATH] ...
+    python bench/scaling.py [--threads 1 2 4 8 16] [--csv PATH] [--plot PATH] ...
 
 The rows are those of compare.py, and so is the way to time them. The memory limit of a row is measured with
 the same numbers of threads: beyond the caches it says what more threads can bring at best. Each number of
@@ -9,6 +9,7 @@ the next has its turn.
 """
 
 import argparse
+import csv
 import gc
 import json
 import os
@@ -47,7 +48,16 @@ def parse():
     parser.add_argument("--shapes", nargs="+", metavar="PATTERN", help="such as '*x7x7'; default: all")
     parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument("--results", type=Path, metavar="JSON", help="show those of an earlier run")
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=peers.BUILD / "scaling.json",
+        metavar="PATH",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="PATH", help="medians alone, as the documentation has them"
+    )
     parser.add_argument("--markdown", type=Path, metavar="PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH")
     return parser.parse_args()
@@ -151,6 +161,20 @@ def tables(results):
     )  # fmt: skip
 
 
+def write_csv(path, results):
+    """Median microseconds, a column for each number of threads."""
+    each = [f"{name}, {t} threads" for name in ("fastbn", "memory limit") for t in results["threads"]]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["cpu", "shape", "operation", "layout", *each])
+        for row in results["rows"]:
+            limits = row["limit"] or [None] * len(row["fastbn"])
+            times = ["" if time is None else f"{time:.4g}" for time in [*row["fastbn"], *limits]]
+            writer.writerow(
+                [results["machine"]["Model name"], label(row["shape"]), row["op"], row["layout"], *times]
+            )
+
+
 def plot(results, path):
     """An operation a panel, a size a colour; the memory limit dotted."""
     import matplotlib
@@ -226,8 +250,11 @@ def main():
             table.add_row(*line)
         console.print(table)
         text += [f"## {title}", "", *markdown_table(headings, lines), ""]
-    if args.json:
+    if not args.results:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if args.csv:
+        write_csv(args.csv, results)
     if args.markdown:
         machine = results["machine"]["Model name"], results["isa"], results["date"], f"{results['seconds']} s"
         args.markdown.write_text(

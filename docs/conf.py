@@ -16,7 +16,7 @@ extensions = [
 ]
 templates_path = ["_templates"]
 myst_heading_anchors = 3
-exclude_patterns = ["readme_draft.md"]
+exclude_patterns = ["performance/*.md"]  # what other pages include
 nitpicky = True  # a reference that leads nowhere is a warning, and warnings are errors
 nitpick_ignore = [("py:func", "numpy.show_config")]
 
@@ -29,7 +29,7 @@ html_title = "fastbn"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
-html_sidebars = {"index": [], "fit": [], "performance": []}  # pages without any below them
+html_sidebars = {"index": [], "fit": [], "performance": [], "benchmarks": []}  # pages without any below them
 html_theme_options = {
     "github_url": "https://github.com/fastbn/fastbn",
     "header_links_before_dropdown": 8,

@@ -90,12 +90,14 @@ def trained_error(hidden, data, seed, *, scale=1, **options):
 
 
 # ---- experiments: of one seed, each gives (diagram, curve, x, y) again and again
+#
+# A diagram is named by its y axis and its title, with a colon between them.
 
 
 def try_rates(data, seed, *, rates, epochs):
     for scale, rate, (name, norm) in product((0.1, 1, 10), rates, NORMS.items()):
         wrong = trained_error(before(norm), data, seed, scale=scale, rate=rate, epochs=epochs)
-        yield f"test error, initial weights He x {scale:g}", name, rate, wrong
+        yield f"test error: initial weights He x {scale:g}", name, rate, wrong
 
 
 def gradient_lengths(norm, block, scale, count, x, labels, rng):
@@ -118,10 +120,11 @@ def gradient_lengths(norm, block, scale, count, x, labels, rng):
 
 def try_depth(data, seed, *, count, images):
     x, _, labels, _ = data
+    measured = "length of the gradient, 1 behind the last block"
     stacks = {
-        "gradient in terms of the last, He weights": (Chain, 1),
-        "the same, He weights x 0.7": (Chain, 0.7),
-        "the same, He weights and skip connections": (Skip, 1),
+        f"{measured}: He weights": (Chain, 1),
+        f"{measured}: He weights x 0.7": (Chain, 0.7),
+        f"{measured}: He weights, skip connections": (Skip, 1),
     }
     for (diagram, (block, scale)), (name, norm) in product(stacks.items(), NORMS.items()):
         rng = np.random.default_rng(seed)
@@ -137,7 +140,7 @@ def try_order(data, seed, *, rates, epochs):
         places = {"plain": before(None), "before the ReLU": before(make), "after the ReLU": after(make)}
         for place, hidden in places.items():
             wrong = trained_error(hidden, data, seed, rate=rate, epochs=epochs)
-            yield f"test error, {norm}", place, rate, wrong
+            yield f"test error: {norm}", place, rate, wrong
 
 
 def recalibrated(network, x):
@@ -186,10 +189,10 @@ def try_dropout(data, seed, *, shares, epochs):
             "the same, statistics taken without dropout": calibrated,
         }
         for name, network in wrong.items():
-            yield "test error", name, share, error(network, data)
+            yield "test error: by the place of the dropout", name, share, error(network, data)
         shift = variance_shift(between, calibrated, data[0])
         for name, ratio in zip(("as measured", "by theory"), shift, strict=True):
-            yield "variance behind dropout, training / evaluation", name, share, ratio
+            yield "variance in training / in evaluation: first batch norm behind dropout", name, share, ratio
 
 
 def statistics_error(x, order, size):
@@ -226,15 +229,18 @@ def try_batch_size(data, seed, *, sizes, epochs):
         theory = np.sqrt((len(x) - size) / (size * (len(x) - 1)))  # of draws without replacement
         names = "mean, in deviations", "variance, relative", "mean, by theory"
         for name, value in zip(names, (*errors, theory), strict=True):
-            yield "error of a batch's statistics", name, size, value
+            yield "error, root mean square: statistics of a batch", name, size, value
 
-        diagram = f"test error, trained by batches of {BATCH}"
+        diagram = f"test error: trained by batches of {BATCH}, evaluated by others"
         yield diagram, "running averages", size, error(judge, data)
         if size > 1:  # one value has no variance
-            for name, rows in {"batches of mixed digits": mixed, "batches sorted by digit": by_digit}.items():
+            for name, rows in {
+                "of the batch, digits mixed": mixed,
+                "of the batch, digits sorted": by_digit,
+            }.items():
                 yield diagram, name, size, error_by_batches(judge, x_test, labels_test, rows, size)
 
-        diagram = "test error, trained by batches of that size"
+        diagram = "test error: trained by batches of that size"
         for name, norm in NORMS.items():
             if size > 1 or norm is not BatchNorm:
                 rng = np.random.default_rng(seed)
@@ -340,7 +346,7 @@ def make_table(title, x_name, curves):
 
 def draw(path, experiment, diagrams):
     figure, panels = plt.subplots(1, len(diagrams), figsize=(6 * len(diagrams), 5.5), layout="constrained")
-    for axes, (title, curves) in zip(panels, diagrams.items(), strict=True):
+    for axes, (diagram, curves) in zip(panels, diagrams.items(), strict=True):
         others = iter(("tab:purple", "tab:red", "tab:olive", "tab:cyan"))
         for name, curve in curves.items():
             xs, ys = list(curve), np.array(list(curve.values()))
@@ -351,12 +357,13 @@ def draw(path, experiment, diagrams):
                 marker = "o" if len(xs) < 20 else None
                 axes.plot(xs, ys.mean(1), color=colour, label=name, linewidth=2.5, marker=marker)
                 axes.fill_between(xs, ys.min(1), ys.max(1), color=colour, alpha=0.2)
-        axes.set(title=title, xlabel=experiment.x, xscale=experiment.x_scale)
+        measured, _, title = diagram.partition(": ")
+        axes.set(title=title, xlabel=experiment.x, ylabel=measured, xscale=experiment.x_scale)
         axes.grid(alpha=0.3)
         if experiment.x == "batch size":
             axes.set_xticks(experiment.full["sizes"], map(str, experiment.full["sizes"]))
             axes.xaxis.set_minor_locator(NullLocator())
-        if is_share(title):
+        if is_share(diagram):
             axes.axhline(GUESSING, color="black", linestyle=":", linewidth=1.5, label="guessing")
             axes.set_yscale("log")
             axes.set_ylim(0.004, 1)
@@ -367,6 +374,9 @@ def draw(path, experiment, diagrams):
             axes.set_yscale("log")
         axes.legend()
     figure.suptitle(f"“{experiment.claim}”", fontsize=15)
+    figure.supxlabel(
+        f"Lines: means of {len(SEEDS)} seeds. Bands: from the least to the greatest.", fontsize=10
+    )
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

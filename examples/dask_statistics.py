@@ -25,7 +25,7 @@ CHANNELS, SIDE, IMAGES = 64, 56, 80  # of a chunk: 64 MB
 
 def make_chunk(number):
     """Images whose mean and deviation drift from chunk to chunk, and differ between channels."""
-    x = np.random.default_rng([0, number]).standard_normal((IMAGES, CHANNELS, SIDE, SIDE), np.float32)
+    x = np.random.default_rng([0, number]).random((IMAGES, CHANNELS, SIDE, SIDE), np.float32)
     x *= np.linspace(0.5, 2, CHANNELS, dtype=np.float32)[:, None, None] * np.float32(1 + number % 3)
     x += np.float32(100 + number % 7)
     return x

@@ -2,7 +2,8 @@
 
 python -m fastbn info [--json]
 python -m fastbn bench [--shape 32x64x56x56 ...] [--threads 1 4 ...] [--seconds 0.5] [--json]
-python -m fastbn plan 32x256x56x56 [--op training] [--layout nhwc] [--threads 2] [--machine zen5] [--json]
+python -m fastbn plan 32x256x56x56 [--op training] [--layout nhwc] [--dtype float16] [--threads 2]
+                     [--machine zen5] [--json]
 python -m fastbn --version
 
 `fastbn` alone says the same where fastbn is installed.
@@ -82,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("shape", type=_shape, metavar="NxCx...", help="channels second, such as 32x256x56x56")
     plan.add_argument("--op", default="training", choices=_PLANNED, help="default: %(default)s")
     plan.add_argument("--layout", default="nchw", choices=("nchw", "nhwc"), help="default: %(default)s")
+    plan.add_argument("--dtype", default="float32", choices=_kernels.dtypes(), help="default: %(default)s")
     plan.add_argument("--threads", type=_threads, metavar="N", help="default: what fastbn takes by itself")
     plan.add_argument("--machine", choices=_kernels.machines(), help="in place of this one")
     plan.add_argument("--residual", action="store_true", help="with a residual")
@@ -146,7 +148,13 @@ def _plan(args: argparse.Namespace) -> None:
     order = (n, *spatial, c) if last else args.shape
     threads = args.threads or fastbn.get_num_threads()
     plan = _kernels.plan(
-        order, args.op, axis=-1 if last else 1, threads=threads, residual=args.residual, machine=args.machine
+        order,
+        args.op,
+        axis=-1 if last else 1,
+        dtype=args.dtype,
+        threads=threads,
+        residual=args.residual,
+        machine=args.machine,
     )
     if args.json:
         print(json.dumps(plan, indent=2))
@@ -157,7 +165,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _told(plan: dict[str, Any], machine: str) -> Iterator[str]:
     """A plan in words, a line each."""
     why = plan["why"]
-    yield f"{plan['operation']} in {plan['layout']}: N {plan['N']}, C {plan['C']}, S {plan['S']}"
+    sizes = f"N {plan['N']}, C {plan['C']}, S {plan['S']}"
+    yield f"{plan['operation']} of {plan['dtype']} in {plan['layout']}: {sizes}"
     yield f"machine   {machine}, by the thresholds of {plan['class']!r}; {plan['threads']} threads"
     yield f"way       {_WAYS[plan['way']]}: {why['way']}"
     if plan["sums"]:

@@ -18,6 +18,8 @@ cdef extern from "kernels.h" nogil:
         double negative_slope
         Py_ssize_t N, C, S, fold, pitch
         bn_operand x, residual, grad_output, y, grad_input, grad_residual
+        const unsigned char *mask
+        bint mask_output
 
     ctypedef struct bn_pass:
         int rows, store, from_end, by_batch, period
@@ -43,7 +45,8 @@ cdef extern from "kernels.h" nogil:
     ctypedef struct bn_terms:
         int lanes, held, overlaps
         void (*coef)(const bn_problem *, Py_ssize_t, Py_ssize_t, const bn_source *, const bn_coef *) noexcept
-        void (*running_coef)(const bn_problem *, const void *, const void *, const bn_source *, const bn_coef *) noexcept
+        void (*running_coef)(const bn_problem *, const void *, const void *, const bn_source *,
+                             const bn_coef *) noexcept
         void (*move_running)(const bn_running *, const double *, const double *, Py_ssize_t, Py_ssize_t, double,
                              double) noexcept
 
@@ -145,7 +148,11 @@ cdef extern from "schedule.h" nogil:
     bn_neighbour bn_rows_beside(const void *at, size_t bytes_of_row)
     char *bn_clear_of(char *memory, const bn_neighbour *beside, int n)
 
+cdef extern from "workplace.h" nogil:
+    void bn_count_mask(bn_call *call)
+
 cdef extern from "numpy/arrayobject.h":
+    int PyArray_CopyInto(cnp.ndarray to, cnp.ndarray a) except -1
     cnp.ndarray PyArray_NewLikeArray(cnp.ndarray prototype, int order, void *dtype, int subok)
     object PyDataMem_SetHandler(object handler)
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from typing_extensions import disjoint_base
 
-from fastbn.typing import Activation, Array, Running
+from fastbn.typing import Activation, Array, Mask, Running
 
 _Float64Pair: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 _Sums: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], int]  # dz, dz * (x - mean), count
@@ -55,14 +55,17 @@ class Frozen:
         residual: Array | None = None,
         out: Array | None = None,
         *,
+        mask: Mask | None = None,
+        mask_output: bool = False,
         num_threads: int | None = None,
     ) -> Array: ...
 
+def positions(mask: Mask, x: Array, axis: int) -> Mask: ...
 def give_back() -> int: ...
 def set_output_limit(max_bytes: int) -> None: ...
 def output_memory() -> tuple[int, int]: ...
 def stats(
-    x: Array, axis: int, num_threads: int | None
+    x: Array, axis: int, num_threads: int | None, mask: Mask | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]: ...
 def forward(
     x: Array,
@@ -83,6 +86,8 @@ def forward(
     exact: _Float64Pair | None = None,
     counter: NDArray[np.int64] | None = None,
     skip_nonfinite: bool = False,
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> tuple[Array, NDArray[np.float64], NDArray[np.float64], int]: ...
 def normalize(
     x: Array,
@@ -100,6 +105,9 @@ def normalize(
     num_threads: int | None,
     ranks: tuple[int, ...] | None,
     exact: _Float64Pair | None = None,
+    mask: Mask | None = None,
+    mask_output: bool = False,
+    count: int | None = None,  # of the values that mean and var are of
     dtype: np.dtype[Any] | None = None,
 ) -> Array: ...
 def unrounded(mean: Array, var: Array, exact: _Float64Pair, eps: float) -> _Float64Pair | None: ...
@@ -118,6 +126,8 @@ def backward_sums(
     activation: Activation | None,
     negative_slope: float,
     num_threads: int | None,
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> _Sums: ...
 def backward(
     grad_output: Array,
@@ -138,6 +148,8 @@ def backward(
     sums: _Sums | None = None,
     output: Array | None = None,
     needs: int = 15,  # the results in their order, a bit each
+    mask: Mask | None = None,
+    mask_output: bool = False,
 ) -> tuple[Any, Any, Any, Any]: ...
 def update_running(
     running_mean: Running,
@@ -152,6 +164,7 @@ def update_running(
     skip_nonfinite: bool = False,
 ) -> None: ...
 def tune(serial: int = -1, cache: int = -1, group: int = -1) -> None: ...
+def dtypes() -> list[str]: ...
 def machines() -> list[str]: ...
 def plan(
     shape: tuple[int, ...],

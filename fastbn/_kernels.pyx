@@ -89,6 +89,11 @@ def tune(Py_ssize_t serial=-1, Py_ssize_t cache=-1, Py_ssize_t group=-1):
         TUNING.group = group
 
 
+def dtypes():
+    """The names of what kernels work on."""
+    return list(ELEMENTS)
+
+
 def machines():
     """The names of machines that plans can be made for."""
     cdef int i = 0
@@ -114,7 +119,8 @@ cdef dict told(const bn_plan *plan, const bn_problem *p):
     """A plan in Python's terms."""
     return {
         "operation": bn_operation_name(plan.op).decode(), "layout": "rows" if p.layout == BN_ROWS else "planes",
-        "dtype": ELEMENTS[p.element], "N": p.N, "C": p.C, "S": p.S, "fold": p.fold, "class": bn_class_name(plan.class_).decode(),
+        "dtype": ELEMENTS[p.element],
+        "N": p.N, "C": p.C, "S": p.S, "fold": p.fold, "class": bn_class_name(plan.class_).decode(),
         "threads": plan.threads, "way": SHARED_OUT[plan.way], "tiles": plan.T, "columns": plan.width,
         "from_memory": bool(plan.from_memory), "reversed": bool(plan.reversed), "by_columns": bool(plan.by_columns),
         "owned": plan.owned, "group": plan.group, "unit": plan.unit, "groups": plan.owner_items,
@@ -392,10 +398,10 @@ def check_activation(activation, negative_slope):
     check_slope(negative_slope)
 
 
-cdef object foreign(a, str name):
+cdef object foreign(a, str name, str dtype="float32"):
     """An array of another library as NumPy sees it in place: by __array_interface__, DLPack or the buffer protocol."""
     reason = ""
-    cure = f"convert it with numpy.asarray({name}, dtype=numpy.float32)"
+    cure = f"convert it with numpy.asarray({name}, dtype={'' if dtype == 'bool' else 'numpy.'}{dtype})"
     try:
         if a is None:
             cure = "pass an array"
@@ -416,7 +422,7 @@ cdef object foreign(a, str name):
             reason = f" ({error})"
     if getattr(a, "requires_grad", False) is True:
         cure = f"pass {name}.detach()"
-    raise TypeError(f"{name} must be a float32 numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
+    raise TypeError(f"{name} must be a {dtype} numpy.ndarray, got {type(a).__name__}{reason}; {cure}")
 
 
 cdef object FLOAT32 = np.dtype(np.float32), FLOAT64 = np.dtype(np.float64)
@@ -449,6 +455,8 @@ cdef int learn_bfloat16(a) except -1:
 
 cpdef cnp.ndarray elements(a, str name):
     """`a` as an array of elements that kernels work on, in its own memory; raises where it is none."""
+    if cnp.PyArray_CheckExact(a) and element_of(a) >= 0:
+        return a
     b = a if cnp.PyArray_Check(a) else foreign(a, name)
     if element_of(b) < 0:
         learn_bfloat16(b)
@@ -466,6 +474,55 @@ cdef int check_unmasked(b, str name) except -1:
     if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array, got a masked one: its mask would be ignored; fill it first")
     return 0
+
+
+cdef cnp.ndarray truths(mask):
+    """`mask` as an array of bool that shares its memory; raises where it is none."""
+    b = mask if cnp.PyArray_Check(mask) else foreign(mask, "mask", "bool")
+    if cnp.PyArray_TYPE(b) != cnp.NPY_BOOL:
+        raise TypeError(f"mask must have dtype bool, True where x is real, got {type(mask).__name__} of {b.dtype!s}; "
+                        "convert it, such as with mask != 0")
+    if not cnp.PyArray_CheckExact(b) and isinstance(b, np.ma.MaskedArray):
+        raise TypeError("mask must be a plain array, got a masked one: its mask would be ignored; fill it first")
+    return b
+
+
+cdef bint is_position_a_byte(cnp.ndarray mask, cnp.ndarray x, int axis) noexcept:
+    """Whether a mask needs neither broadcasting nor gathering."""
+    cdef int i, nd = cnp.PyArray_NDIM(mask)
+    if nd != cnp.PyArray_NDIM(x) - 1 or not cnp.PyArray_IS_C_CONTIGUOUS(mask):
+        return False
+    for i in range(nd):
+        if cnp.PyArray_DIM(mask, i) != cnp.PyArray_DIM(x, i + (i >= axis)):
+            return False
+    return True
+
+
+cdef tuple check_mask(cnp.ndarray mask, cnp.ndarray x, int axis):
+    """That it can be broadcast to the positions of x, whose shape this returns."""
+    cdef tuple shape = (<object> x).shape, found = (<object> mask).shape
+    cdef tuple positions = shape[:axis] + shape[axis + 1:]
+    cdef int missing = len(positions) - len(found)
+    if missing >= 0:
+        for n, m in zip(positions[missing:], found):
+            if n != m and m != 1:
+                break
+        else:
+            return positions
+    cure = "pass one value a position, for all channels alike"
+    if found == shape[:axis] + (1,) + shape[axis + 1:]:
+        cure = f"leave out its axis of channels, such as by mask.squeeze({axis})"
+    elif missing > 0 and found == positions[:len(found)]:
+        cure = f"give it {missing} more axes of length 1 at its end" if missing > 1 else "pass mask[..., None]"
+    raise ValueError(f"mask must have the shape of x without its channels, {positions}, or one that can be broadcast "
+                     f"to that, got {found} for x of shape {shape} with its channels on axis {axis}; {cure}")
+
+
+def positions(mask, x, Py_ssize_t axis):
+    """A mask as a view of one value for each position of x."""
+    x = elements(x, "x")
+    cdef cnp.ndarray given = truths(mask)
+    return np.broadcast_to(given, check_mask(given, x, check_axis(x, axis)))
 
 
 cdef object optional(a, str name):
@@ -495,8 +552,10 @@ cdef bint is_half(cnp.ndarray a) noexcept:
 cpdef cnp.ndarray parameter(a, str name, int element):
     """`a` as a vector of parameters or statistics beside such elements: float64 for float64, else float32; halves are
     widened, in a copy."""
-    cdef cnp.ndarray b = elements(a, name)
     cdef int real = cnp.NPY_FLOAT64 if element == BN_f64 else cnp.NPY_FLOAT32
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == real and cnp.PyArray_ISNOTSWAPPED(a):
+        return a
+    cdef cnp.ndarray b = elements(a, name)
     if is_half(b) and element != BN_f64:
         return (<object> b).astype(np.float32)
     if cnp.PyArray_TYPE(b) != real:
@@ -511,7 +570,11 @@ cpdef cnp.ndarray parameter(a, str name, int element):
 cpdef cnp.ndarray running(a, str name, int element, bint moved):
     """`a` as running averages beside such elements: as a parameter, or float64 beside any. Those that are moved are the
     caller's own, for which a widened copy will not do."""
-    cdef cnp.ndarray b = elements(a, name)
+    cdef cnp.ndarray b
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 and element != BN_f64 and (
+            cnp.PyArray_ISNOTSWAPPED(a)):
+        return a
+    b = elements(a, name)
     if cnp.PyArray_TYPE(b) == cnp.NPY_FLOAT64:
         return b
     if moved and is_half(b):
@@ -1083,6 +1146,8 @@ cdef int plan_and_allocate(bn_call *call, bn_operation op, int threads) except -
     if call.memory == NULL:
         raise MemoryError(f"no memory for the partial sums of {call.plan.T} tiles")
     call.scratch = <char *> ((<uintptr_t> call.memory + 63) // 64 * 64)
+    if call.p.mask != NULL:
+        bn_count_mask(call)
     return 0
 
 
@@ -1206,9 +1271,10 @@ def check_input(x, axis, tuple ranks, Py_ssize_t num_features, dtype):
 @cython.freelist(8)
 cdef class Operands:
     """The arrays of a call: as they came, then as the kernels can walk them."""
-    cdef cnp.ndarray x, grad_output, residual, weight, bias, out, y, grad_residual
+    cdef cnp.ndarray x, grad_output, residual, weight, bias, out, y, grad_residual, mask
     cdef object given  # out as its caller has it
     cdef int axis, threads, element
+    cdef Py_ssize_t real  # positions that are: all, but with a mask
 
     cdef int begin(self, bn_call *call, axis, activation, negative_slope, num_threads) except -1:
         """Everything that is not an array, and the problem as x has it."""
@@ -1221,6 +1287,55 @@ cdef class Operands:
         describe(&call.p, self.x, self.axis)
         call.p.activation = code
         call.p.negative_slope = slope if self.element == BN_f64 else <float> slope
+        self.real = call.p.N * call.p.S
+        return 0
+
+    cdef int look_at(self, bn_call *call, mask, bint mask_output) except -1:
+        """Check a mask, and keep it as the kernels want it; one that is True everywhere is none."""
+        cdef bn_problem *p = &call.p
+        cdef cnp.ndarray given, gapless, kept
+        cdef const unsigned char *of
+        cdef unsigned char *to
+        cdef unsigned char one
+        cdef Py_ssize_t n, s, N = p.N, S = p.S, count = 0, pitch = S
+        if mask is None:
+            return 0
+        given = truths(mask)
+        gapless = given
+        if not is_position_a_byte(given, self.x, self.axis):
+            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
+            PyArray_CopyInto(gapless, given)
+        if self.out is not None:
+            check_clear(self.out, "out", given, "mask")
+        if p.layout == BN_PLANES:
+            pitch += BN_LINE
+        kept = per_channel(N * pitch + BN_LINE, cnp.NPY_UINT8, True)
+        for n in range(N):
+            of = <const unsigned char *> cnp.PyArray_DATA(gapless) + n * S
+            to = <unsigned char *> cnp.PyArray_DATA(kept) + n * pitch
+            for s in range(S):
+                one = of[s] != 0  # a view of other bytes may be called bool
+                to[s] = one
+                count += one
+            for s in range(S, pitch):
+                to[s] = to[s - S]
+        if count < N * S:
+            self.mask = kept
+            self.real = count
+            p.mask_output = mask_output
+        return 0
+
+    cdef cnp.ndarray forget_all(self, const bn_problem *p):
+        """Zeros in place of x, weight and what this returns, mean and variance: y is bias, whatever x is."""
+        self.forget_x(p)
+        self.weight = per_channel(p.C, real_of(self.element), True)
+        return statistic(p.C, True)
+
+    cdef int forget_x(self, const bn_problem *p) except -1:
+        """Zeros in its place, where nothing of it is real."""
+        cdef cnp.ndarray zeros = empty_for(p, self.x, self.axis)
+        zeros.fill(0)
+        self.x = zeros
         return 0
 
     cdef int check(self, Py_ssize_t C, bint in_place) except -1:
@@ -1261,6 +1376,8 @@ cdef class Operands:
         """Pointers, after which no Python code may run before the kernels are done."""
         cdef bn_problem *p = &call.p
         take(&p.x, p, self.x, self.axis, "x")
+        if self.mask is not None:
+            p.mask = <const unsigned char *> cnp.PyArray_DATA(self.mask)
         if self.grad_output is not None:
             take(&p.grad_output, p, self.grad_output, self.axis, "grad_output")
         if self.residual is not None:
@@ -1299,12 +1416,13 @@ cdef Operands operands(x, weight, bias, residual, out):
 
 # ---- the operations -----------------------------------------------------------------------------------------------
 
-def stats(x, axis, num_threads):
+def stats(x, axis, num_threads, mask=None):
     """Mean and biased variance of each channel, float64 of shape (C,), and the number of values a channel."""
     cdef bn_call call
     cdef Operands o = operands(x, None, None, None, None)
     o.begin(&call, axis, None, 0.0, num_threads)
-    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    o.look_at(&call, mask, False)
+    cdef Py_ssize_t C = call.p.C, m = o.real
     cdef cnp.ndarray mean = statistic(C, m == 0), var = statistic(C, m == 0)
     if C * m == 0:
         return mean, var, 0
@@ -1350,7 +1468,8 @@ cpdef tuple unrounded(mean, var, tuple exact, double eps):
 
 
 def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads, running_mean,
-            running_var, momentum, bint unbiased, bint want_stats, exact=None, counter=None, bint skip_nonfinite=False):
+            running_var, momentum, bint unbiased, bint want_stats, exact=None, counter=None, bint skip_nonfinite=False,
+            mask=None, bint mask_output=False):
     """Training forward: (y, mean, var, count), mean and var None without want_stats. Running statistics, or two
     times None, are updated; with those of a layer also what they were rounded from, and its counter."""
     cdef bn_call call
@@ -1364,18 +1483,23 @@ def forward(x, weight, bias, eps, axis, residual, activation, negative_slope, ou
         float64 = cnp.PyArray_TYPE(running_mean) == cnp.NPY_FLOAT64
     cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if update else 0.0
     o.begin(&call, axis, activation, negative_slope, num_threads)
-    cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    cdef Py_ssize_t C = call.p.C
     o.check(C, True)
     if update:
         check_averages(o, running_mean, running_var, C)
+    o.look_at(&call, mask, mask_output)
+    cdef Py_ssize_t m = o.real
     cdef cnp.ndarray mean = statistic(C, m == 0) if want_stats else None
     cdef cnp.ndarray var = statistic(C, m == 0) if want_stats else None
-    if C * m == 0:
+    if C * call.p.N * call.p.S == 0:
         return o.empty_result(&call.p), mean, var, 0
+    if m == 0:
+        return of_nothing(&call, o, epsilon), mean, var, 0
     if m == 1:
+        where = " and a mask with 1 True" if o.mask is not None else ""
         raise ValueError(
-            f"training needs more than 1 value per channel, got x of shape {(<object> o.x).shape} with axis={axis}; "
-            "pass a larger batch, or fixed statistics"
+            f"training needs more than 1 value per channel, got x of shape {(<object> o.x).shape} with axis={axis}"
+            f"{where}; pass a larger batch, or fixed statistics"
         )
     o.make_walkable(&call.p, o.x, True)
     result = o.result(), mean, var, m
@@ -1422,9 +1546,9 @@ cdef int check_averages(Operands o, cnp.ndarray running_mean, cnp.ndarray runnin
 
 
 def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, activation, negative_slope, out,
-              num_threads, tuple ranks, tuple exact=None, dtype=None):
+              num_threads, tuple ranks, tuple exact=None, mask=None, bint mask_output=False, count=None, dtype=None):
     """y from running statistics, of a layer with what they were rounded from and its dtype, or from those of a
-    BatchStats."""
+    BatchStats, of `count` values a channel: if that is 0, with a mask, from nothing."""
     cdef bn_call call
     if dtype is not None:
         x = elements(x, "x")
@@ -1448,6 +1572,9 @@ def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, ac
     if o.out is not None:
         check_clear(o.out, "out", mean, "stats.mean" if of_stats else "running_mean")
         check_clear(o.out, "out", var, "stats.var" if of_stats else "running_var")
+    o.look_at(&call, mask, mask_output)
+    if mask is not None and count == 0 and C * call.p.N * call.p.S > 0:
+        return of_nothing(&call, o, epsilon)
     if exact is not None:
         exact = unrounded(mean, var, exact, epsilon)
         if exact is not None:
@@ -1457,6 +1584,20 @@ def normalize(x, mean, var, bint of_stats, weight, bias, eps, axis, residual, ac
     o.weight = o.bias = None  # they are in the coefficients
     try:
         return infer(&call, o)
+    finally:
+        if block != room:
+            free(block)
+
+
+cdef of_nothing(bn_call *call, Operands o, double eps):
+    """y of a batch of which nothing is real: bias, residual and activation alone."""
+    cdef cnp.ndarray zeros = statistic(call.p.C, True)
+    cdef char room[ROOM]
+    cdef char *block = inference_coef(&call.k, room, call.p.C, o.element, zeros, zeros, True, o.weight, o.bias, eps)
+    o.weight = o.bias = None
+    try:
+        o.forget_x(&call.p)
+        return infer(call, o)
     finally:
         if block != room:
             free(block)
@@ -1512,14 +1653,19 @@ cdef class Frozen:
     def __dealloc__(self):
         free(self.block)
 
-    def __call__(self, x, residual=None, out=None, *, num_threads=None):
-        """__call__($self, /, x, residual=None, out=None, *, num_threads=None)\n--\n\nNormalize `x`.
+    def __call__(self, x, residual=None, out=None, *, mask=None, mask_output=False, num_threads=None):
+        """__call__($self, /, x, residual=None, out=None, *, mask=None, mask_output=False, num_threads=None)\n--\n
+        Normalize `x`.
 
         Parameters
         ----------
         x : ndarray of float32, float16 or bfloat16, or of float64 if that is the layer's dtype, rank >= 2
         residual, out : ndarray of x's dtype and shape, or None
             See :func:`fastbn.batch_norm`.
+        mask : ndarray of bool, or None
+        mask_output : bool
+            Whether the result is 0 where `mask` is False, which has no other effect here. See
+            :func:`fastbn.batch_norm`.
         num_threads : int or None
             See :func:`fastbn.batch_norm`.
 
@@ -1539,6 +1685,7 @@ cdef class Frozen:
         o.begin(&call, self.axis, self.activation, self.negative_slope, num_threads)
         check_channels(o.x, o.axis, self.num_features)
         o.check(self.num_features, True)
+        o.look_at(&call, mask, mask_output)
         call.k = self.k
         return infer(&call, o)
 
@@ -1592,7 +1739,7 @@ cdef int mask_from_output(bn_problem *p, activation) except -1:
 
 
 cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
-                                activation, negative_slope, out, num_threads):
+                                activation, negative_slope, out, num_threads, mask, bint mask_output):
     """Checked operands of a backward call; a residual only where the kernels look at it, or output in its place."""
     cdef Operands o = operands(x, weight, bias, residual, out)
     o.grad_output = elements(grad_output, "grad_output")
@@ -1614,6 +1761,7 @@ cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight
         check_clear(o.out, "out", y, "output")
         check_clear(o.out, "out", mean, "stats.mean")
         check_clear(o.out, "out", var, "stats.var")
+    o.look_at(call, mask, mask_output)
     call.source.eps = epsilon
     if y is not None:
         o.residual = y
@@ -1623,18 +1771,20 @@ cdef Operands gradient_operands(bn_call *call, grad_output, x, mean, var, weight
 
 
 def backward_sums(grad_output, x, mean, var, count, weight, bias, eps, axis, residual, output, activation,
-                  negative_slope, num_threads):
+                  negative_slope, num_threads, mask=None, bint mask_output=False):
     """The sums of dz and of dz * (x - mean) over x, a part of the `count` values a channel that mean and var are of,
     and how many values a channel x has."""
     cdef bn_call call
     cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
-                                        activation, negative_slope, None, num_threads)
+                                        activation, negative_slope, None, num_threads, mask, mask_output)
     cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
-    check_part(m, count)
+    check_part(o.real, count)
     cdef cnp.ndarray dz = statistic(C, m == 0), dz_dev = statistic(C, m == 0)
-    result = dz, dz_dev, m
+    result = dz, dz_dev, o.real
     if C * m == 0:
         return result
+    if o.mask is not None and count == 0:
+        mean = var = o.forget_all(&call.p)
     o.make_walkable(&call.p, o.x, False)
     o.take(&call)
     call.source.mean = take64(mean, C, "stats.mean")
@@ -1653,7 +1803,7 @@ cdef int check_part(m, count) except -1:
 
 
 cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands o) except -1:
-    """Pooled sums for a part of m values a channel of the `count` that statistics are of."""
+    """Pooled sums for a part of m (real) values a channel of the `count` that statistics are of."""
     check_moment(sums[0], "dz", C, "sums", "GradSums")
     check_moment(sums[1], "dz_dev", C, "sums", "GradSums")
     if not training:
@@ -1669,26 +1819,29 @@ cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands 
 
 
 def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
-             negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15):
+             negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15, mask=None,
+             bint mask_output=False):
     """(grad_input, grad_weight, grad_bias, grad_residual), None for what is not in needs; mean and var are float64 of
     shape (C,), over `count` values a channel. With `sums`, (dz, dz_dev, count), x is a part of those, and there are no
     gradients of the parameters."""
     cdef bn_call call
     cdef Operands o = gradient_operands(&call, grad_output, x, mean, var, weight, bias, eps, axis, residual, output,
-                                        activation, negative_slope, out, num_threads)
+                                        activation, negative_slope, out, num_threads, mask, mask_output)
     cdef Py_ssize_t C = call.p.C, m = call.p.N * call.p.S
+    cdef bint nothing = training and o.mask is not None and count == 0  # is real, in all of the batch
     cdef bint to_input = needs & NEED_INPUT
     cdef bint to_parameters = sums is None and needs & (NEED_WEIGHT | NEED_BIAS)
     cdef bint to_residual = needs & NEED_RESIDUAL and (residual is not None or output is not None)
     if o.out is not None and not to_input:
         raise ValueError("out is where grad_input goes, which needs does not name; add 'input', or leave out out")
     if sums is not None:
-        check_sums(sums, m, count, training, C, o)
-    elif training and C * m > 0 and count != m:
+        check_sums(sums, o.real, count, training, C, o)
+    elif training and C * m > 0 and count != o.real:
+        where = "" if o.mask is None else " where mask is True"
         raise ValueError(
-            f"stats are of {count} values per channel, but x has {m}; pass as x the whole batch that they are of, or "
-            "with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or training=False where "
-            "they are fixed"
+            f"stats are of {count} values per channel, but x has {o.real}{where}; pass as x the whole batch that they "
+            "are of, or with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or "
+            "training=False where they are fixed"
         )
     # the gradient goes through the statistics only to the input
     call.p.fixed = not (training and to_input)
@@ -1698,6 +1851,8 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     elif not to_input and not to_residual:
         op = BN_SUMS
     cdef cnp.ndarray like = o.x
+    if nothing and C * m > 0:
+        mean = var = o.forget_all(&call.p)
     if op == BN_GRAD_INPUT and call.p.fixed and activation is None:
         o.x = o.grad_output  # x is not looked at, and need not be read
     cdef cnp.ndarray grad_weight = per_channel(C, real_of(o.element), m == 0)
@@ -1720,13 +1875,15 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
     if to_parameters:
         call.grad_weight = cnp.PyArray_DATA(grad_weight)
         call.grad_bias = cnp.PyArray_DATA(grad_bias)
-    call.count = <double> m
+    call.count = <double> max(o.real, 1)
     if sums is not None:
         call.dz = take64(sums[0], C, "sums.dz")
         call.dz_dev = take64(sums[1], C, "sums.dz_dev")
-        call.count = <double> count
+        call.count = <double> max(count, 1)
     plan_and_allocate(&call, op, o.threads)
     run(&call)
+    if nothing and to_input:
+        o.y.fill(0)  # not even a NaN of grad_output
     o.copy_back()
     return result
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fastbn.functional import BatchNormGrads
-    from fastbn.typing import Array
+    from fastbn.typing import Array, Mask
+    from fastbn.variants import Masked
 
 
 @contextmanager
@@ -67,11 +68,16 @@ def adapt(layer_or_layers: BatchNorm | Iterable[BatchNorm], *, prior: float = 16
     adapting = {id(layer) for layer in layers}
 
     def stand_in(
-        layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
+        layer: BatchNorm,
+        x: Array,
+        residual: Array | None,
+        out: Array | None,
+        num_threads: int | None,
+        masked: Masked,
     ) -> Array | None:
         if id(layer) not in adapting:
             return None
-        return _normalize(layer, float(prior), x, residual, out, num_threads)
+        return _normalize(layer, float(prior), x, residual, out, num_threads, masked)
 
     with standing_in(stand_in):
         yield
@@ -84,23 +90,27 @@ def _normalize(
     residual: Array | None,
     out: Array | None,
     num_threads: int | None,
+    masked: Masked,
 ) -> Array:
     x = _kernels.elements(x, "x")
     _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features, layer.dtype)
-    stats = _mixture(layer, prior, x, num_threads)
+    stats = _mixture(layer, prior, x, num_threads, masked.mask)
     y = _kernels.normalize(
         x, stats.mean, stats.var, True, layer.weight, layer.bias, layer.eps, layer.axis, residual,
-        layer.activation, layer.negative_slope, out, num_threads, layer._ranks, None, layer.dtype,
+        layer.activation, layer.negative_slope, out, num_threads, layer._ranks,
+        None, *masked, None, layer.dtype,
     )  # fmt: skip
-    layer._saved[0] = (x, residual, out, None, partial(_gradients, layer, stats))
+    layer._saved[0] = (x, residual, out, None, partial(_gradients, layer, stats), masked)
     return y
 
 
-def _mixture(layer: BatchNorm, prior: float, x: Array, num_threads: int | None) -> BatchStats:
+def _mixture(
+    layer: BatchNorm, prior: float, x: Array, num_threads: int | None, mask: Mask | None
+) -> BatchStats:
     """What x is normalized by."""
     averages: Any = layer._averages()
     mean, var = (np.array(average, np.float64) for average in averages)
-    batch_mean, batch_var, count = _kernels.stats(x, layer.axis, num_threads)
+    batch_mean, batch_var, count = _kernels.stats(x, layer.axis, num_threads, mask)
     if count == 1:
         raise ValueError(
             f"adapt() needs more than 1 value per channel, got x of shape {x.shape} with axis={layer.axis}; "
@@ -126,6 +136,7 @@ def _gradients(
     x: Array,
     residual: Array | None,
     num_threads: int | None,
+    masked: Masked,
 ) -> BatchNormGrads:
     return batch_norm_backward(
         grad_output,
@@ -140,4 +151,5 @@ def _gradients(
         activation=layer.activation,
         negative_slope=layer.negative_slope,
         num_threads=num_threads,
+        **masked._asdict(),
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fastbn.functional import BatchNormGrads
     from fastbn.typing import Array
+    from fastbn.variants import Masked
 
     Float64 = NDArray[np.float64]
 
@@ -38,9 +39,10 @@ _HEADER = 4
 _FAILED, _STATS, _SUMS = range(3)
 _WHAT = {_STATS: "statistics", _SUMS: "sums of the gradient"}
 
-_FEW = 64  # ranks, up to which the first numbers of the vectors go along with that
-_FIRST = 2 + 2 * 256  # that many of them: all, of up to 256 channels
-_GATHERED = 1 << 20  # bytes from all ranks from which on a tree is less work: see docs/many_machines.md
+_FIRST = 2 + 2 * 256  # numbers of the vectors that go along with that, at most: all, of up to 256 channels
+_SHORT = 80_000  # bytes from all ranks: of more, an MPI may make as many messages in a row as there are ranks
+# {ranks: bytes from all of them}, up to which gathering is less work than a tree: see docs/many_machines.md
+_GATHERED = {16: 1 << 20, 64: _SHORT}
 _COUNT = 1 << 53  # counts are sent as two numbers below this
 
 _layers = itertools.count(1)
@@ -73,7 +75,7 @@ def all_merge(parts: Part | Iterable[Part], comm: Any) -> Part:
     Returns
     -------
     BatchStats or GradSums
-        Merged in the order of ranks, or where mpi4py's ranks have a mebibyte together in that of a tree of
+        Merged in the order of ranks; where mpi4py's ranks are many, or have much, in that of a tree of
         neighbours. With one rank, what it has.
 
     Raises
@@ -170,9 +172,10 @@ class SyncBatchNorm(BatchNorm):
         num_threads: int | None,
         weight: Array | None,
         bias: Array | None,
+        masked: Masked,
     ) -> Array:
         if not self.training or (ranks := _Ranks(self.comm)).size == 1:
-            return super()._normalize_by_batch(x, residual, out, num_threads, weight, bias)
+            return super()._normalize_by_batch(x, residual, out, num_threads, weight, bias, masked)
         averages: tuple[Any, Any] = (None, None)
         options: tuple[Any, ...] = ()
 
@@ -192,7 +195,7 @@ class SyncBatchNorm(BatchNorm):
             if averages[0] is not None:
                 nothing = np.zeros(self.num_features)
                 move(nothing, nothing, 0)  # but what it checks
-            return BatchStats._wrap(*_kernels.stats(x, self.axis, num_threads))
+            return BatchStats._wrap(*_kernels.stats(x, self.axis, num_threads, masked.mask))
 
         stats = ranks.merge(of_shard, self._number)
         if stats.count == 1:
@@ -202,13 +205,13 @@ class SyncBatchNorm(BatchNorm):
             )
         y = _kernels.normalize(
             x, stats.mean, stats.var, True, weight, bias, self.eps, self.axis, residual, self.activation,
-            self.negative_slope, out, num_threads, self._ranks,
+            self.negative_slope, out, num_threads, self._ranks, None, *masked, stats.count,
         )  # fmt: skip
         if averages[0] is not None:
             move(stats.mean, stats.var, stats.count)
             if self.skip_nonfinite and not self._said_nonfinite:
                 self._tell_nonfinite(stats.var)
-        self._saved[0] = (x, residual, out, stats, None)
+        self._saved[0] = (x, residual, out, stats, None, masked)
         return y
 
     def backward(
@@ -253,11 +256,11 @@ class SyncBatchNorm(BatchNorm):
 
         def of_shard() -> GradSums:
             nonlocal own
-            x, residual, _, stats, _ = cast("tuple[Any, ...]", saved)
+            x, residual, _, stats, _, masked = cast("tuple[Any, ...]", saved)
             own = batch_norm_backward_sums(
                 grad_output, x, stats, self.weight, self.bias, self.eps, axis=self.axis, residual=residual,
                 output=output, activation=self.activation, negative_slope=self.negative_slope,
-                num_threads=num_threads,
+                num_threads=num_threads, **masked._asdict(),
             )  # fmt: skip
             return own
 
@@ -327,23 +330,42 @@ class _Ranks:
         rows = self._tell(kind, number, vector)
         _check_in_step(rows[:, :_HEADER])
         self._find_sharers(rows)
-        rows, rest = rows[:, _HEADER:], vector[_FIRST:]
-        if self._is_mpi and self.size * vector.nbytes > _GATHERED:
+        if self._is_mpi and self.size * vector.nbytes > self._most_gathered():
             return _unpacked(self._reduced(vector, type(part)), type(part))
-        if self.size > _FEW:
-            rows, rest = rows[:, :0], vector
+        rows = rows[:, _HEADER:]
+        rest = vector[rows.shape[1] :]
         if rest.size:
             rows = np.concatenate([rows, self._gather(rest)], axis=1)
         first, *others = [_unpacked(row[: vector.size], type(part)) for row in rows]
         return first.merge(*others)
 
     def _tell(self, kind: int, number: int, vector: Float64) -> Float64:
-        """Header and first numbers of all ranks, whose length does not depend on what they are of."""
-        row = np.zeros(_HEADER + (_FIRST if self.size <= _FEW else 0))
+        """Header and first numbers of all ranks, whose length does not depend on what they are of.
+
+        Of many ranks that all have the same header it is once for all.
+        """
+        row = np.zeros(_HEADER + self._along())
         row[:_HEADER] = kind, number, vector.size // 2 - 1, _knows_sharers
         along = vector[: row.size - _HEADER]
         row[_HEADER : _HEADER + along.size] = along
+        if self._is_mpi and not self._most_gathered() and self._all_have(row):
+            return row[None]
         return self._gather(row)
+
+    def _all_have(self, row: Float64) -> bool:
+        """Whether the rows of all ranks are this one, which is told in fewer messages than what they are."""
+        from mpi4py import MPI
+
+        ends = np.concatenate([row, -row])
+        found = np.empty_like(ends)
+        self._comm.Allreduce(ends, found, MPI.MAX)
+        return np.array_equal(found, ends)
+
+    def _along(self) -> int:
+        return min(_FIRST, _SHORT // (8 * self.size) - _HEADER) if self._most_gathered() else 0
+
+    def _most_gathered(self) -> int:
+        return next((most for ranks, most in _GATHERED.items() if self.size <= ranks), 0)
 
     def _gather(self, vector: Float64) -> Float64:
         rows = np.empty((self.size, vector.size))

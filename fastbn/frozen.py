@@ -22,14 +22,17 @@ class _CallSignature:
             return None
         import inspect
 
-        return inspect.signature(lambda x, residual=None, out=None, *, num_threads=None: x)
+        return inspect.signature(
+            lambda x, residual=None, out=None, *, mask=None, mask_output=False, num_threads=None: x
+        )
 
 
 class FrozenBatchNorm(_kernels.Frozen):
     """Batch normalization whose statistics and parameters no longer change.
 
-    Called with ``x``, ``residual=None`` and ``out=None``. Immutable, so any number of threads may call one
-    object at once; all but tiny calls release the GIL. Compared and hashed by identity.
+    Called with ``x``, ``residual=None`` and ``out=None``, and as a layer with ``mask=`` and ``mask_output=``.
+    Immutable, so any number of threads may call one object at once; all but tiny calls release the GIL.
+    Compared and hashed by identity.
 
     Parameters
     ----------

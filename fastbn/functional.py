@@ -10,7 +10,7 @@ from fastbn.statistics import BatchStats, GradSums
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fastbn.typing import Activation, Array, Running
+    from fastbn.typing import Activation, Array, Mask, Running
 
 
 class BatchNormGrads(NamedTuple):
@@ -39,6 +39,8 @@ def batch_norm(
     *,
     axis: int = 1,
     unbiased: bool = True,
+    mask: Mask | None = None,
+    mask_output: bool = False,
     residual: Array | None = None,
     activation: Activation | None = None,
     negative_slope: float = 0.01,
@@ -52,14 +54,15 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32, rank >= 2
+    x : ndarray of float32, float64, float16 or bfloat16 (of ml_dtypes), rank >= 2
         Not changed, unless it is also `out`. Walked without a copy where its memory is NCHW or channels-last,
         with any stride over batch and channels; copied once otherwise.
     running_mean, running_var : ndarray of float32, or both of float64, shape (C,), or None
         Running statistics. In training they are updated in place, or both None, and overlap nothing else;
         otherwise they are needed, and each variance plus `eps` is >= 0. See :func:`update_running` for when
         to prefer float64.
-    weight, bias : ndarray of float32, shape (C,), or None
+    weight, bias : ndarray of float32, or float64 where `x` is, shape (C,), or None
+        Those of float16 and bfloat16 are widened.
         1 and 0 where None.
     training : bool
         Normalize with the statistics of `x`, and update the running ones.
@@ -72,26 +75,35 @@ def batch_norm(
     unbiased : bool
         Update `running_var` with the unbiased variance, n / (n - 1) of the one that normalizes, as PyTorch
         does; False for Keras, ONNX and Flax.
-    residual : ndarray of float32, shape of `x`, or None
+    mask : ndarray of bool, or None
+        Which positions of `x` are real (True), for all channels alike: of the shape of `x` without its
+        channels, or one that can be broadcast to it. Statistics are those of the real values, whatever the
+        others are; where none is real, nothing is updated and the output is that of a normalized 0. Copied.
+        The output is computed everywhere, and an evaluation the same with and without it.
+    mask_output : bool
+        Write 0 where `mask` is False.
+    residual : ndarray of the dtype and shape of `x`, or None
         Added before the activation.
     activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
         Applied in the same pass over memory.
     negative_slope : float
         Of "leaky_relu".
-    out : ndarray of float32, shape of `x`, or None
+    out : ndarray of the dtype and shape of `x`, or None
         Where the result goes. May be `x`, and may overlap nothing else.
     num_threads : int or None
         At most so many threads; None for :func:`fastbn.get_num_threads`. Never changes a result.
 
     Returns
     -------
-    ndarray of float32, shape of `x`
+    ndarray of the dtype and shape of `x`
+        A half is what float32 gives for the widened values, rounded once to nearest even.
         `out`, or a new array in the memory order of `x`.
 
     Raises
     ------
     TypeError
-        If an array is not float32 in native byte order, or of the running ones only one is float64.
+        If an array is of another dtype or byte order, dtypes are mixed otherwise than said above, or of the
+        running ones only one is float64.
     ValueError
         If a shape, a length or an option does not fit, if `out` overlaps an input, or in training if a
         channel has one value only or a running array is read-only. Nothing has been written then.
@@ -109,15 +121,17 @@ def batch_norm(
     elif not training:
         return _kernels.normalize(
             x, running_mean, running_var, False, weight, bias, eps, axis, residual, activation,
-            negative_slope, out, num_threads, None,
+            negative_slope, out, num_threads, None, None, mask, mask_output,
         )  # fmt: skip
     return _kernels.forward(
         x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
-        running_mean, running_var, momentum, unbiased, False,
+        running_mean, running_var, momentum, unbiased, False, None, None, False, mask, mask_output,
     )[0]  # fmt: skip
 
 
-def batch_stats(x: Array, *, axis: int = 1, num_threads: int | None = None) -> BatchStats:
+def batch_stats(
+    x: Array, *, axis: int = 1, mask: Mask | None = None, num_threads: int | None = None
+) -> BatchStats:
     """Mean and biased variance of each channel.
 
     Summed in float32 over tiles around a shift near each tile's mean; tiles are pooled in float64 by the
@@ -125,23 +139,25 @@ def batch_stats(x: Array, *, axis: int = 1, num_threads: int | None = None) -> B
 
     Parameters
     ----------
-    x : ndarray of float32, rank >= 2
+    x : ndarray of float32, float64, float16 or bfloat16 (of ml_dtypes), rank >= 2
     axis : int
         The channels' axis.
+    mask : ndarray of bool, or None
+        See :func:`batch_norm`. The count is that of the real positions.
     num_threads : int or None
         See :func:`batch_norm`.
 
     Returns
     -------
     BatchStats
-        Of count 0 where `x` is empty.
+        Of count 0 where `x` is empty, or nothing of it is real.
 
     Raises
     ------
     TypeError, ValueError
         As :func:`batch_norm`.
     """
-    return BatchStats._wrap(*_kernels.stats(x, axis, num_threads))
+    return BatchStats._wrap(*_kernels.stats(x, axis, num_threads, mask))
 
 
 def batch_norm_forward(
@@ -152,6 +168,8 @@ def batch_norm_forward(
     *,
     stats: BatchStats | None = None,
     axis: int = 1,
+    mask: Mask | None = None,
+    mask_output: bool = False,
     residual: Array | None = None,
     activation: Activation | None = None,
     negative_slope: float = 0.01,
@@ -162,14 +180,15 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads
+    x, weight, bias, eps, axis, mask, mask_output, residual, activation, negative_slope, out, num_threads
         See :func:`batch_norm`.
     stats : BatchStats or None
-        Statistics to normalize with in place of those of `x`, such as pooled ones.
+        Statistics to normalize with in place of those of `x`, such as pooled ones. With a mask, those of
+        count 0 are of a batch of which nothing is real.
 
     Returns
     -------
-    y : ndarray of float32, shape of `x`
+    y : ndarray of the dtype and shape of `x`
     stats : BatchStats
         What it was normalized with; :func:`batch_norm_backward` wants it.
 
@@ -182,12 +201,12 @@ def batch_norm_forward(
         _check_stats(stats)
         y = _kernels.normalize(
             x, stats.mean, stats.var, True, weight, bias, eps, axis, residual, activation, negative_slope,
-            out, num_threads, None,
+            out, num_threads, None, None, mask, mask_output, stats.count,
         )  # fmt: skip
         return y, stats
     y, mean, var, count = _kernels.forward(
         x, weight, bias, eps, axis, residual, activation, negative_slope, out, num_threads,
-        None, None, 0.0, False, True,
+        None, None, 0.0, False, True, None, None, False, mask, mask_output,
     )  # fmt: skip
     return y, BatchStats._wrap(mean, var, count)
 
@@ -202,6 +221,8 @@ def batch_norm_backward(
     *,
     training: bool = True,
     axis: int = 1,
+    mask: Mask | None = None,
+    mask_output: bool = False,
     residual: Array | None = None,
     activation: Activation | None = None,
     negative_slope: float = 0.01,
@@ -215,22 +236,24 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    grad_output : ndarray of float32, shape of `x`
+    grad_output : ndarray of the dtype and shape of `x`
         Gradient of the loss with respect to the output.
-    x, weight, bias, eps, axis, residual, activation, negative_slope, num_threads
-        Those of the forward call. `bias` and `residual` matter with an activation, whose mask is found again
-        from them; with `residual` its gradient is returned too.
+    x, weight, bias, eps, axis, mask, mask_output, residual, activation, negative_slope, num_threads
+        Those of the forward call. `bias` and `residual` matter with an activation, whose derivative is found
+        again from them; with `residual` its gradient is returned too. With `mask` the gradient goes through
+        the statistics to real positions only, but its sums run over all that was put out: over the others,
+        too, unless 0 was put out there (`mask_output`) or what is there is not finite.
     stats : BatchStats
         What the forward call normalized with. In training, of all of `x`: of as many values per channel; with
         `sums` of at least as many.
     training : bool
         Whether the gradient goes through `stats`, as those of `x`; False takes them as constants.
-    out : ndarray of float32, shape of `x`, or None
+    out : ndarray of the dtype and shape of `x`, or None
         Where grad_input goes. May overlap no input.
     sums : GradSums or None
         Where `x` is a part of the batch that `stats` are of: :func:`batch_norm_backward_sums` of all parts,
         merged. Then grad_weight and grad_bias are those of the whole batch.
-    output : ndarray of float32, shape of `x`, or None
+    output : ndarray of the dtype and shape of `x`, or None
         What the forward call returned. The mask of "relu", "relu6" or "leaky_relu" (of a slope above 0) is
         found from it, with the same result, and the residual need not be kept.
     needs : collection of str
@@ -241,7 +264,7 @@ def batch_norm_backward(
     -------
     BatchNormGrads
         grad_input and grad_residual (None without `residual` and `output`) of the shape of `x`, grad_weight
-        and grad_bias of shape (C,), all float32. None in place of what `needs` does not name.
+        and grad_bias of shape (C,), of the dtype of parameters. None in place of what `needs` does not name.
 
     Raises
     ------
@@ -257,7 +280,7 @@ def batch_norm_backward(
     grads = _kernels.backward(
         grad_output, x, stats.mean, stats.var, stats.count, weight, bias, eps, training, axis, residual,
         activation, negative_slope, out, num_threads, given, output,
-        15 if needs is _NEEDS else _needed(needs),
+        15 if needs is _NEEDS else _needed(needs), mask, mask_output,
     )  # fmt: skip
     if sums is not None:
         dtype = _kernels.dtype_of_parameters(_kernels.elements(x, "x"))
@@ -275,6 +298,8 @@ def batch_norm_backward_sums(
     eps: float = 1e-5,
     *,
     axis: int = 1,
+    mask: Mask | None = None,
+    mask_output: bool = False,
     residual: Array | None = None,
     output: Array | None = None,
     activation: Activation | None = None,
@@ -293,15 +318,18 @@ def batch_norm_backward_sums(
 
     Parameters
     ----------
-    grad_output, x, weight, bias, eps, axis, residual, output, activation, negative_slope, num_threads
+    grad_output, x, weight, bias, eps, axis, mask, mask_output, residual, output, activation, negative_slope
         See :func:`batch_norm_backward`. Of this part alone.
+    num_threads : int or None
+        See :func:`batch_norm`.
     stats : BatchStats
         Those of the whole batch: of at least as many values per channel as `x` has.
 
     Returns
     -------
     GradSums
-        Of the values of `x` alone, by the mean of the whole batch. Its
+        Of the values of `x` alone, by the mean of the whole batch. With `mask` its count is that of the real
+        positions, and a part without any has sums nonetheless. Its
         :meth:`~fastbn.GradSums.parameter_grads` are the part's share in the gradients of weight and bias.
 
     Raises
@@ -312,7 +340,7 @@ def batch_norm_backward_sums(
     _check_stats(stats)
     dz, dz_dev, count = _kernels.backward_sums(
         grad_output, x, stats.mean, stats.var, stats.count, weight, bias, eps, axis, residual, output,
-        activation, negative_slope, num_threads,
+        activation, negative_slope, num_threads, mask, mask_output,
     )  # fmt: skip
     return GradSums._wrap(dz, dz_dev, count)
 

@@ -12,6 +12,7 @@ from fastbn.frozen import FrozenBatchNorm
 from fastbn.functional import _NEEDS, BatchNormGrads, _needed, batch_norm_backward
 from fastbn.stand_ins import stand_ins, stood_in
 from fastbn.statistics import BatchStats, _read_only
+from fastbn.variants import Masked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,18 +22,19 @@ if TYPE_CHECKING:
 
     from fastbn.functional import BatchNormGrads
     from fastbn.statistics import GradSums
-    from fastbn.typing import Activation, Array, Running
+    from fastbn.typing import Activation, Array, Mask, Running
     from fastbn.variants import Renorm
 
     Float64 = NDArray[np.float64]
-    # Of grad_output, x, residual and num_threads.
-    Gradients = Callable[[Array, Array, Array | None, int | None], BatchNormGrads]
-    _Call = tuple[Array, Array | None, Array | None, BatchStats | None, Gradients | None]
+    # Of grad_output, x, residual, num_threads and mask.
+    Gradients = Callable[[Array, Array, Array | None, int | None, Masked], BatchNormGrads]
+    _Call = tuple[Array, Array | None, Array | None, BatchStats | None, Gradients | None, Masked]
 
 # In the order of PyTorch's state_dict.
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 _FLOAT32 = _kernels.real_dtype(np.float32)
+_UNMASKED = Masked()
 
 # Options that a repr tells only where they are not these.
 _SELDOM = {
@@ -184,7 +186,8 @@ class BatchNorm:
         self._said_nonfinite = False
         self.training = True
         # The latest call, in a list, because writing into that does not go through __setattr__: its arrays,
-        # the statistics of its batch if it went by them, and what gives its gradients if backward() cannot.
+        # the statistics of its batch if it went by them, what gives its gradients if backward() cannot, and
+        # its mask.
         self._saved: list[_Call | None] = [None]
 
         def vector(wanted: bool) -> Array | None:
@@ -232,6 +235,8 @@ class BatchNorm:
         residual: Array | None = None,
         out: Array | None = None,
         *,
+        mask: Mask | None = None,
+        mask_output: bool = False,
         num_threads: int | None = None,
     ) -> Array:
         """Normalize `x`; in training also update the running averages and the counter.
@@ -245,6 +250,10 @@ class BatchNorm:
             Added before the activation.
         out : ndarray of the shape and dtype of `x`, optional
             Where to write the result. May be `x`, but then :meth:`backward` cannot be called.
+        mask : bool ndarray of the shape of `x` without its channels, or one that can be broadcast to it
+            True where `x` is real. A batch of which nothing is leaves running averages and counter alone.
+        mask_output : bool
+            Write 0 where `mask` is False. For both see :func:`fastbn.batch_norm`.
         num_threads : int, optional
             See :func:`fastbn.batch_norm`.
 
@@ -261,23 +270,24 @@ class BatchNorm:
         TypeError
             If an array is not of a dtype that the layer takes.
         """
+        masked = _UNMASKED if mask is None else Masked(mask, mask_output)
         if stand_ins:
-            y = stood_in(self, x, residual, out, num_threads)
+            y = stood_in(self, x, residual, out, num_threads, masked)
             if y is not None:
                 return y
         if self.training:
             if self.virtual_batch_size is None and self.renorm is None:
-                return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias)
-            return variants.train(self, x, residual, out, num_threads)
+                return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias, masked)
+            return variants.train(self, x, residual, out, num_threads, masked)
         running_mean, running_var = self.running_mean, self.running_var
         if running_mean is None or running_var is None:
-            return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias)
+            return self._normalize_by_batch(x, residual, out, num_threads, self.weight, self.bias, masked)
         y = _kernels.normalize(
             x, running_mean, running_var, False, self.weight, self.bias, self.eps, self.axis,
             residual, self.activation, self.negative_slope, out, num_threads, self._ranks,
-            self._exact, self.dtype,
+            self._exact, mask, mask_output, None, self.dtype,
         )  # fmt: skip
-        self._saved[0] = (x, residual, out, None, None)
+        self._saved[0] = (x, residual, out, None, None, masked)
         return y
 
     def _normalize_by_batch(
@@ -288,6 +298,7 @@ class BatchNorm:
         num_threads: int | None,
         weight: Array | None,
         bias: Array | None,
+        masked: Masked,
     ) -> Array:
         x = _kernels.elements(x, "x")
         _kernels.check_input(x, self.axis, self._ranks, self.num_features, self.dtype)
@@ -295,9 +306,9 @@ class BatchNorm:
         y, mean, var, count = _kernels.forward(
             x, weight, bias, self.eps, self.axis, residual, self.activation, self.negative_slope,
             out, num_threads, running_mean, running_var, momentum, self.unbiased, True,
-            exact, counter, self.skip_nonfinite,
+            exact, counter, self.skip_nonfinite, *masked,
         )  # fmt: skip
-        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count), None)
+        self._saved[0] = (x, residual, out, BatchStats._wrap(mean, var, count), None, masked)
         if self.skip_nonfinite and running_var is not None and not self._said_nonfinite:
             self._tell_nonfinite(var)
         return y
@@ -410,7 +421,7 @@ class BatchNorm:
                 "a layer that is used several times in a forward pass, or gradients of one call for several "
                 "losses, use batch_norm_forward() and batch_norm_backward(), or one layer for each call"
             )
-        x, residual, out, stats, gradients = self._saved[0]
+        x, residual, out, stats, gradients, masked = self._saved[0]
         x = _kernels.elements(x, "x")
         if out is not None and np.shares_memory(x, _kernels.elements(out, "out")):
             raise RuntimeError(
@@ -424,7 +435,7 @@ class BatchNorm:
                     "others; leave out sums"
                 )
             needed = _needed(needs)
-            grads = gradients(grad_output, x, residual, num_threads)
+            grads = gradients(grad_output, x, residual, num_threads, masked)
             self._saved[0] = None
             return BatchNormGrads(*(grad if needed >> i & 1 else None for i, grad in enumerate(grads)))
         training = stats is not None
@@ -449,6 +460,8 @@ class BatchNorm:
             sums=sums,
             output=output,
             needs=needs,
+            mask=masked.mask,
+            mask_output=masked.mask_output,
         )
         self._saved[0] = None  # or gradients of another call might be taken for those of this one
         return grads

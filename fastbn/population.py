@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastbn.typing import Array
+    from fastbn.variants import Masked
 
     Float64 = NDArray[np.float64]
     Model = Callable[[Any], Any]
@@ -237,23 +238,30 @@ class _Pass:
         return {layer: pool for layer, pool in self.pools.items() if pool.calls}
 
     def call(
-        self, layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
+        self,
+        layer: BatchNorm,
+        x: Array,
+        residual: Array | None,
+        out: Array | None,
+        num_threads: int | None,
+        masked: Masked,
     ) -> Array | None:
         if get_ident() != self.thread or not layer._has_averages():
             return None
         averages = self.settled.get(layer)
         if averages is not None:
-            return _normalize(layer, averages, x, residual, out, num_threads)
+            return _normalize(layer, averages, x, residual, out, num_threads, masked)
         x = _kernels.elements(x, "x")
         _kernels.check_input(x, layer.axis, layer._ranks, layer.num_features, layer.dtype)
         pool = self.pools.get(layer)
         if pool is None:
             pool = self.pools[layer] = _Pool(layer)
-        stats = BatchStats._wrap(*_kernels.stats(x, layer.axis, num_threads))
+        stats = BatchStats._wrap(*_kernels.stats(x, layer.axis, num_threads, masked.mask))
         pool.add(stats, self.batch)
         if layer is self.target:
             raise _Reached
-        return _normalize(layer, pool.total() if stats.count == 1 else stats, x, residual, out, num_threads)
+        by = pool.total() if stats.count == 1 else stats
+        return _normalize(layer, by, x, residual, out, num_threads, masked)
 
 
 def _normalize(
@@ -263,12 +271,14 @@ def _normalize(
     residual: Array | None,
     out: Array | None,
     num_threads: int | None,
+    masked: Masked,
 ) -> Array:
     """As the layer does in training by the statistics of a batch, in evaluation by averages."""
     return _kernels.normalize(
         x, by.mean, by.var, isinstance(by, BatchStats), layer.weight, layer.bias, layer.eps, layer.axis,
         residual, layer.activation, layer.negative_slope, out, num_threads, layer._ranks,
-        by.exact if isinstance(by, _Averages) and layer.dtype == np.float32 else None, layer.dtype,
+        by.exact if isinstance(by, _Averages) and layer.dtype == np.float32 else None, *masked,
+        by.count if isinstance(by, BatchStats) else None, layer.dtype,
     )  # fmt: skip
 
 

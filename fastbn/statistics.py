@@ -40,7 +40,8 @@ class BatchStats(_Immutable):
     var : array_like of shape (C,)
         Biased (population) variance of each channel.
     count : int
-        Values per channel: N times the spatial size. With 0 the shard is empty and the rest means nothing.
+        Values per channel: N times the spatial size, or with a mask how many are real. With 0 the shard is
+        empty and the rest means nothing.
 
     Raises
     ------
@@ -156,7 +157,8 @@ class GradSums(_Immutable):
     dz_dev : array_like of shape (C,)
         Of each channel the sum of dz * (x - mean): of dz times the deviation.
     count : int
-        Values per channel: N times the spatial size. An empty part has sums of 0, and changes nothing.
+        Values per channel: N times the spatial size, or with a mask how many are real. An empty part has sums
+        of 0, and changes nothing; one of which nothing is real may have others.
 
     Raises
     ------

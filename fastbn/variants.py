@@ -16,10 +16,23 @@ if TYPE_CHECKING:
 
     from fastbn.modules import BatchNorm
     from fastbn.statistics import BatchStats
-    from fastbn.typing import Array
+    from fastbn.typing import Array, Mask
 
     Float64 = NDArray[np.float64]
     Pair = tuple[Float64, Float64]
+
+
+class Masked(NamedTuple):
+    """What a call of a layer was given of a mask."""
+
+    mask: Mask | None = None
+    mask_output: bool = False
+
+    def of(self, x: Array, axis: int, part: slice) -> Masked:
+        """That of a part of x, cut along its first axis."""
+        if self.mask is None:
+            return self
+        return self._replace(mask=_kernels.positions(self.mask, x, axis)[part])
 
 
 class Renorm(NamedTuple):
@@ -62,7 +75,12 @@ class Renorm(NamedTuple):
 
 
 def train(
-    layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, num_threads: int | None
+    layer: BatchNorm,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+    num_threads: int | None,
+    masked: Masked,
 ) -> Array:
     """A training call of a layer that has one of the two, or both: then each ghost batch is corrected."""
     x = _kernels.elements(x, "x")
@@ -71,26 +89,28 @@ def train(
     y = None if out is None else _kernels.elements(out, "out")
     parts = _ghost_batches(layer, x)
     if len(parts) > 1:
-        _check_whole(layer, x, added, y, parts)
+        _check_whole(layer, x, added, y, parts, masked)
         if y is None:
             y = np.empty_like(x)
     renorm: Renorm | None = layer.renorm
     done: list[tuple[BatchStats, Pair | None]] = []
     for part in parts:
         weight, bias, correction = layer.weight, layer.bias, None
+        of_part = masked.of(x, layer.axis, part)
         if renorm is not None:
-            mean, var, count = _kernels.stats(x[part], layer.axis, num_threads)
+            mean, var, count = _kernels.stats(x[part], layer.axis, num_threads, of_part.mask)
             batch, reference = (mean, np.sqrt(var + layer.eps)), _reference(layer)
-            correction = _correction(renorm, batch, reference)
-            weight, bias = _corrected(layer, correction)
+            if count:
+                correction = _correction(renorm, batch, reference)
+                weight, bias = _corrected(layer, correction)
         written = layer._normalize_by_batch(
-            x[part], _of(added, part), _of(y, part), num_threads, weight, bias
+            x[part], _of(added, part), _of(y, part), num_threads, weight, bias, of_part
         )
-        _, _, _, stats, _ = layer._saved[0]  # type: ignore[misc]
+        _, _, _, stats, _, _ = layer._saved[0]  # type: ignore[misc]
         done.append((cast("BatchStats", stats), correction))
         if renorm is not None and renorm.momentum is not None and count and layer.track_running_stats:
             layer._followed = _moved(layer, renorm.momentum, reference, batch)
-    layer._saved[0] = (x, residual, out, None, partial(_gradients, layer, parts, done))
+    layer._saved[0] = (x, residual, out, None, partial(_gradients, layer, parts, done), masked)
     if out is not None:
         return out
     return written if y is None else y
@@ -104,6 +124,7 @@ def _gradients(
     x: Array,
     residual: Array | None,
     num_threads: int | None,
+    masked: Masked,
 ) -> BatchNormGrads:
     """Gradients of a call of :func:`train`, which has cut x into `parts` and `done` that to each."""
     grad_output = _kernels.elements(grad_output, "grad_output")
@@ -129,6 +150,7 @@ def _gradients(
             negative_slope=layer.negative_slope,
             out=_of(grad_input, part),
             num_threads=num_threads,
+            **masked.of(x, layer.axis, part)._asdict(),
         )
         if correction is not None:  # y = r * weight * normalized + d * weight + bias
             r, d = correction
@@ -192,13 +214,26 @@ def _ghost_batches(layer: BatchNorm, x: Array) -> list[slice]:
 
 
 def _check_whole(
-    layer: BatchNorm, x: Array, residual: Array | None, out: Array | None, parts: list[slice]
+    layer: BatchNorm,
+    x: Array,
+    residual: Array | None,
+    out: Array | None,
+    parts: list[slice],
+    masked: Masked,
 ) -> None:
     """Of the whole, before anything is written, what the kernels check of each part as it comes."""
     for name, array in ("residual", residual), ("out", out):
         if array is not None and array.shape != x.shape:
             raise ValueError(f"{name} must have the shape of x, {x.shape}, got {array.shape}")
-    inputs = {"x": x, "residual": residual, "weight": layer.weight, "bias": layer.bias}
+    inputs: dict[str, Any] = {"x": x, "residual": residual, "weight": layer.weight, "bias": layer.bias}
+    if masked.mask is not None:
+        inputs["mask"] = mask = _kernels.positions(masked.mask, x, layer.axis)
+        if any(np.count_nonzero(mask[part]) == 1 for part in parts):
+            raise ValueError(
+                "training needs more than 1 value per channel, but in one of the parts that "
+                f"virtual_batch_size={layer.virtual_batch_size} cuts x into mask is True at 1 position; "
+                "pass a larger one"
+            )
     averages = {"running_mean": layer.running_mean, "running_var": layer.running_var}
     for name, average in averages.items():
         _check_clear(name, average, inputs)

@@ -3,9 +3,11 @@
 
 #define JOIN(part, isa, element) part##isa##_##element
 #define DECLARE(isa, element)                                                                                          \
-    extern const bn_loops JOIN(bn_planes_, isa, element);                                                              \
-    extern const bn_loops JOIN(bn_rows_, isa, element);
-#define LOOPS(isa, element) [BN_##element] = {&JOIN(bn_planes_, isa, element), &JOIN(bn_rows_, isa, element)}
+    extern const bn_loops JOIN(bn_planes_, isa, element), JOIN(bn_masked_planes_, isa, element);                       \
+    extern const bn_loops JOIN(bn_rows_, isa, element), JOIN(bn_masked_rows_, isa, element);
+#define LOOPS(isa, element)                                                                                            \
+    [BN_##element] = {&JOIN(bn_planes_, isa, element), &JOIN(bn_rows_, isa, element),                                  \
+                      &JOIN(bn_masked_planes_, isa, element), &JOIN(bn_masked_rows_, isa, element)}
 #define KERNELS(isa)                                                                                                   \
     DECLARE(isa, f32)                                                                                                  \
     DECLARE(isa, f64)                                                                                                  \

@@ -60,7 +60,7 @@ enum { BN_ELEMENTS(BN_CODE) BN_N_ELEMENTS };
 enum { BN_ACTIVATIONS(BN_CODE) BN_N_ACTIVATIONS };
 #undef BN_CODE
 
-enum { BN_PLANES, BN_ROWS };
+enum { BN_PLANES, BN_ROWS, BN_MASKED, BN_LOOPS = 2 * BN_MASKED };
 enum { BN_CACHED, BN_STREAMED };
 
 /* Of the arithmetic, which bits depend on. */
@@ -86,6 +86,12 @@ typedef struct {
     ptrdiff_t pitch;                         /* of rows, in every operand: C if packed; 0: they differ */
     bn_operand x, residual, grad_output;     /* read */
     bn_operand y, grad_input, grad_residual; /* written */
+    /* Of each position 1 where it is real, else 0: statistics are over the real ones. Rows of memory have one after the
+     * other; of planes those of a sample are followed by BN_LINE more that begin again with the first. NULL: all are.
+     */
+    const unsigned char *mask;
+    const int *real; /* how many positions of each tile are; looked at in the first pass */
+    int mask_output; /* 0 is put out at the others, where the gradient then counts as 0, too */
 } bn_problem;
 
 /* How a pass goes over its elements. */
@@ -153,9 +159,10 @@ typedef struct {
     int overlaps; /* whether two passes go in one loop: only where that was measured to be faster */
 
     /* Pools all tiles of channels [c0, c1) of `from`, whose arrays begin at channel `first`, into mean[c] and the
-     * biased variance var[c]; or into the sums of g and of g * xhat, the gradients of bias and weight. */
-    void (*pool_stats)(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
-                       double *var);
+     * biased variance var[c], without a mask and with one; or into the sums of g and of g * xhat, the gradients of bias
+     * and weight. */
+    void (*pool_stats[2])(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                          double *var);
     void (*pool_sums)(const bn_problem *p, const bn_coef *k, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1,
                       double *g, double *gx);
     /* Of channels [c0, c1) from such a sum of g * xhat that of g * (x - mean); and back. */
@@ -178,7 +185,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    const bn_loops *loops[BN_N_ELEMENTS][2]; /* planes and rows */
+    const bn_loops *loops[BN_N_ELEMENTS][BN_LOOPS]; /* planes and rows, and both with a mask */
     const bn_terms *terms[BN_N_ELEMENTS];
 } bn_kernels;
 

@@ -113,7 +113,7 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
     }
     /* activations that are looked up want the registers themselves */
     const int few = p->element != BN_f32 && (p->activation || p->residual.data || p->grad_residual.data);
-    const int looked_up = few || p->activation > BN_RELU6 || (backward && p->fixed);
+    const int looked_up = few || p->activation > (backward ? BN_RELU : BN_RELU6) || (backward && p->fixed);
     const int vectors = looked_up ? 0 : backward ? m->held / 2 : m->held;
     if (whole_lines && vectors && vectors * lanes % p->C == 0)
         plan->apply.period = vectors;
@@ -152,8 +152,9 @@ static ptrdiff_t channels_of_group(const bn_plan *plan, const bn_problem *p, con
 
 static void plan_owners(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
     const int past = plan->apply.store == BN_STREAMED || plan->from_memory;
-    plan->way = past && p->S > BN_SHORT_PLANE && bn_second_pass(plan->op) && m->streams && m->overlaps ? BN_OVERLAPPED
-                                                                                                       : BN_OWNED;
+    plan->way = past && p->S > BN_SHORT_PLANE && bn_second_pass(plan->op) && m->streams && m->overlaps && !p->mask
+                    ? BN_OVERLAPPED
+                    : BN_OWNED;
     plan->group = p->C;
     plan->unit = 1;
     if (past) {
@@ -177,8 +178,10 @@ static void plan_owners(bn_plan *plan, const bn_problem *p, const bn_machine *m,
 /* ---- what has no owner */
 
 /* Tiles to threads; where one would have an eighth more to do than most, columns too, but whole rows go faster. */
-static bn_shares share_tiles(const bn_plan *plan) {
-    const ptrdiff_t most = (plan->width - plan->owned + 63) / 64, threads = plan->threads;
+static bn_shares share_tiles(const bn_plan *plan, const bn_problem *p) {
+    /* folded rows with a mask are summed by channel, not by column */
+    const ptrdiff_t most = p->mask && p->fold > 1 ? 1 : (plan->width - plan->owned + 63) / 64;
+    const ptrdiff_t threads = plan->threads;
     ptrdiff_t n = plan->T;
     bn_shares s = {0, 1};
     while ((n + threads - 1) / threads * threads * 8 > n * 9 && s.panels < most) {
@@ -244,6 +247,9 @@ static void place_scratch(bn_plan *plan, const bn_problem *p, const bn_tuning *t
     s->coef_step = lines(((uint64_t)(plan->width - plan->owned) + BN_LINE) * value);
     if (shared && (bn_second_pass(plan->op) || bn_first_pass(plan->op) == BN_PASS_SUMS))
         at += arrays * s->coef_step + page;
+    s->real = (size_t)at;
+    if (p->mask)
+        at += lines((uint64_t)plan->T * sizeof(int));
     s->bytes = at < SIZE_MAX - 63 ? (size_t)at : SIZE_MAX - 63; /* to which callers add 63 */
 }
 
@@ -278,7 +284,7 @@ void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, cons
     if (op == BN_INFERENCE) /* which has its coefficients, and wants to be quick about small calls */
         return;
     plan->reversed = bn_first_pass(op) && bn_second_pass(op);
-    plan->tiles = share_tiles(plan);
+    plan->tiles = share_tiles(plan, p);
     plan->coef = share_channels(plan, p, p->C - plan->owned, t);
     plan->pool = share_channels(plan, p, plan->T * plan->width, t);
     place_scratch(plan, p, t);

@@ -40,6 +40,7 @@ typedef struct {
     size_t owners, owner_step;    /* of each member: sums of tiles, of channels, and coefficients, of owned channels */
     size_t tile_a, tile_b, g, gx; /* of channels without one */
     size_t coef, coef_step;       /* and their coefficients, one array behind the other */
+    size_t real;                  /* with a mask: how many positions of each tile are real */
     ptrdiff_t owner_channels;     /* that one share of them has at most */
     int chosen;                   /* whether rooms and coefficients begin where they are clear of rows */
 } bn_scratch;

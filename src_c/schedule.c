@@ -9,7 +9,9 @@
 #include "workplace.h"
 
 static const bn_terms *terms(const bn_call *call) { return call->K->terms[call->p.element]; }
-static const bn_loops *loops(const bn_call *call) { return call->K->loops[call->p.element][call->p.layout]; }
+static const bn_loops *loops(const bn_call *call) {
+    return call->K->loops[call->p.element][call->p.layout + (call->p.mask ? BN_MASKED : 0)];
+}
 
 typedef void (*item)(const bn_call *call, const bn_workplace *at, ptrdiff_t i);
 
@@ -46,7 +48,7 @@ static void make_coef(const bn_call *call, const bn_workplace *at, ptrdiff_t c0,
 static void finish_first_pass(const bn_call *call, const bn_workplace *at, const bn_tiles *tiles, ptrdiff_t c0,
                               ptrdiff_t c1) {
     if (bn_first_pass(call->plan.op) == BN_PASS_STATS) {
-        terms(call)->pool_stats(&call->p, tiles, c0, c1, at->mean, at->var);
+        terms(call)->pool_stats[call->p.mask != NULL](&call->p, tiles, c0, c1, at->mean, at->var);
         if (bn_second_pass(call->plan.op))
             make_coef(call, at, c0, c1);
         const double *finite = call->skip_nonfinite ? at->var : NULL;

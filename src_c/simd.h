@@ -8,6 +8,7 @@
  *   vf, VL          a vector and its number of lanes
  *   HELD            vectors of coefficients that its registers hold in a loop: 0, where that was not faster
  *   vm              a comparison's result, for vselect
+ *   vmask(p)        the lanes whose byte is not 0, of VL bytes at p
  *   vt              the first n lanes of a vector (n may be 0 or VL), for the ends of runs
  *   vmax(a, b)      a > b ? a : b    both give b where one is a NaN, so vmax(zero, z) keeps a NaN in z
  *   vmin(a, b)      a < b ? a : b
@@ -34,6 +35,7 @@
 #include <float.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #define INLINE static __forceinline

@@ -118,4 +118,46 @@ static inline ptrdiff_t tile_repetitions(const bn_problem *p, ptrdiff_t t, doubl
     return rows ? p->fold : p->N * p->S % p->fold;
 }
 
+/* Bytes of the mask from one sample to the next. */
+static inline ptrdiff_t mask_pitch(const bn_problem *p) { return p->layout == BN_PLANES ? p->S + BN_LINE : p->S; }
+
+static inline ptrdiff_t count_real(const unsigned char *mask, ptrdiff_t n) {
+    ptrdiff_t real = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        real += mask[i];
+    return real;
+}
+
+/* The positions of tile t of rows, which follow one another. */
+static inline ptrdiff_t row_positions(const bn_problem *p, ptrdiff_t t, ptrdiff_t *first) {
+    ptrdiff_t row0;
+    const ptrdiff_t rows = row_tile(p, t, &row0);
+    *first = row0 * p->fold;
+    return rows ? rows * p->fold : p->N * p->S % p->fold;
+}
+
+/* How many positions of tile t are real. */
+static inline ptrdiff_t real_of_tile(const bn_problem *p, ptrdiff_t t) {
+    ptrdiff_t first, real = 0;
+    if (p->layout == BN_ROWS) {
+        const ptrdiff_t n = row_positions(p, t, &first);
+        return count_real(p->mask + first, n);
+    }
+    const tile a = plane_tile(p, t);
+    for (ptrdiff_t r = 0; r < a.runs; r++)
+        real += count_real(p->mask + (a.n + r) * mask_pitch(p) + a.s, a.len);
+    return real;
+}
+
+/* Chan's formula: w more values a channel, which is not 0, to the n that mean and m2 are of. */
+static inline void pool_more(ptrdiff_t cols, double n, double w, const double *more, const double *more_m2,
+                             double *mean, double *m2) {
+    const double share = w / (n + w), both = n * share;
+    for (ptrdiff_t c = 0; c < cols; c++) {
+        const double d = more[c] - mean[c];
+        mean[c] = n > 0.0 ? mean[c] + d * share : more[c];
+        m2[c] = n > 0.0 ? m2[c] + (more_m2[c] + both * (d * d)) : more_m2[c];
+    }
+}
+
 #endif

@@ -1,6 +1,7 @@
 /* workplace.c: places in a call's memory, some of them chosen so that nothing waits for what lies beside it. */
 #include <stdint.h>
 
+#include "tiles.h"
 #include "workplace.h"
 
 void bn_coef_at(bn_coef *k, char *at, size_t step, int backward) {
@@ -76,6 +77,13 @@ static size_t value_bytes(const bn_call *call) { return (size_t)bn_real_bytes(ca
 
 static int has_backward_coef(const bn_call *call) { return call->p.grad_output.data != NULL; }
 
+void bn_count_mask(bn_call *call) {
+    int *const real = (int *)(call->scratch + call->plan.scratch.real);
+    for (ptrdiff_t t = 0; t < call->plan.T; t++)
+        real[t] = (int)real_of_tile(&call->p, t);
+    call->p.real = real;
+}
+
 bn_workplace bn_own_place(const bn_call *call, const bn_member *me) {
     const bn_scratch *s = &call->plan.scratch;
     const ptrdiff_t most = s->owner_channels;
@@ -108,7 +116,7 @@ bn_workplace bn_shared_place(const bn_call *call, const bn_member *me) {
     w.tile_b = (double *)(call->scratch + s->tile_b);
     w.g = (double *)(call->scratch + s->g);
     w.gx = (double *)(call->scratch + s->gx);
-    if (s->bytes > s->coef) {
+    if (s->real > s->coef) {
         const bn_neighbour written = bn_rows_beside(p->grad_input.data ? p->grad_input.data : p->y.data, row);
         char *const at = call->scratch + s->coef;
         bn_coef_at(&w.k, s->chosen ? bn_clear_of(at, &written, 1) : at, s->coef_step, has_backward_coef(call));

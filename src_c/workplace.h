@@ -13,6 +13,9 @@ typedef struct {
     void *room;
 } bn_workplace;
 
+/* What a call with a mask needs to know of it, into its scratch: before any member begins. */
+void bn_count_mask(bn_call *call);
+
 /* Of all channels without an owner; the room for sums is this member's. */
 bn_workplace bn_shared_place(const bn_call *call, const bn_member *me);
 

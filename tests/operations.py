@@ -107,6 +107,8 @@ class Problem(NamedTuple):
     running_mean: np.ndarray
     running_var: np.ndarray
     axis: int
+    mask: np.ndarray | None = None
+    mask_output: bool = False
 
 
 def problem(shape, axis=1, offset=0.0, seed=0, dtype="float32", **layouts):
@@ -148,6 +150,8 @@ UNFUSED = ("batch_stats",)  # operations that take no activation and no residual
 def run(operation, p, activation=None, add=False, out=None, num_threads=None):
     """What the operation gives, by name. `add` adds p.residual."""
     common = {"axis": p.axis, "num_threads": num_threads}
+    if p.mask is not None:
+        common["mask"] = p.mask
     if operation == "batch_stats":
         stats = call(fastbn.batch_stats, p.x, **common)
         return {"mean": stats.mean, "var": stats.var, "count": stats.count}
@@ -157,6 +161,8 @@ def run(operation, p, activation=None, add=False, out=None, num_threads=None):
         "negative_slope": SLOPE,
         "out": out,
     }
+    if p.mask is not None:
+        common["mask_output"] = p.mask_output
     if operation == "forward":
         y, stats = call(fastbn.batch_norm_forward, p.x, p.weight, p.bias, **common)
         return {"y": y, "mean": stats.mean, "var": stats.var, "count": stats.count}
@@ -172,7 +178,7 @@ def run(operation, p, activation=None, add=False, out=None, num_threads=None):
     if operation == "inference":
         return {"y": call(fastbn.batch_norm, p.x, p.running_mean, p.running_var, p.weight, p.bias, **common)}
     training = operation != "frozen_backward"
-    stats = fastbn.batch_stats(p.x, axis=p.axis) if training else running_stats(p)
+    stats = fastbn.batch_stats(p.x, axis=p.axis, mask=p.mask) if training else running_stats(p)
     if operation == "backward_by_sums":
         common |= sums_and_output(p, stats, common, add)
     grads = call(
@@ -208,10 +214,14 @@ def running_stats(p):
 
 def expect(operation, p, activation=None, add=False):
     """What the oracle gives for :func:`run`: by name the value, and how far from it a result may be."""
-    x, finer = p.x, 1.0
+    x, finer = reference.exact(p.x), 1.0
     if p.x.dtype == np.float64:
         x, finer = p.x.astype(np.longdouble), FLOAT64
-    mean, var, count = reference.batch_stats(x, p.axis)
+    mean, var, count = reference.batch_stats(x, p.axis, p.mask)
+    batch = operation not in ("forward_given_stats", "inference", "frozen_backward")
+    nothing = p.mask is not None and count == 0 and batch
+    if nothing:  # then x does not matter
+        x = np.zeros_like(x)
     deviation = np.sqrt(var)
     stats = {
         "mean": (mean, finer * MEAN * deviation + max(1e-12 * finer, 3e-16) * abs(mean)),
@@ -226,14 +236,17 @@ def expect(operation, p, activation=None, add=False):
     if "backward" in operation:
         training = operation != "frozen_backward"
         if training:
-            given = (stats := fastbn.batch_stats(p.x, axis=p.axis)).mean, stats.var
+            given = (stats := fastbn.batch_stats(p.x, axis=p.axis, mask=p.mask)).mean, stats.var
         # The kinks are seen where the library's forward pass, which has its own tests, sees them.
         options = {"axis": p.axis, "residual": parameters["residual"]}
         as_stats = fastbn.BatchStats(*given, count)
-        z = fastbn.batch_norm_forward(p.x, p.weight, p.bias, stats=as_stats, **options)[0]
+        z = fastbn.batch_norm_forward(
+            x.astype(p.x.dtype) if nothing else p.x, p.weight, p.bias, stats=as_stats, **options
+        )[0]
         grads = reference.backward(
-            p.grad_output, x, *given, **parameters, training=training, **activation, z=z
-        )
+            p.grad_output, x, *given, **parameters, training=training, **activation, z=z,
+            mask=p.mask, mask_output=p.mask_output,
+        )  # fmt: skip
         # smooth activations round what reaches them, others pass it on or do not
         smooth = activation["activation"] in SMOOTH
         g = finer * abs(np.asarray(p.grad_output, np.float64) if smooth else grads[3])
@@ -257,7 +270,8 @@ def expect(operation, p, activation=None, add=False):
         return named
     if operation in ("forward", "training"):
         given = mean, var
-    y = reference.forward(x, *given, **parameters, **activation)
+    output = p.mask if p.mask_output else None
+    y = reference.forward(x, *given, **parameters, **activation, mask=output)
     scaled = reference.forward(x, *given, weight=p.weight, axis=p.axis)
     result = {"y": (y, finer * near(np.maximum(abs(y), abs(scaled))))}
     if operation == "forward":

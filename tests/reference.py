@@ -23,14 +23,24 @@ def others(x, axis):
     return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
 
 
-def batch_stats(x, axis=1):
-    """Mean, biased variance and count of the values of each channel."""
+def batch_stats(x, axis=1, mask=None):
+    """Mean, biased variance and count of the values of each channel, where `mask` is True."""
     x = exact(x)
-    if x.size == 0:
+    real = everywhere(mask, x, axis)
+    count = np.count_nonzero(real) // max(1, x.shape[axis])
+    if count == 0:
         return np.zeros(x.shape[axis]), np.zeros(x.shape[axis]), 0
-    mean = x.mean(others(x, axis))
-    var = np.square(x - column(mean, x.ndim, axis)).mean(others(x, axis))
-    return mean, var, x.size // x.shape[axis]
+    mean = np.where(real, x, 0).sum(others(x, axis)) / count
+    deviation = np.where(real, x - column(mean, x.ndim, axis), 0)
+    return mean, np.square(deviation).sum(others(x, axis)) / count, count
+
+
+def everywhere(mask, x, axis):
+    """A mask of one value a position as one of the shape of x."""
+    if mask is None:
+        return np.ones(x.shape, bool)
+    positions = [n for i, n in enumerate(x.shape) if i != axis % x.ndim]
+    return np.broadcast_to(np.expand_dims(np.broadcast_to(mask, positions), axis % x.ndim), x.shape)
 
 
 def inverse_deviation(var, eps):
@@ -107,32 +117,40 @@ def forward(
     residual=None,
     activation=None,
     negative_slope=0.01,
+    mask=None,
 ):
+    """With a mask, 0 where that is False."""
     z = preactivation(x, mean, var, weight, bias, eps, axis, residual)
-    return activate(z, activation, negative_slope)
+    return np.where(everywhere(mask, z, axis), activate(z, activation, negative_slope), 0)
 
 
 def backward(
     grad_output, x, mean, var, weight=None, bias=None, eps=1e-5, training=True, axis=1, residual=None,
-    activation=None, negative_slope=0.01, z=None,
+    activation=None, negative_slope=0.01, z=None, mask=None, mask_output=False,
 ):  # fmt: skip
     """grad_input, grad_weight, grad_bias, and the gradient of what is added before the activation.
 
-    With `training` mean and variance are taken for functions of `x`, otherwise for constants. `z` may give
-    preactivations as another computation has rounded them, to side with it at the activation's kinks.
+    With `training` mean and variance are taken for functions of `x` where `mask` is True, otherwise for
+    constants. `z` may give preactivations as another computation has rounded them, to side with it at the
+    activation's kinks. With `mask_output` the output is 0 where `mask` is False.
     """
     if z is None:
         z = preactivation(x, mean, var, weight, bias, eps, axis, residual)
     g = exact(grad_output) * derivative(z, activation, negative_slope)
     xhat = normalize(x, mean, var, eps, axis)
+    real = everywhere(mask, g, axis)
+    if mask_output:
+        g, xhat = np.where(real, g, 0), np.where(real, xhat, 0)
     grad_bias = g.sum(others(g, axis))
     grad_weight = (g * xhat).sum(others(g, axis))
     scale = inverse_deviation(var, eps) * (1.0 if weight is None else exact(weight))
     grad_input = g
     if training and g.size:
-        count = g.size // g.shape[axis]
-        grad_input = g - column(grad_bias, g.ndim, axis) / count
-        grad_input = grad_input - xhat * column(grad_weight, g.ndim, axis) / count
+        count = max(1, np.count_nonzero(real) // g.shape[axis])
+        through = column(grad_bias, g.ndim, axis) + xhat * column(grad_weight, g.ndim, axis)
+        grad_input = g - np.where(real, through / count, 0)
+        if not real.any():  # the output is that of a normalized 0, whatever x is
+            grad_input = np.zeros_like(g)
     return grad_input * column(scale, g.ndim, axis), grad_weight, grad_bias, g
 
 

@@ -157,12 +157,12 @@ def test_finite_differences_of_the_forward_pass(isa, training, activation, axis)
     grads = fastbn.batch_norm_backward(
         p.grad_output, p.x, stats, p.weight, p.bias, training=training, residual=p.residual, **options
     )
-    step = 1e-3
+    step = 2.5e-4
     for name, gradient in zip(("x", "weight", "bias", "residual"), grads, strict=True):
         direction = np.sign(rng.standard_normal(given[name].shape)).astype(np.float32)
         ahead, behind = (given[name] + np.float32(sign * step) * direction for sign in (1, -1))
         slope = (loss(**{name: ahead}) - loss(**{name: behind})) / (2 * step)
-        # a thousandth of all values passes a kink on the way
+        # a few of a thousand values pass a kink on the way
         assert slope == pytest.approx((gradient.astype(np.float64) * direction).sum(), rel=0.02, abs=0.1), (
             name
         )

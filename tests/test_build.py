@@ -257,6 +257,9 @@ def test_wheel_is_small_and_needs_numpy_only(packages):
     required = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert [re.match(r"\w+", line)[0] for line in required] == ["numpy"]
     assert metadata["License-Expression"] == "BSD-3-Clause"
+    links = re.findall(r"\]\((.*?)\)", metadata.get_payload())
+    assert len(links) > 10
+    assert all(link.startswith("https://") for link in links)
 
 
 @pytest.mark.slow

@@ -136,6 +136,7 @@ def test_gradient_through_blocks_that_do_nothing(claims, data, norm):
     np.testing.assert_array_equal(lengths(claims.Chain), [0, 0, 0, 0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "block", "scale", "growth"),
     [
@@ -191,8 +192,10 @@ def test_dropout_raises_the_variance_as_it_must(claims, data, share):
     assert (expected == 1) == (share == 0)
 
 
+@pytest.mark.slow
 def test_dropping_nothing_changes_nothing(claims, data):
-    errors = claims.collect(claims.try_dropout(data, 3, shares=(0,), epochs=1))["test error"]
+    errors = claims.collect(claims.try_dropout(data, 3, shares=(0,), epochs=1))
+    errors = errors["test error: by the place of the dropout"]
     assert errors["dropout between batch norms"] == errors["dropout behind all batch norms"]
     assert errors["dropout, no batch norm at all"][0][0] == claims.trained_error(
         claims.before(None), data, 3, epochs=1
@@ -220,6 +223,7 @@ def test_batches_in_the_place_of_the_population(claims, data):
     assert found < 0.5
 
 
+@pytest.mark.slow
 def test_short_form_prints_and_draws(claims, tmp_path, monkeypatch, capsys):
     tiny = {name: each._replace(short=TINY[name]) for name, each in claims.EXPERIMENTS.items()}
     monkeypatch.setattr(claims, "EXPERIMENTS", tiny)

@@ -2,12 +2,15 @@
 
 import copy
 import inspect
+import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,16 +77,17 @@ def random_part(kind, rng, channels=5, count=None):
 
 
 @pytest.mark.parametrize("kind", [BatchStats, GradSums])
-@pytest.mark.parametrize("size", [2, 3, 5, 70])
-@pytest.mark.parametrize("channels", [1, 5, 256, 257, 600])
-def test_all_merge(rng, kind, size, channels):
+@pytest.mark.parametrize(("size", "along"), [(2, 256), (19, 256), (64, 75), (70, 0)])
+@pytest.mark.parametrize("channels", [1, 75, 76, 256, 257, 600])
+def test_all_merge(rng, kind, size, along, channels):
     parts = [random_part(kind, rng, channels, 0 if rank == 1 else None) for rank in range(size)]
     results = on_ranks(size, lambda rank, comm: (all_merge(parts[rank], comm), comm.gathered))
     expected = parts[0].merge(*parts[1:])
     for merged, gathered in results:
         assert bits(merged) == bits(expected)
         assert gathered == results[0][1]
-        assert len(gathered) == (1 if size <= 64 and channels <= 256 else 2)
+        assert len(gathered) == (1 if channels <= along else 2)
+        assert 8 * size * gathered[0] <= 80_000  # of which any MPI makes few messages
 
 
 def test_several_parts_of_each_rank(rng):
@@ -120,9 +124,9 @@ def test_one_rank_is_not_asked():
         (GradSums([0] * 5, [1] * 5, 3), "rank 1: sums of the gradient of 5 channels"),
     ],
 )
-@pytest.mark.parametrize("few", [64, 0])
-def test_ranks_that_are_not_in_step(monkeypatch, other, told, few):
-    monkeypatch.setattr(distributed, "_FEW", few)
+@pytest.mark.parametrize("gathered", [distributed._GATHERED, {}], ids=["few", "many"])
+def test_ranks_that_are_not_in_step(monkeypatch, other, told, gathered):
+    monkeypatch.setattr(distributed, "_GATHERED", gathered)
     stats = BatchStats([0] * 5, [1] * 5, 3)
 
     def of_rank(rank, comm):
@@ -519,3 +523,21 @@ def test_gloo(tmp_path):
     for rank in ranks:
         _, told = rank.communicate(timeout=120)
         assert rank.returncode == 0, told.decode()
+
+
+@pytest.mark.slow
+def test_gloo_of_the_guide(tmp_path):
+    """The program of docs/many_machines.md, started as it says there."""
+    pytest.importorskip("torch", reason="needs the extra [torch]")
+    page = Path(__file__).resolve().parents[1] / "docs" / "many_machines.md"
+    if not page.exists():
+        pytest.skip("the tests were copied without docs/")
+    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (program,) = (program for program in programs if "torch" in program)
+    path = tmp_path / "program.py"
+    path.write_text(program + 'assert stats.count == 200\nprint(f"rank {rank}: {abs(y.mean()) < 0.2}")\n')
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path]
+    environment = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"rank \d: True", done.stdout)) == ["rank 0: True", "rank 1: True"]

@@ -1,9 +1,11 @@
-"""The pages of docs/: programs run and say what they claim, sessions answer as shown, nothing is left out."""
+"""README and the pages of docs/: programs run and print what they say, sessions answer as shown, commands are
+right, nothing is left out."""
 
 import doctest
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SERVICE = ROOT / "examples" / "service"
 PAGES = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md")}
+
+OTHERS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/service/README.md")
+TEXTS = PAGES | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS if (ROOT / name).exists()}
 
 pytestmark = pytest.mark.skipif(not PAGES, reason="the tests were copied without docs/")
 whole = pytest.mark.skipif(
@@ -42,19 +47,16 @@ SESSIONS = blocks("{doctest}")
 
 # What the programs of a page print, where that is to be judged.
 PRINTED = {
-    "readme_draft.md": r"\[\[0\.75 0\.75\]\n \[0\.75 0\.75\]\]\n",
     "production/workers.md": r"two callers do \d\.\d\d times the work of one\n",
     "guides/training.md": r"(?P<percent>\d+)% of the points are told right\n",
-    "guides/onnx.md": r"(largest difference: .*\n){2}",
+    "guides/masks.md": r"15 values a channel are real, 60 are not 0\n",
+    "guides/onnx.md": r"(largest difference: .*\n){2}evaluator: .* ms\nONNX Runtime: .* ms\n",
 }
 DIFFERENCE = r"largest difference: .*\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", sorted(PROGRAMS))
-def test_programs_run(page, tmp_path):
-    """As a reader runs them: copied into one file, which a new Python runs, without warnings by fastbn."""
-    program = "\n".join(PROGRAMS[page])
+def run(program, folder):
+    """What a program prints that a new Python runs, from a file, as a reader does; fastbn must not warn."""
     libraries = set(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE))
     for library in libraries:
         if not importlib.util.find_spec(library):
@@ -65,17 +67,36 @@ def test_programs_run(page, tmp_path):
         if not backends:
             pytest.skip("Keras has no backend here")
         environment["KERAS_BACKEND"] = backends[0]
-    file = tmp_path / "program.py"
+    file = folder / "program.py"
     file.write_text(program)
     command = [sys.executable, "-W", "error:::fastbn", file]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(PROGRAMS))
+def test_programs_run(page, tmp_path):
+    """Those of a page in one file, from the first to the last."""
+    printed = run("\n".join(PROGRAMS[page]), tmp_path)
     expected = PRINTED.get(page, DIFFERENCE if page.startswith("guides/") else r"(.*\n)*")
-    match = re.fullmatch(expected, done.stdout)
-    assert match, done.stdout
-    differences = re.findall(r"largest difference: (.*)", done.stdout)
-    assert all(float(difference) < 2e-5 for difference in differences), done.stdout
+    match = re.fullmatch(expected, printed)
+    assert match, printed
+    differences = re.findall(r"largest difference: (.*)", printed)
+    assert all(float(difference) < 2e-5 for difference in differences), printed
     assert int(match.groupdict().get("percent", 100)) >= 95
+
+
+@whole
+@pytest.mark.parametrize("which", ["inference", "PyTorch", "training"])
+def test_programs_of_the_readme_print_what_stands_below(which, tmp_path):
+    """Each alone, to the last digit, but for a share that arithmetic may move by one of the 256."""
+    found = re.findall(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)*)", TEXTS["README.md"], re.DOTALL)
+    program, shown = dict(zip(["inference", "PyTorch", "training"], found, strict=True))[which]
+    printed = run(program, tmp_path)
+    shown = re.sub("^    ", "", shown, flags=re.MULTILINE)
+    assert re.sub(r"9[5-9]%", "SHARE", printed) == re.sub(r"9[5-9]%", "SHARE", shown)
 
 
 @pytest.mark.parametrize("page", sorted(SESSIONS))
@@ -110,17 +131,105 @@ def test_every_environment_variable_is_in_the_reference():
 def test_paths_that_pages_name_are_there():
     """Commands and sentences of the pages name files of the checkout."""
     folders = "bench|docs|examples|fastbn|src_c|tests"
-    for page, text in PAGES.items():
+    for page, text in TEXTS.items():
         for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./-]*\w", text):
-            assert (ROOT / path).exists() or page.startswith("performance/"), f"{page} names {path}"
+            assert (ROOT / path).exists(), f"{page} names {path}"
 
 
 @whole
 def test_make_targets_that_pages_name_are_there():
     makefile = (ROOT / "Makefile").read_text()
-    for page, text in PAGES.items():
+    for page, text in TEXTS.items():
         for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names make {target}"
+
+
+COMMAND = r"(?:\w+=\S+ )*(?:\.venv/bin/)?(?:python|pytest|pip|gunicorn)(?: [^`]*)?"
+
+
+def commands(*programs):
+    """The words of the commands in lines and sentences that call one of these programs."""
+    for text in TEXTS.values():
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        found = re.findall(r"^    (.*)$|`([^`]+)`", text, re.MULTILINE)
+        for command in (line or inline for line, inline in found):
+            if not re.fullmatch(COMMAND, command):
+                continue
+            if "[--" in command:  # a usage
+                command = re.sub(r"[\[\]]| \.\.\.", "", command)
+            words = shlex.split(command, comments=True)
+            words = [word for word in words if not re.match(r"\w+=", word)]  # of the environment
+            if words and words[0].removeprefix(".venv/bin/") in programs:
+                yield words[1:]
+
+
+def test_commands_of_fastbn_do_something():
+    asked = {tuple(words[2:]) for words in commands("python") if words[:2] == ["-m", "fastbn"]}
+    assert {words[0] for words in asked if words} == {"info", "bench", "plan", "--version"}
+    for words in asked - {()}:
+        quick = ["--shape", "2x3x4x4", "--seconds", "0.001"] if words[0] == "bench" else []
+        quick += ["2x3x4x4"] if words == ("plan",) else []  # a sentence that is about the command
+        done = subprocess.run(
+            [sys.executable, "-m", "fastbn", *words, *quick], capture_output=True, text=True
+        )
+        assert done.returncode == 0, (words, done.stderr)
+        assert done.stdout
+
+
+@whole
+@pytest.mark.slow
+def test_commands_run_programs_that_know_their_options():
+    asked = {}
+    for words in commands("python"):
+        if words and re.fullmatch(r"(bench|examples)/.*\.py", words[0]):
+            asked.setdefault(words[0], set()).update(word for word in words[1:] if word.startswith("--"))
+    assert {"bench/busy.py", "examples/claims.py"} < set(asked)
+    for program, options in asked.items():
+        done = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True)
+        if "ModuleNotFoundError" in done.stderr:
+            continue  # an extra that is not installed
+        assert done.returncode == 0, done.stderr
+        assert all(option in done.stdout for option in options), (program, options)
+
+
+@whole
+def test_commands_of_pytest_name_tests():
+    asked = list(commands("pytest"))
+    assert len(asked) >= 8
+    for words in asked:
+        assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words
+
+
+@whole
+def test_commands_of_pip_name_extras():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    extras = [
+        extra for words in commands("pip") for word in words for extra in re.findall(r"fastbn\[(\w+)", word)
+    ]
+    assert {"torch", "dask", "mpi"} <= set(extras)
+    assert all(re.search(rf"^{extra} = \[", pyproject, re.MULTILINE) for extra in extras)
+
+
+def test_commands_of_gunicorn_start(tmp_path):
+    pytest.importorskip("gunicorn")
+    (tmp_path / "service.py").write_text("import fastbn\n\ndef application(environ, start): ...\n")
+    asked = [words for words in commands("gunicorn") if "service:application" in words]
+    assert len(asked) == 3
+    for words in asked:
+        done = subprocess.run(
+            [sys.executable, "-m", "gunicorn", "--check-config", *words],
+            cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+@whole
+def test_tables_of_the_benchmarks_are_those_of_the_measurement(monkeypatch):
+    """Nobody has changed a figure by hand, or measured anew and forgotten a file."""
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    pages = importlib.import_module("pages")
+    assert "\n".join(pages.tables(*pages.read(DOCS / "performance"))) == PAGES["performance/by_peer.md"]
 
 
 # ---- the files of "Docker, systemd, Kubernetes"

@@ -279,3 +279,16 @@ print('ml_dtypes' in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("mask_output", [False, True])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_masks(dtype, axis, mask_output, isa):
+    rng = np.random.default_rng(0)
+    for shape in (6, 20, 7, 7), (3, 5, 40, 40), (40, 130), (30, 6, 50):
+        positions = shape[:1] + shape[2:]
+        p = problem(shape, axis, dtype=dtype)._replace(
+            mask=rng.random(positions) < 0.6, mask_output=mask_output
+        )
+        for operation in OPERATIONS:
+            check(operation, p, None if operation in UNFUSED else "relu", operation not in UNFUSED)

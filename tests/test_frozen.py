@@ -109,7 +109,8 @@ def test_init_again_changes_nothing():
 
 def test_signature():
     frozen = freeze(problem((4, 3)))
-    assert list(inspect.signature(frozen).parameters) == ["x", "residual", "out", "num_threads"]
+    names = ["x", "residual", "out", "mask", "mask_output", "num_threads"]
+    assert list(inspect.signature(frozen).parameters) == names
     assert list(inspect.signature(FrozenBatchNorm).parameters)[:3] == [
         "running_mean",
         "running_var",

@@ -324,6 +324,7 @@ def with_outputs(model, names):
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["as shipped", "random"])
 def test_resnet50(onnx_runtime, calls, resnet50, weights):
     """The answer, and what each batch norm has to say, whose errors grow on the way through the network."""

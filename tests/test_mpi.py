@@ -1,6 +1,7 @@
 """fastbn.distributed on processes, under mpiexec: 1 to 4 ranks, their threads, and what ends them."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("mpi4py", reason="needs the extra [mpi]")
@@ -22,13 +24,15 @@ PROGRAMS = ROOT / "tests" / "mpi" / "programs.py"
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def mpiexec(size, program, *arguments, timeout=240, **environment):
+def mpiexec(size, program, *arguments, timeout=240, cwd=None, **environment):
     """Run a program on so many ranks, as the documentation says to."""
     variables = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"} | environment
+    variables |= {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    variables |= {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1", "MPIR_CVAR_POSIX_POLL_FREQUENCY": "1"}  # few CPUs
+    variables |= environment
     return subprocess.run(
         [MPIEXEC, "-n", str(size), sys.executable, "-m", "mpi4py", str(program), *arguments],
-        env=variables, capture_output=True, text=True, timeout=timeout,
+        env=variables, cwd=cwd, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 
 
@@ -67,6 +71,7 @@ def told_by(done):
     return sorted(re.findall(r"rank \d: \d", done.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells of CPUs")
 @pytest.mark.parametrize(
     ("size", "environment", "expected"),
@@ -91,17 +96,45 @@ def test_threads_of_ranks_on_cpus_of_their_own():
     assert told_by(done) == ["rank 0: 1", "rank 1: 2"]
 
 
+PAGE = ROOT / "docs" / "many_machines.md"
+CHECKS = [
+    "assert stats.count == 3 * 2400\n",
+    """
+everything = np.concatenate(comm.allgather(np.concatenate(list(slices()))))
+alone = list(network)
+alone[1::2] = [fastbn.BatchNorm1d(16, activation="relu") for _ in range(2)]
+fastbn.recalibrate(alone, [everything], method="sequential")
+for ours, theirs in zip(network[1::2], alone[1::2], strict=True):
+    np.testing.assert_allclose(ours.running_mean, theirs.running_mean, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours.running_var, theirs.running_var, rtol=1e-6)
+""",
+    "assert np.isfinite(y).all()\n",
+]
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the tests were copied without docs/")
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_guide(size, tmp_path):
-    """Every program of docs/many_machines.md."""
-    page = ROOT / "docs" / "many_machines.md"
-    if not page.exists():
-        pytest.skip("the tests were copied without docs/")
-    programs = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(programs) == 2
-    checks = ["assert np.isfinite(y).all()\n", "assert abs(bn.running_mean - 100).max() < 0.1\n"]
-    for program, check in zip(programs, checks, strict=True):
-        path = tmp_path / "program.py"
-        path.write_text(program + check, encoding="utf-8")
-        done = mpiexec(size, path)
+    """Every program of docs/many_machines.md that is for MPI."""
+    programs = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    x = np.random.default_rng(0).random((2400, 16, 3), np.float32) + 100
+    (tmp_path / "data").mkdir()
+    for number, part in enumerate(np.split(x, [1001, 1005, 2300])):
+        np.save(tmp_path / "data" / f"{number}.npy", part)
+    for program, check in zip([p for p in programs if "mpi4py" in p], CHECKS, strict=True):
+        (tmp_path / "program.py").write_text(program + check, encoding="utf-8")
+        done = mpiexec(size, "program.py", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    state = np.load(tmp_path / "bn.npz")
+    np.testing.assert_allclose(state["running_mean"], x.mean((0, 2), np.float64), rtol=1e-6)
+    np.testing.assert_allclose(state["running_var"], x.var((0, 2), np.float64, ddof=1), rtol=2e-6)
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the tests were copied without docs/")
+def test_first_try():
+    """The command of the page by which one sees that all ranks are there."""
+    command = re.search(r'python -m mpi4py -c "(.*)"', PAGE.read_text(encoding="utf-8"))[1]
+    done = mpiexec(2, "-c", command)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(rf"2 {re.escape(platform.node())} {CPUS}\b", done.stdout)) == 2

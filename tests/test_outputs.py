@@ -194,6 +194,7 @@ assert fastbn._kernels.output_memory()[0] < kept
 
 
 @not_sanitized
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is that of Linux")
 @pytest.mark.parametrize(
     "call",

@@ -40,7 +40,7 @@ def cut(x, size=64):
 
 
 def images(rng, offset=0.0, channels=5):
-    """515 images of ten classes, whose means differ, class after class: seven batches of 64 and one of 3."""
+    """515 images of ten classes, whose means differ, class after class: eight batches of 64 and one of 3."""
     classes = np.sort(rng.integers(0, 10, 515))
     means = rng.normal(0, 2, (10, channels))[classes]
     x = rng.standard_normal((515, channels, 3, 2)) + means[:, :, None, None] + offset

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operations import (
@@ -60,6 +61,17 @@ def views(draw, shape, values, dtype=DTYPES["float32"]):
 
 
 @st.composite
+def masks(draw, positions, rng):
+    """None, or a mask that can be broadcast: of few values or many, in any memory order."""
+    share = draw(st.sampled_from([None, None, 0, 0.02, 0.5, 0.95, 1]))
+    if share is None:
+        return None
+    shape = [draw(st.sampled_from([n, n, n, 1])) for n in positions]
+    mask = np.asarray(rng.random(shape[draw(st.sampled_from([0, 0, 0, len(shape)])) :]) < share)
+    return draw(st.sampled_from([mask, np.asfortranarray(mask), mask[..., ::-1] if mask.ndim else mask]))
+
+
+@st.composite
 def problems(draw):
     shape = draw(shapes())
     axis = draw(st.integers(-len(shape), len(shape) - 1))
@@ -68,6 +80,7 @@ def problems(draw):
     dtype = DTYPES[draw(st.sampled_from(["float32", *DTYPES]))]
     real = np.float64 if dtype == np.float64 else np.float32
     offset = draw(st.sampled_from([0, 0, 3, 0 if dtype == np.float64 else 100]))
+    mask = draw(masks([n for i, n in enumerate(shape) if i != axis % len(shape)], rng))
     return Problem(
         *(draw(views(shape, rng.standard_normal(shape) + o, dtype)) for o in (offset, 0, 0)),
         weight=rng.uniform(0.5, 1.5, C).astype(real),
@@ -75,6 +88,8 @@ def problems(draw):
         running_mean=(rng.uniform(-0.5, 0.5, C) + offset).astype(real),
         running_var=rng.uniform(0.5, 2, C).astype(real),
         axis=axis,
+        mask=mask,
+        mask_output=mask is not None and draw(st.booleans()),
     )
 
 
@@ -89,7 +104,8 @@ def problems(draw):
     st.booleans(),
 )
 def test_the_oracle_agrees(p, operation, activation, add, isa, threads, streamed):
-    count = p.x.size // max(1, p.x.shape[p.axis])
+    real = reference.everywhere(p.mask, p.x, p.axis)
+    count = np.count_nonzero(real) // max(1, p.x.shape[p.axis])
     if operation in UNFUSED:
         activation, add = None, False
     if operation in ("training", "forward", "backward", "backward_by_sums") and count == 1 and p.x.size:

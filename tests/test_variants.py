@@ -120,6 +120,18 @@ def test_tabnets_ghost_batches(rng, rows, size):
     np.testing.assert_allclose(grads.grad_bias, theirs.bias.grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_keras_2_ghost_batches(rng):
+    """Its parts are no neighbours: it makes (size, parts, C) of the rows and reduces the first axis alone."""
+    size, parts = 4, 6
+    x = rng.standard_normal((size * parts, C), np.float32)
+    grouped = x.astype(np.float64).reshape(size, parts, C)
+    expected = (grouped - grouped.mean(0)) / np.sqrt(grouped.var(0) + 1e-5)
+    layer = BatchNorm1d(C, virtual_batch_size=size)
+    y = layer(x.reshape(size, parts, C).swapaxes(0, 1).reshape(x.shape))  # as docs/training_variants.md says
+    y = y.reshape(parts, size, C).swapaxes(0, 1)
+    np.testing.assert_allclose(y, expected, rtol=2e-6, atol=2e-6)
+
+
 @given(rows=st.integers(0, 60), size=st.integers(2, 70))
 @example(rows=3, size=2)
 @settings(deadline=None, max_examples=60)

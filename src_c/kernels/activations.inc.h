@@ -58,8 +58,17 @@ INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
     return vmul(dy, vmul(s, vfma(inside, vsub(one, s), one)));
 }
 
-/* In an instance of a kernel an activation is PLAIN (none), CLIPPED (relu, relu6) or looked up for each few vectors. */
-enum { PLAIN, CLIPPED, ANY };
+/* In an instance of a kernel an activation is PLAIN (none), CLIPPED (forward: relu and relu6), RECTIFIED (backward:
+ * relu alone, as a second comparison costs an eighth of the pass) or looked up for each few vectors. */
+enum { PLAIN, CLIPPED, RECTIFIED, ANY };
+
+INLINE int forward_kind(const bn_problem *p) {
+    return p->activation == BN_IDENTITY ? PLAIN : p->activation == BN_RELU || p->activation == BN_RELU6 ? CLIPPED : ANY;
+}
+
+INLINE int backward_kind(const bn_problem *p) {
+    return p->activation == BN_IDENTITY ? PLAIN : p->activation == BN_RELU ? RECTIFIED : ANY;
+}
 
 INLINE vact activation_of(const bn_problem *p) {
     const vact a = {vset1((real)p->negative_slope), vset1(p->activation == BN_RELU6 ? 6 : NAN)};
@@ -79,8 +88,8 @@ INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) 
 
 /* dy becomes the gradient that reaches z. */
 INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, const vf *z, vf *dy) {
-    if (act == CLIPPED)
-        UNROLLED for (int j = 0; j < n; j++) dy[j] = gradient_clipped(dy[j], z[j], a);
+    if (act == RECTIFIED)
+        UNROLLED for (int j = 0; j < n; j++) dy[j] = vselect(vle(z[j], vset1(0)), vset1(0), dy[j]);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
@@ -90,41 +99,40 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
 }
 
 /* Calls body(act, residual) as an instance: with these as constants the compiler drops what is not needed. Residual: 0,
- * 1, or MAYBE, which looks at each vector anew. What is rarer than PLAIN and CLIPPED is looked up. */
+ * 1, or MAYBE, which looks at each vector anew. What is rarer than PLAIN and `often` is looked up. */
 #define MAYBE 2
 #ifdef FEW_INSTANCES /* of all elements but float32 */
-#define SPECIALIZE_AS(activation, plain, clipped, present, body)                                                       \
-    if ((activation) == BN_IDENTITY && !(plain)) {                                                                     \
+#define SPECIALIZE_AS(kind, often, plain_has, often_has, present, body)                                                \
+    if ((kind) == PLAIN && !(plain_has)) {                                                                             \
         body(PLAIN, 0);                                                                                                \
     } else {                                                                                                           \
         body(ANY, MAYBE);                                                                                              \
     }
 #else
-#define SPECIALIZE_AS(activation, plain, clipped, present, body)                                                       \
-    switch (activation) {                                                                                              \
-    case BN_IDENTITY:                                                                                                  \
-        if (plain) {                                                                                                   \
+#define SPECIALIZE_AS(kind, often, plain_has, often_has, present, body)                                                \
+    switch (kind) {                                                                                                    \
+    case PLAIN:                                                                                                        \
+        if (plain_has) {                                                                                               \
             body(PLAIN, present);                                                                                      \
         } else {                                                                                                       \
             body(PLAIN, 0);                                                                                            \
         }                                                                                                              \
         break;                                                                                                         \
-    case BN_RELU:                                                                                                      \
-    case BN_RELU6:                                                                                                     \
-        if (clipped) {                                                                                                 \
-            body(CLIPPED, present);                                                                                    \
+    case often:                                                                                                        \
+        if (often_has) {                                                                                               \
+            body(often, present);                                                                                      \
         } else {                                                                                                       \
-            body(CLIPPED, 0);                                                                                          \
+            body(often, 0);                                                                                            \
         }                                                                                                              \
         break;                                                                                                         \
     default: body(ANY, MAYBE);                                                                                         \
     }
 #endif
 #define HAS(operand)        ((operand).data != NULL)
-#define SPECIALIZE(p, body) SPECIALIZE_AS((p)->activation, HAS((p)->residual), HAS((p)->residual), 1, body)
+#define SPECIALIZE(p, body) SPECIALIZE_AS(forward_kind(p), CLIPPED, HAS((p)->residual), HAS((p)->residual), 1, body)
 /* Sums look at no residual where there is no activation. */
-#define SPECIALIZE_SUMS(p, body) SPECIALIZE_AS((p)->activation, 0, HAS((p)->residual), 1, body)
+#define SPECIALIZE_SUMS(p, body) SPECIALIZE_AS(backward_kind(p), RECTIFIED, 0, HAS((p)->residual), 1, body)
 /* The backward pass has a residual or its gradient, one of them or both. */
 #define SPECIALIZE_BACKWARD(p, body)                                                                                   \
-    SPECIALIZE_AS((p)->fixed ? BN_N_ACTIVATIONS : (p)->activation, HAS((p)->residual) || HAS((p)->grad_residual),      \
+    SPECIALIZE_AS((p)->fixed ? ANY : backward_kind(p), RECTIFIED, HAS((p)->residual) || HAS((p)->grad_residual),       \
                   HAS((p)->residual) || HAS((p)->grad_residual), MAYBE, body)

@@ -121,24 +121,29 @@ INLINE batch part_of_vector(vt t) {
 INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int step, const cursor *a, ptrdiff_t i,
                       batch b, instance of, vf *v, vf *g) {
     vf d[4];
-    UNROLLED for (int j = 0; j < b.n; j++) {
-        const ptrdiff_t at = i + j * b.distance;
-        d[j] = vsub(element_at(a->x + at, b.t, b.whole), k[j * step].mean);
-        if (of.direction == FORWARD || of.act != PLAIN)
-            v[j] = z_at(p, &k[j * step], a, at, d[j], b.t, b.whole, of);
-        if (of.direction == BACKWARD)
-            g[j] = element_at(a->dy + at, b.t, b.whole);
+    const int at_once = of.act == ANY ? b.n : 1; /* one after the other takes fewer registers */
+    UNROLLED for (int first = 0; first < b.n; first += at_once) {
+        UNROLLED for (int j = first; j < first + at_once; j++) {
+            const ptrdiff_t at = i + j * b.distance;
+            d[j] = vsub(element_at(a->x + at, b.t, b.whole), k[j * step].mean);
+            if (of.direction == FORWARD || of.act != PLAIN)
+                v[j] = z_at(p, &k[j * step], a, at, d[j], b.t, b.whole, of);
+            if (of.direction == BACKWARD)
+                g[j] = element_at(a->dy + at, b.t, b.whole);
+        }
+        if (of.direction == FORWARD) {
+            activate(p, act, of.act, at_once, v + first);
+            continue;
+        }
+        pass_gradient(p, act, of.act, at_once, v + first, g + first);
+        UNROLLED for (int j = first; j < first + at_once; j++) {
+            const vcoef *c = &k[j * step];
+            if (of.act == ANY && p->fixed)
+                v[j] = vmul(g[j], c->scale);
+            else
+                v[j] = vfma(vfma(d[j], c->g_proj, vsub(g[j], c->g_mean)), c->scale, c->g_shift);
+        }
     }
-    if (of.direction == FORWARD) {
-        activate(p, act, of.act, b.n, v);
-        return;
-    }
-    pass_gradient(p, act, of.act, b.n, v, g);
-    if (of.act == ANY && p->fixed)
-        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vmul(g[j], k[j * step].scale);
-    else
-        UNROLLED for (int j = 0; j < b.n; j++) v[j] = vfma(
-            vfma(d[j], k[j * step].g_proj, vsub(g[j], k[j * step].g_mean)), k[j * step].scale, k[j * step].g_shift);
 }
 
 INLINE void store_at(const cursor *a, ptrdiff_t i, batch b, instance of, const vf *v, const vf *g) {

@@ -1,6 +1,9 @@
 /* loops.h: what planes.c, rows.c and terms.c begin with. Each is compiled once for every instruction set and element,
  * with that set's flags, FASTBN_ISA, FASTBN_ELEMENT and that element's FASTBN_ELEMENT_FILE.
  *
+ * Functions that are inlined into every loop have many parameters: each is a register or a constant there, where a
+ * struct of them would lie in memory, and be loaded anew after each store.
+ *
  * Everything but the tables is static: two copies of one inline function with external linkage would be merged by the
  * linker, and the AVX copy might win on a CPU without. */
 #if !defined(__clang__) && __GNUC__ >= 13

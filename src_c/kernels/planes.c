@@ -16,6 +16,8 @@
 #if OVERLAPS
 #include "kernels/overlap.inc.h"
 #endif
+#include "kernels/masked.inc.h"
+#include "kernels/masked_planes.inc.h"
 /* clang-format on */
 
 const bn_loops TABLE(bn_planes_) = {
@@ -27,4 +29,11 @@ const bn_loops TABLE(bn_planes_) = {
     .forward_and_stats = forward_and_stats,
     .backward_and_sums = backward_and_sums,
 #endif
+};
+
+const bn_loops TABLE(bn_masked_planes_) = {
+    .stats = stats_masked_planes,
+    .sums = sums_masked_planes,
+    .forward = forward_masked_planes,
+    .backward = backward_masked_planes,
 };

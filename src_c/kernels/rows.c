@@ -13,6 +13,8 @@
 #include "kernels/shift.inc.h"
 #include "kernels/stats_rows.inc.h"
 #include "kernels/sums_rows.inc.h"
+#include "kernels/masked.inc.h"
+#include "kernels/masked_rows.inc.h"
 /* clang-format on */
 
 const bn_loops TABLE(bn_rows_) = {
@@ -20,4 +22,11 @@ const bn_loops TABLE(bn_rows_) = {
     .sums = sums_rows,
     .forward = forward_rows,
     .backward = backward_rows,
+};
+
+const bn_loops TABLE(bn_masked_rows_) = {
+    .stats = stats_masked_rows,
+    .sums = sums_masked_rows,
+    .forward = forward_masked_rows,
+    .backward = backward_masked_rows,
 };

@@ -4,6 +4,8 @@
 
 #define BLOCK 64 /* channels at a time */
 
+#include "kernels/running.inc.h"
+
 /* Chan, Golub and LeVeque (1983), for many groups at once: the pooled mean is the weighted mean of the tiles' means,
  * and a tile adds n * (its mean - the mean)^2 to its own squared deviations. Means are taken relative to the first
  * tile's, so that equal ones pool to exactly themselves. Of n <= BLOCK channels, `at` after the first of `from`. */
@@ -55,6 +57,23 @@ static void pool_stats(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, 
     else
         for (ptrdiff_t c = c0; c < c1; c += BLOCK)
             pool_block(p, from, c - from->c0, min_z(BLOCK, c1 - c), mean + c, var + c);
+}
+
+static void pool_masked(const bn_problem *p, const bn_tiles *from, ptrdiff_t c0, ptrdiff_t c1, double *mean,
+                        double *var) {
+    double n = 0.0;
+    for (ptrdiff_t t = 0; t < from->t1; t++) {
+        double values;
+        const ptrdiff_t reps = tile_repetitions(p, t, &values);
+        const int whole = p->real[t] == (double)reps * values;
+        const double w = whole ? values : p->real[t];
+        for (ptrdiff_t f = 0; f < (whole ? reps : w > 0.0); f++, n += w) {
+            const ptrdiff_t at = t * from->ld + f * p->C + (c0 - from->c0);
+            pool_more(c1 - c0, n, w, from->a + at, from->b + at, mean + c0, var + c0);
+        }
+    }
+    for (ptrdiff_t c = c0; c < c1; c++)
+        var[c] /= n;
 }
 
 /* Of g * xhat, where xhat = (x - mean) * invstd + offset, tiles hold all but the offset's part. */
@@ -193,39 +212,6 @@ static void coef(const bn_problem *p, ptrdiff_t c0, ptrdiff_t c1, const bn_sourc
     repeat_coef(p, c0, c1, &k);
 }
 
-INLINE void move_towards(char *value, ptrdiff_t stride, char *exact, ptrdiff_t exact_stride, const double *batch,
-                         const double *finite, ptrdiff_t c0, ptrdiff_t c1, double momentum, double factor) {
-    for (ptrdiff_t c = c0; c < c1; c++) {
-        if (finite && !(fabs(finite[c]) <= REAL_MAX))
-            continue;
-        float v = 0.0f;
-        double a = 0.0;
-        if (value) /* memcpy: aligned or not */
-            memcpy(&v, value + c * stride, sizeof v);
-        if (exact)
-            memcpy(&a, exact + c * exact_stride, sizeof a);
-        if (value)
-            a = exact && (float)a == v ? a : v;
-        a = (1.0 - momentum) * a + momentum * (batch[c] * factor);
-        v = (float)a;
-        if (value)
-            memcpy(value + c * stride, &v, sizeof v);
-        if (exact)
-            memcpy(exact + c * exact_stride, &a, sizeof a);
-    }
-}
-
-static void move_running(const bn_running *r, const double *batch, const double *finite, ptrdiff_t c0, ptrdiff_t c1,
-                         double momentum, double factor) {
-    /* constants to the compiler, which then takes several at a time */
-    if (finite || !r->value || r->stride != sizeof(float))
-        move_towards(r->value, r->stride, r->exact, r->exact_stride, batch, finite, c0, c1, momentum, factor);
-    else if (r->exact)
-        move_towards(r->value, sizeof(float), r->exact, sizeof(double), batch, NULL, c0, c1, momentum, factor);
-    else
-        move_towards(r->value, sizeof(float), NULL, 0, batch, NULL, c0, c1, momentum, factor);
-}
-
 static void running_coef(const bn_problem *p, const void *running_mean, const void *running_var, const bn_source *from,
                          const bn_coef *coefficients) {
     const coefs k = coefs_of(coefficients);
@@ -278,7 +264,7 @@ const bn_terms TABLE(bn_terms_) = {
     .lanes = VL,
     .held = HELD,
     .overlaps = OVERLAPS,
-    .pool_stats = pool_stats,
+    .pool_stats = {pool_stats, pool_masked},
     .pool_sums = pool_sums,
     .without_invstd = without_invstd,
     .with_invstd = with_invstd,

@@ -28,6 +28,10 @@ INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
 INLINE vm vor(vm a, vm b) { return _mm256_or_ps(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
+INLINE vm vmask(const unsigned char *p) {
+    const __m256i b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(b, _mm256_setzero_si256()));
+}
 INLINE vt vtail(ptrdiff_t n) {
     const int k = n >= VL ? VL : n <= 0 ? 0 : (int)n;
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(k), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -50,11 +54,11 @@ INLINE vf vsums(const vf *v) {
 
 typedef __m128i vh;
 typedef __m256i vi;
-INLINE int vcount(vt t) { return __builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(t))); }
+INLINE int vbit(vt t, int i) { return _mm256_movemask_ps(_mm256_castsi256_ps(t)) >> i & 1; }
 INLINE vh vhload(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
 INLINE vh vhload_tail(const uint16_t *p, vt t) {
     uint16_t b[VL] = {0};
-    for (int i = 0; i < vcount(t); i++)
+    for (int i = 0; vbit(t, i); i++)
         b[i] = p[i];
     return vhload(b);
 }
@@ -62,7 +66,7 @@ INLINE void vhstore(uint16_t *p, vh a) { _mm_storeu_si128((__m128i *)p, a); }
 INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
     uint16_t b[VL];
     vhstore(b, a);
-    for (int i = 0; i < vcount(t); i++)
+    for (int i = 0; vbit(t, i); i++)
         p[i] = b[i];
 }
 INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si128((__m128i *)p, a); }

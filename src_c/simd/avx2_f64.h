@@ -28,6 +28,12 @@ INLINE vf vmin(vf a, vf b) { return _mm256_min_pd(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
 INLINE vm vor(vm a, vm b) { return _mm256_or_pd(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm256_blendv_pd(no, yes, m); }
+INLINE vm vmask(const unsigned char *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m256i b = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(b, _mm256_setzero_si256()));
+}
 INLINE vt vtail(ptrdiff_t n) {
     const int k = n >= VL ? VL : n <= 0 ? 0 : (int)n;
     return _mm256_cmpgt_epi64(_mm256_set1_epi64x(k), _mm256_setr_epi64x(0, 1, 2, 3));

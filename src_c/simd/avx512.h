@@ -28,6 +28,10 @@ INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 INLINE vm vor(vm a, vm b) { return (vm)(a | b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+INLINE vm vmask(const unsigned char *p) {
+    const __m128i b = _mm_loadu_si128((const __m128i *)p);
+    return _mm_test_epi8_mask(b, b);
+}
 INLINE vt vtail(ptrdiff_t n) { return (vt)(n >= VL ? 0xffffu : n <= 0 ? 0u : (1u << n) - 1u); }
 INLINE vf vload_tail(const float *p, vt t) { return _mm512_maskz_loadu_ps(t, p); }
 INLINE void vstore_tail(float *p, vf a, vt t) { _mm512_mask_storeu_ps(p, t, a); }

@@ -29,6 +29,12 @@ INLINE vf vmin(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 INLINE vm vle(vf a, vf b) { return vcleq_f32(a, b); }
 INLINE vm vor(vm a, vm b) { return vorrq_u32(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return vbslq_f32(m, yes, no); }
+INLINE vm vmask(const unsigned char *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    const uint32x4_t b = vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
+    return vtstq_u32(b, b);
+}
 INLINE vt vtail(ptrdiff_t n) { return n >= VL ? VL : n <= 0 ? 0 : (vt)n; }
 INLINE vf vload_tail(const float *p, vt t) {
     const vf z = vdupq_n_f32(0.0f);

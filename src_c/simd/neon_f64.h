@@ -28,6 +28,9 @@ INLINE vf vmin(vf a, vf b) { return vbslq_f64(vcltq_f64(a, b), a, b); }
 INLINE vm vle(vf a, vf b) { return vcleq_f64(a, b); }
 INLINE vm vor(vm a, vm b) { return vorrq_u64(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return vbslq_f64(m, yes, no); }
+INLINE vm vmask(const unsigned char *p) {
+    return vcombine_u64(vcreate_u64(p[0] ? ~UINT64_C(0) : 0), vcreate_u64(p[1] ? ~UINT64_C(0) : 0));
+}
 INLINE vt vtail(ptrdiff_t n) { return n >= VL ? VL : n <= 0 ? 0 : (vt)n; }
 INLINE vf vload_tail(const double *p, vt t) {
     const vf z = vdupq_n_f64(0.0);

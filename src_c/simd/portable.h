@@ -97,6 +97,11 @@ INLINE vf vmin(vf a, vf b) { RETURN_LANES(a[i] < b[i] ? a[i] : b[i]); }
 INLINE void vstream(lane *p, vf a) { vstore(p, a); }
 INLINE void vfence(void) {}
 
+INLINE vm vmask(const unsigned char *p) {
+    vm m = {0};
+    UNROLLED for (int i = 0; i < VL; i++) m[i] = p[i] ? -1 : 0;
+    return m;
+}
 INLINE vt vtail(ptrdiff_t n) { return n >= VL ? VL : n <= 0 ? 0 : (vt)n; }
 INLINE vf vload_tail(const lane *p, vt t) { RETURN_LANES(i < t ? p[i] : 0); }
 INLINE void vstore_tail(lane *p, vf a, vt t) { UNROLLED for (int i = 0; i < VL; i++) if (i < t) p[i] = a[i]; }

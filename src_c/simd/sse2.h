@@ -29,6 +29,13 @@ INLINE vf vmin(vf a, vf b) { return _mm_min_ps(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm_cmple_ps(a, b); }
 INLINE vm vor(vm a, vm b) { return _mm_or_ps(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm_or_ps(_mm_and_ps(m, yes), _mm_andnot_ps(m, no)); }
+INLINE vm vmask(const unsigned char *p) {
+    const __m128i z = _mm_setzero_si128();
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m128i b = _mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), z), z);
+    return _mm_castsi128_ps(_mm_cmpgt_epi32(b, z));
+}
 INLINE vt vtail(ptrdiff_t n) { return n >= VL ? VL : n <= 0 ? 0 : (vt)n; }
 INLINE vf vload_tail(const float *p, vt t) {
     const vf z = _mm_setzero_ps();

@@ -29,6 +29,7 @@ INLINE vf vmin(vf a, vf b) { return _mm_min_pd(a, b); }
 INLINE vm vle(vf a, vf b) { return _mm_cmple_pd(a, b); }
 INLINE vm vor(vm a, vm b) { return _mm_or_pd(a, b); }
 INLINE vf vselect(vm m, vf yes, vf no) { return _mm_or_pd(_mm_and_pd(m, yes), _mm_andnot_pd(m, no)); }
+INLINE vm vmask(const unsigned char *p) { return _mm_castsi128_pd(_mm_set_epi64x(p[1] ? -1 : 0, p[0] ? -1 : 0)); }
 INLINE vt vtail(ptrdiff_t n) { return n >= VL ? VL : n <= 0 ? 0 : (vt)n; }
 INLINE vf vload_tail(const double *p, vt t) {
     return t == VL ? _mm_loadu_pd(p) : t == 1 ? _mm_load_sd(p) : _mm_setzero_pd();

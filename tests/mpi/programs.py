@@ -20,6 +20,7 @@ from fastbn import BatchNorm, BatchStats, GradSums, distributed
 from fastbn.distributed import SyncBatchNorm, all_merge
 
 WORLD = MPI.COMM_WORLD
+SHORT, GATHERED = distributed._SHORT, distributed._GATHERED
 
 
 def same_on_all_ranks(*arrays):
@@ -53,17 +54,23 @@ def merge():
         for channels in 5, 700:
             parts = [part_of(kind, rank, channels) for rank in range(WORLD.size)]
             expected = parts[0].merge(*parts[1:])
-            for few, gathered in (64, 1 << 20), (0, 1 << 20), (0, 0):
-                distributed._FEW, distributed._GATHERED = few, gathered
+            # In one gather, in two, and along the tree, after the header alone or with numbers along.
+            for short, gathered in (
+                (80_000, {4: 1 << 20}),
+                (400, {4: 1 << 20}),
+                (80_000, {}),
+                (80_000, {4: 99}),
+            ):
+                distributed._SHORT, distributed._GATHERED = short, gathered
                 merged = all_merge(parts[WORLD.rank], WORLD)
                 assert merged.count == expected.count
                 same_on_all_ranks(*(getattr(merged, name) for name in names))
                 for name in names:
                     found, wanted = getattr(merged, name), getattr(expected, name)
-                    if gathered:
+                    if gathered.get(4) == 1 << 20:
                         assert np.array_equal(found, wanted)
                     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
-    distributed._FEW, distributed._GATHERED = 64, 1 << 20
+    distributed._SHORT, distributed._GATHERED = SHORT, GATHERED
 
 
 def layers():
@@ -98,7 +105,7 @@ def groups():
     assert len(set(half.allgather(layer.running_mean.tobytes()))) == 1
 
 
-def out_of_step():
+def wrong_steps():
     """Refused on every rank, which then go on together."""
     x = np.ones((4, 5), np.float32)
     last = WORLD.size - 1
@@ -126,6 +133,12 @@ def out_of_step():
     layer(x)
     layer.backward(x)
     same_on_all_ranks(layer.running_mean)
+
+
+def out_of_step():
+    """As few ranks find out, and as many do."""
+    for distributed._GATHERED in {}, GATHERED:
+        wrong_steps()
 
 
 def one_evaluates():

@@ -53,6 +53,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
 def test_opcheck(layout, training):
@@ -476,6 +477,7 @@ def test_fastbn_layers_are_fused_alike():
     assert calls == {("relu", False): 1, ("relu6", False): 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [nn, fastbn.torch], ids=["torch.nn", "fastbn"])
 def test_inductor(layers):
     """Alone, and behind the backend: then with our operator in its code."""

@@ -573,6 +573,7 @@ def test_saved_whole():
     assert_same(step(twin, x), step(model, x))
 
 
+@pytest.mark.slow
 def test_spawn(tmp_path):
     """Another process gets the model, and has to rewrite its methods itself."""
     program = tmp_path / "program.py"

@@ -47,6 +47,7 @@ def test_guide(capsys, tmp_path, monkeypatch):
     assert [type(module) for module in names["model"]] == [names["Block"], nn.BatchNorm2d, nn.GELU]
 
 
+@pytest.mark.slow
 def test_example_trains_alike(example):
     network, results = example.train(8, 2)
     plain, fast = ([epoch[0] for epoch in results[name]] for name in example.NAMES)

@@ -629,6 +629,7 @@ def test_whole_module_is_not_weights_alone(tmp_path):
     assert type(net.bn) is ours.BatchNorm2d
 
 
+@pytest.mark.slow
 def test_spawn(tmp_path):
     """A layer is unpickled in a process that has imported nothing."""
     layer = ours.BatchNorm2d(5, activation="leaky_relu", negative_slope=SLOPE)

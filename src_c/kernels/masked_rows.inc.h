@@ -1,0 +1,342 @@
+/* masked_rows.inc.h: rows where some positions are not real: sums and elementwise passes.
+ *
+ * Of folded rows, a tile that is not real throughout has for all columns of a channel one shift, and the sums of all of
+ * them in the first. */
+
+#define WIDE (32 * FOLDED + 64) /* bytes: a column each of the widest folded row, and what goes beyond */
+
+/* Rows of a tile that are to be looked at, of the kernel's width. */
+typedef struct {
+    ptrdiff_t n, reps; /* rows of memory in each: `fold`, but where the last do not fill a wide one */
+    ptrdiff_t row[ROW_TILE];
+    unsigned char whole[ROW_TILE]; /* whether all of them are real */
+} row_list;
+
+/* All rows of tile t, or those of which something is real. */
+static void list_rows(const bn_problem *p, ptrdiff_t t, int all, row_list *list) {
+    ptrdiff_t row0, rows = row_tile(p, t, &row0);
+    list->reps = rows ? p->fold : p->N * p->S % p->fold;
+    list->n = 0;
+    for (ptrdiff_t r = row0; r < row0 + max_z(1, rows); r++) {
+        const ptrdiff_t real = count_real(p->mask + r * p->fold, list->reps);
+        if (real || all) {
+            list->row[list->n] = r;
+            list->whole[list->n++] = real == list->reps;
+        }
+    }
+}
+
+/* A byte a column from a byte a row of memory, eight at a time, and so beyond the last. */
+static void spread(const unsigned char *m, ptrdiff_t reps, ptrdiff_t C, unsigned char *to) {
+    if (!memcmp(m, m + 1, (size_t)reps - 1)) {
+        memset(to, *m, (size_t)(reps * C));
+        return;
+    }
+    for (ptrdiff_t f = 0; f < reps; f++) {
+        const uint64_t eight = m[f] * UINT64_C(0x0101010101010101);
+        for (ptrdiff_t c = 0; c < C; c += 8)
+            memcpy(to + f * C + c, &eight, 8);
+    }
+}
+
+enum { SUMS, RANGE };
+
+/* Vectors of columns from c on, of `rows` rows: adds their shifted values and the squares to what s and q of `a` hold;
+ * or takes the least and the largest to what group and group_sq do. */
+INLINE void add_columns(const elem *const *x, const unsigned char *m, int rows, int masked, int what, ptrdiff_t c, vt t,
+                        int whole, const row_sums *a) {
+    const vf k = vload(a->shift + c), none = vset1(0);
+    vf s = what == RANGE ? vload(a->group + c) : none, q = what == RANGE ? vload(a->group_sq + c) : none;
+    for (int r = 0; r < rows; r++) {
+        const vf v = element_at(x[r] + c, t, whole);
+        if (what == RANGE) {
+            const vf u = masked ? vselect(vmask(m + r * WIDE + c), v, k) : v;
+            s = vmin(u, s);
+            q = vmax(u, q);
+        } else {
+            const vf d = masked ? vselect(vmask(m + r * WIDE + c), vsub(v, k), none) : vsub(v, k);
+            s = vadd(s, d);
+            q = vfma(d, d, q);
+        }
+    }
+    vstore((what == RANGE ? a->group : a->s) + c, what == RANGE ? s : vadd(vload(a->s + c), s));
+    vstore((what == RANGE ? a->group_sq : a->q) + c, what == RANGE ? q : vadd(vload(a->q + c), q));
+}
+
+INLINE void add_some_rows(const elem *const *x, const unsigned char *m, int rows, int masked, int what, ptrdiff_t cols,
+                          const row_sums *a) {
+    ptrdiff_t c = 0;
+    for (; c + VL <= cols; c += VL)
+        add_columns(x, m, rows, masked, what, c, vtail(VL), 1, a);
+    if (c < cols)
+        add_columns(x, m, rows, masked, what, c, vtail(cols - c), 0, a);
+}
+
+/* Columns [c, c + cols) of the listed rows, a group after the other. */
+INLINE void add_listed(const bn_problem *p, const row_list *list, int what, ptrdiff_t c, ptrdiff_t cols,
+                       const row_sums *a, double *sum, double *sq) {
+    unsigned char bytes[STATS_ROWS * WIDE];
+    const elem *x[STATS_ROWS];
+    for (ptrdiff_t r = 0; r < list->n; r += STATS_ROWS) {
+        const int rows = (int)min_z(STATS_ROWS, list->n - r);
+        int masked = 0;
+        for (int j = 0; j < rows; j++) {
+            x[j] = row_at(p, list->row[r + j]) + c;
+            masked |= !list->whole[r + j];
+        }
+        for (int j = 0; masked && j < rows; j++)
+            spread(p->mask + list->row[r + j] * p->fold, list->reps, p->C, bytes + j * WIDE);
+        if (masked)
+            add_some_rows(x, bytes + c, rows, 1, what, cols, a);
+        else if (rows == STATS_ROWS)
+            add_some_rows(x, bytes, STATS_ROWS, 0, what, cols, a);
+        else
+            add_some_rows(x, bytes, rows, 0, what, cols, a);
+        if (what == SUMS && ((r + STATS_ROWS) % CHAIN == 0 || r + STATS_ROWS >= list->n))
+            carry(cols, a->s, a->q, sum, sq);
+    }
+}
+
+/* Channel 0 of a row of memory. */
+INLINE const elem *position_at(const bn_problem *p, ptrdiff_t i) {
+    return p->fold > 1 ? cursor_at(p, 0, 0, i * p->C, FORWARD).x : row_at(p, i);
+}
+
+/* Of w channels from c on, from values at these rows of memory. */
+INLINE void real_shifts(const bn_problem *p, const ptrdiff_t *sample, ptrdiff_t c, ptrdiff_t w, real *shift) {
+    for (ptrdiff_t i = 0; i < w; i += VL) {
+        vf v[SAMPLES];
+        for (int j = 0; j < SAMPLES; j++)
+            v[j] = xload_tail(position_at(p, sample[j]) + c + i, vtail(w - i));
+        for (int j = 0; j < 3; j++)
+            v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
+        vstore(shift + i, vmedian3(v[0], v[1], v[2]));
+    }
+}
+
+/* Columns [j, j + cols) have the shifts of w channels in turn. */
+INLINE void repeat_shifts(const real *shift, ptrdiff_t w, ptrdiff_t j, ptrdiff_t cols, real *to) {
+    for (ptrdiff_t i = 0, c = j % w; i < cols; i++, c = c + 1 == w ? 0 : c + 1)
+        to[i] = shift[c];
+}
+
+/* Of the real ones among n positions of channel c from `first` on: in float64, some at a time. */
+static void exact_real(const bn_problem *p, ptrdiff_t first, ptrdiff_t n, ptrdiff_t c, double *mean, double *m2) {
+    elem v[ROW_TILE];
+    ptrdiff_t k = 0;
+    double done = 0.0;
+    for (ptrdiff_t i = first; i < first + n; i++) {
+        if (p->mask[i])
+            v[k++] = position_at(p, i)[c];
+        if (k == ROW_TILE || (k && i + 1 == first + n)) {
+            double more, more_m2;
+            exact_stats(v, 0, 1, k, &more, &more_m2);
+            pool_more(1, done, (double)k, &more, &more_m2, mean, m2);
+            done += (double)k;
+            k = 0;
+        }
+    }
+}
+
+/* Channels [c, c + w) of a tile, where the sums of some tell too little. All values are alike if they are the shift. */
+static void settle_real_rows(const bn_problem *p, ptrdiff_t t, const row_list *list, ptrdiff_t c, ptrdiff_t w,
+                             const real *shift, const row_sums *a, double *mean, double *m2) {
+    ptrdiff_t first;
+    const ptrdiff_t n = row_positions(p, t, &first);
+    int flat = 0;
+    for (ptrdiff_t i = 0; i < w; i++)
+        flat |= m2[i] == FLAT;
+    for (ptrdiff_t j = 0; flat && j < w * list->reps; j += PANEL) {
+        const ptrdiff_t cols = min_z(PANEL, w * list->reps - j);
+        repeat_shifts(shift, w, j, cols, a->shift);
+        memcpy(a->group, a->shift, (size_t)cols * sizeof *a->shift);
+        memcpy(a->group_sq, a->shift, (size_t)cols * sizeof *a->shift);
+        add_listed(p, list, RANGE, c + j, cols, a, NULL, NULL);
+        for (ptrdiff_t i = 0; i < cols; i++)
+            if (m2[(j + i) % w] == FLAT && !(a->group[i] == a->shift[i] && a->group_sq[i] == a->shift[i]))
+                m2[(j + i) % w] = UNSOUND;
+    }
+    for (ptrdiff_t i = 0; i < w; i++)
+        if (m2[i] == UNSOUND)
+            exact_real(p, first, n, c + i, &mean[i], &m2[i]);
+        else if (m2[i] == FLAT)
+            m2[i] = 0.0;
+}
+
+static void stats_masked_rows(const bn_problem *p, const bn_pass *how, const bn_tiles *to) {
+    real *const room = (real *)to->room, shift[PANEL];
+    const row_sums a = {room, room + PANEL, room + 2 * PANEL, room + 3 * PANEL, room + 4 * PANEL};
+    const ptrdiff_t end = p->fold > 1 ? p->C : to->c1; /* folded: all columns at once */
+    row_list list;
+    for (ptrdiff_t t = to->t0; t < to->t1; t++) {
+        ptrdiff_t first, sample[SAMPLES];
+        const ptrdiff_t n = p->real[t], all = row_positions(p, t, &first), at = (t - to->t0) * to->ld;
+        if (n == all) {
+            const bn_tiles one = {t, t + 1, to->c0, to->c1, to->ld, to->a + at, to->b + at, to->room};
+            stats_rows(p, how, &one);
+        }
+        if (n == 0 || n == all)
+            continue;
+        list_rows(p, t, 0, &list);
+        real_samples(p->mask + first, 0, 1, all, n, 0, sample);
+        for (int i = 0; i < SAMPLES; i++)
+            sample[i] += first;
+        clear(PANEL, a.s, a.q);
+        for (ptrdiff_t c = to->c0; c < end; c += PANEL) {
+            const ptrdiff_t w = min_z(PANEL, end - c), width = w * list.reps;
+            double *const mean = to->a + at + (c - to->c0), *const m2 = to->b + at + (c - to->c0);
+            real_shifts(p, sample, c, w, shift);
+            memset(mean, 0, (size_t)width * sizeof *mean);
+            memset(m2, 0, (size_t)width * sizeof *m2);
+            for (ptrdiff_t j = 0; j < width; j += PANEL) {
+                const ptrdiff_t cols = min_z(PANEL, width - j);
+                repeat_shifts(shift, w, j, cols, a.shift);
+                add_listed(p, &list, SUMS, c + j, cols, &a, mean + j, m2 + j);
+            }
+            for (ptrdiff_t f = 1; f < list.reps; f++)
+                for (ptrdiff_t i = 0; i < w; i++) {
+                    mean[i] += mean[f * w + i];
+                    m2[i] += m2[f * w + i];
+                }
+            if (settle((double)n, ROWS_OFF, w, shift, mean, m2, mean, m2))
+                settle_real_rows(p, t, &list, c, w, shift, &a, mean, m2);
+        }
+    }
+}
+
+/* ---- the backward pass and elementwise */
+
+/* Of rows of the kernel's width which positions are real: folded ones have a byte a column, others are so or not. */
+typedef struct {
+    vm whole[4];
+    unsigned char bytes[4 * WIDE];
+} row_masks;
+
+INLINE void mask_row(const bn_problem *p, ptrdiff_t row, int j, row_masks *to) {
+    const unsigned char *const m = p->mask + row * p->fold;
+    if (p->fold > 1)
+        spread(m, min_z(p->fold, p->N * p->S - row * p->fold), p->C, to->bytes + j * WIDE);
+    else
+        to->whole[j] = vle(vset1(*m ? 0 : 1), vset1(0));
+}
+
+INLINE void masks_of_columns(const row_masks *from, int rows, int folded, ptrdiff_t c, vm *m) {
+    UNROLLED for (int j = 0; j < rows; j++) m[j] = folded ? vmask(from->bytes + j * WIDE + c) : from->whole[j];
+}
+
+/* As sum_some_rows, of columns [c, c + cols). */
+INLINE void sum_masked_rows(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a,
+                            const row_masks *of, int rows, int folded, ptrdiff_t c, ptrdiff_t cols, real *sum,
+                            real *sq) {
+    vm m[4];
+    for (ptrdiff_t i = 0; i < cols; i += VL) {
+        const int whole = i + VL <= cols;
+        const vcoef k = coef_of_columns(coef, c + i, vtail(cols - i), whole, BACKWARD);
+        vf s = vload(sum + i), q = vload(sq + i);
+        masks_of_columns(of, rows, folded, c + i, m);
+        if (whole)
+            real_sums_at(p, act, &k, a, c + i, whole_vectors(rows, 0), ACROSS, m, &s, &q);
+        else
+            for (int j = 0; j < rows; j++)
+                real_sums_at(p, act, &k, a + j, c + i, part_of_vector(vtail(cols - i)), ACROSS, m + j, &s, &q);
+        vstore(sum + i, s);
+        vstore(sq + i, q);
+    }
+}
+
+INLINE void sum_listed(const bn_problem *p, const vact *act, const coefs *coef, const row_list *list, int folded,
+                       ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, double *g, double *gx) {
+    row_masks masks;
+    cursor a[4];
+    memset(g, 0, (size_t)cols * sizeof *g);
+    memset(gx, 0, (size_t)cols * sizeof *gx);
+    for (ptrdiff_t r = 0; r < list->n;) {
+        const int rows = list->n - r >= SUMS_ROWS ? SUMS_ROWS : 1;
+        for (int j = 0; j < rows; j++) {
+            a[j] = row_cursor(p, list->row[r + j], BACKWARD);
+            mask_row(p, list->row[r + j], j, &masks);
+        }
+        if (rows == SUMS_ROWS)
+            sum_masked_rows(p, act, coef, a, &masks, SUMS_ROWS, folded, c, cols, sum, sq);
+        else
+            sum_masked_rows(p, act, coef, a, &masks, 1, folded, c, cols, sum, sq);
+        r += rows;
+        if (r % CHAIN == 0 || r == list->n)
+            carry(cols, sum, sq, g, gx);
+    }
+}
+
+static void sums_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how,
+                             const bn_tiles *to) {
+    const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
+    const vact act = activation_of(p);
+    real *const sum = (real *)to->room, *const sq = sum + PANEL;
+    row_list list;
+    for (ptrdiff_t t = to->t0; t < to->t1; t++) {
+        ptrdiff_t first;
+        const ptrdiff_t all = row_positions(p, t, &first), at = (t - to->t0) * to->ld;
+        if (p->real[t] == all) {
+            const bn_tiles one = {t, t + 1, to->c0, to->c1, to->ld, to->a + at, to->b + at, to->room};
+            sums_rows(p, coefficients, how, &one);
+            continue;
+        }
+        list_rows(p, t, !p->mask_output, &list);
+        clear(PANEL, sum, sq);
+        const ptrdiff_t end = list.reps < p->fold ? min_z(to->c1, list.reps * p->C) : to->c1;
+        for (ptrdiff_t c = to->c0; c < end; c += PANEL) {
+            const ptrdiff_t cols = min_z(PANEL, end - c);
+            double *const g = to->a + at + (c - to->c0), *const gx = to->b + at + (c - to->c0);
+            if (p->fold > 1)
+                sum_listed(p, &act, coef, &list, 1, c, cols, sum, sq, g, gx);
+            else
+                sum_listed(p, &act, coef, &list, 0, c, cols, sum, sq, g, gx);
+        }
+    }
+}
+
+/* Columns [c, end) of several rows at one distance in every operand, or of one. */
+INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coefs *coef, ptrdiff_t row, int rows,
+                                 ptrdiff_t c, ptrdiff_t end, instance of) {
+    const ptrdiff_t distance = p->pitch * p->fold;
+    const cursor a = row_cursor(p, row, of.direction);
+    row_masks masks;
+    vm m[4];
+    for (int j = 0; j < rows; j++)
+        mask_row(p, row + j, j, &masks);
+    while (c < end) {
+        const ptrdiff_t misfit = of.store == BN_STREAMED ? before_line(a.out + c) % VL : 0;
+        const ptrdiff_t n = misfit ? min_z(misfit, end - c) : min_z(VL, end - c);
+        const vcoef k = coef_of_columns(coef, c, vtail(VL), 1, of.direction); /* BN_LINE follow the last */
+        masks_of_columns(&masks, rows, p->fold > 1, c, m);
+        if (n == VL)
+            apply_masked_at(p, act, &k, &a, c, whole_vectors(rows, distance), m, of);
+        else
+            for (int j = 0; j < rows; j++)
+                apply_masked_at(p, act, &k, &a, c + j * distance, part_of_vector(vtail(n)), m + j, of);
+        c += n;
+    }
+}
+
+INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
+                              ptrdiff_t e1, instance of) {
+    const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
+    const ptrdiff_t K = p->C * p->fold;
+    const int rows = of.store == BN_CACHED && p->pitch ? how->rows : 1;
+    const vact act = activation_of(p);
+    while (e0 < e1) {
+        const ptrdiff_t row = e0 / K, c = e0 % K;
+        if (rows == 4 && c == 0 && e1 - e0 >= 4 * K) {
+            apply_masked_columns(p, &act, coef, row, 4, 0, K, of);
+            e0 += 4 * K;
+        } else {
+            const ptrdiff_t end = min_z(K, c + e1 - e0);
+            apply_masked_columns(p, &act, coef, row, 1, c, end, of);
+            e0 += end - c;
+        }
+    }
+}
+
+APPLY_MASKED(rows, FORWARD, forward_masked_rows, forward_rows)
+APPLY_MASKED(rows, BACKWARD, backward_masked_rows, backward_rows)
