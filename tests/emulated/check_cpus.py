@@ -122,7 +122,7 @@ def test_same_bits_as_here_and_right(tmp_path, name, group):
 
 # ---- the words of simd.h, one by one, of all elements
 
-COUNT = 1 << 16
+COUNT = 1 << 16  # as in vocabulary.c
 ELEMENTS = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "bf16": np.uint16}
 HERE = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "baseline": []}
 
@@ -130,8 +130,8 @@ HERE = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "baseline": []}
 def vocabulary(element, compiler, flags, start, order, values, folder):
     """What the words make of the values, as bits; those of a NaN, which are the CPU's own, are all ones."""
     strict = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Isrc_c", "-static"]
-    defined = [f"-DCOUNT={COUNT}", f'-DFASTBN_ELEMENT_FILE="elements/{element}.h"']
-    run(compiler, *strict, *flags, *defined, VOCABULARY, "-lm", "-o", folder / "vocabulary")
+    element_file = f'-DFASTBN_ELEMENT_FILE="elements/{element}.h"'
+    run(compiler, *strict, *flags, element_file, VOCABULARY, "-lm", "-o", folder / "vocabulary")
     values.astype(values.dtype.newbyteorder(order)).tofile(folder / "values")
     run(*start, folder / "vocabulary", folder / "values", folder / "results")
     bits = np.fromfile(folder / "results", values.dtype.newbyteorder(order)).astype(values.dtype)

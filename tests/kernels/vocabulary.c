@@ -2,8 +2,8 @@
  *
  *   vocabulary VALUES RESULTS
  *
- * VALUES are three arrays of COUNT elements. Results are elements, each word's after the other's, and the same however
- * many lanes there are.
+ * VALUES are three arrays of COUNT elements. Results are such arrays, each word's after the other's, and the same
+ * however many lanes there are.
  */
 #include <float.h>
 #include <math.h>
@@ -11,11 +11,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef FASTBN_ELEMENT_FILE
+#define FASTBN_ELEMENT_FILE "elements/f32.h"
+#endif
 #include FASTBN_ELEMENT_FILE
 
-#define TREE 16 /* values whose sum is a tree */
+#define COUNT (1 << 16)
+#define TREE  16 /* values whose sum is a tree */
 
 static elem in[3][COUNT], out[COUNT];
+static unsigned char mask[COUNT];
 static FILE *results;
 
 static void write_out(void) {
@@ -63,6 +68,8 @@ int main(int argc, char **argv) {
     results = argc == 3 ? fopen(argv[2], "wb") : NULL;
     if (!values || !results || fread(in, sizeof(elem), 3 * COUNT, values) != 3 * COUNT)
         return 1;
+    for (int i = 0; i < COUNT; i++)
+        mask[i] = widen(in[2][i]) > 0 ? 1 + i % 255 : 0;
     const vf low = vset1(-87), high = vset1(87);
     WORD(a);
     for (int i = 0; i < COUNT; i++)
@@ -79,6 +86,7 @@ int main(int argc, char **argv) {
     WORD(vselect(vle(a, b), b, c));
     WORD(vselect(vor(vle(a, b), vle(b, c)), a, c));
     WORD(vexp(vmin(vmax(a, low), high))); /* NaN gives anything */
+    WORD(vselect(vmask(mask + i), a, b));
     WORD(vhold(a));
     WORD_OF_TAIL(xstore_tail(out + i, xload_tail(in[0] + i, t), t));
     WORD_OF_TAIL(xstore(out + i, xload_tail(in[0] + i, t)));
