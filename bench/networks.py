@@ -6,9 +6,7 @@ Both have the same random weights and input, and take turns in one process; a ra
 of PyTorch's time over fastbn's. What batch norms, activations and additions take is that of separate steps
 under PyTorch's profiler. Peak memory is that of further processes, one for each, on Linux.
 
-A whole process can be tuned from outside, for both alike; what is set is kept with the results:
-
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python bench/networks.py
+What can be set for a whole process, for both alike, is kept with the results; bench/settings.py compares it.
 """
 
 import argparse
@@ -25,7 +23,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import geometric_mean, mean, median
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +46,14 @@ SLOWER = 0.99
 ALIKE = {"float32": 1e-3, "bfloat16": 0.1}
 
 OURS = "fastbn.torch.batch_norm"  # what the profiler is told to call it
+NORMS = {"forward": (OURS, "aten::batch_norm"), "backward": ("BatchNormBackward",)}
 FORWARD = {
-    OURS, "aten::batch_norm", "aten::relu", "aten::relu_", "aten::relu6", "aten::relu6_", "aten::hardtanh",
+    *NORMS["forward"], "aten::relu", "aten::relu_", "aten::relu6", "aten::relu6_", "aten::hardtanh",
     "aten::hardtanh_", "aten::silu", "aten::silu_", "aten::hardswish", "aten::hardswish_", "aten::leaky_relu",
     "aten::leaky_relu_", "aten::add", "aten::add_",
 }  # fmt: skip
 # Of the names of nodes in the graph: ReluBackward0, NativeBatchNormBackward0, fastbn's _BatchNormBackward ...
-BACKWARD = ("BatchNormBackward", "ReluBackward", "HardtanhBackward", "SiluBackward", "HardswishBackward")
+BACKWARD = (*NORMS["backward"], "ReluBackward", "HardtanhBackward", "SiluBackward", "HardswishBackward")
 NODE = "autograd::engine::evaluate_function: "
 
 
@@ -69,9 +68,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=15, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="default: as PyTorch has it")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
-    parser.add_argument(
-        "--quick", action="store_true", help="three rounds of 64 pixels: to see that it works"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round of 32 pixels: to see that it works")
     parser.add_argument("--results", type=Path, metavar="JSON", help="show those of an earlier run")
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--markdown", type=Path, metavar="PATH")
@@ -174,21 +171,28 @@ def named_calls():
 
 
 def inside(contestant, turns=5):
-    """Milliseconds a turn in batch norms, activations and additions, forward and backward; medians."""
+    """Milliseconds a turn in batch norms, activations and additions, forward and backward; medians.
+
+    And "calls": what batch norms alone take on average, in microseconds, which is more where more is fused.
+    """
     with named_calls(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(turns):
             with torch.profiler.record_function("turn"):
                 contestant.turn()
     events = profile.events()
     ranges = [event.time_range for event in events if event.name == "turn"]
-    found = [{"forward": 0.0, "backward": 0.0} for _ in ranges]
+    sums = {part: [0.0] * turns for part in ("forward", "backward")}
+    calls = {part: [] for part in sums}
     for event in events:
         part = part_of(event.name)
         if part and not is_inside_another(event):
-            for sums, turn in zip(found, ranges, strict=True):
+            for i, turn in enumerate(ranges):
                 if turn.start <= event.time_range.start <= turn.end:
-                    sums[part] += event.cpu_time_total / 1e3
-    return {part: median(sums[part] for sums in found) for part in ("forward", "backward")}
+                    sums[part][i] += event.cpu_time_total / 1e3
+            if any(name in event.name for name in NORMS[part]):
+                calls[part].append(event.cpu_time_total)
+    found = {part: median(values) for part, values in sums.items()}
+    return found | {"calls": {part: mean(times) for part, times in calls.items() if times}}
 
 
 def part_of(name):
@@ -254,7 +258,7 @@ def run(args, console):
         "environment": {
             name: value
             for name, value in os.environ.items()
-            if name.startswith(("GLIBC_", "MALLOC_", "LD_PRELOAD", "OMP_", "FASTBN_", "KMP_"))
+            if name.startswith(("GLIBC_", "MALLOC_", "LD_PRELOAD", "OMP_", "FASTBN_", "KMP_", "THP_"))
         },
         "rows": [],
     }
@@ -265,7 +269,7 @@ def run(args, console):
 
 HEADINGS = (
     "network", "layout", "precision", "mode", "PyTorch ms", "fastbn ms", "ratio",
-    "inside: forward", "backward", "peak MB",
+    "inside: forward", "backward", "a call: forward us", "backward", "peak MB",
 )  # fmt: skip
 
 
@@ -274,12 +278,9 @@ def cells(row):
         before, after = (values[who] for who in CONTESTANTS)
         return "" if before is None or after is None else f"{before:{digits}} -> {after:{digits}}"
 
-    parts = [
-        pair({who: row["inside"][who][part] for who in CONTESTANTS})
-        if part == "forward" or row["mode"] == "training"
-        else ""
-        for part in ("forward", "backward")
-    ]
+    parts = ("forward", "backward") if row["mode"] == "training" else ("forward",)
+    inside = [pair({who: row["inside"][who][part] for who in CONTESTANTS}) for part in parts]
+    calls = [pair({who: row["inside"][who]["calls"][part] for who in CONTESTANTS}, ".0f") for part in parts]
     return [
         row["network"],
         row["layout"],
@@ -287,7 +288,7 @@ def cells(row):
         row["mode"],
         *(f"{row['milliseconds'][who]:.1f}" for who in CONTESTANTS),
         f"{row['ratio']:.3f}",
-        *parts,
+        *(cell for cells in (inside, calls) for cell in [*cells, ""][:2]),
         pair(row["peak_megabytes"], ".0f") if "peak_megabytes" in row else "",
     ]
 
@@ -298,8 +299,8 @@ def conclusion(results):
     for precision, mode in product(PRECISIONS, MODES):
         found = [row["ratio"] for row in rows if (row["precision"], row["mode"]) == (precision, mode)]
         if found:
-            mean = geometric_mean(found)
-            yield f"{precision} {mode}: {mean:.3f} in the geometric mean of {len(found)} rows"
+            ratio = geometric_mean(found)
+            yield f"{precision} {mode}: {ratio:.3f} in the geometric mean of {len(found)} rows"
     for row in sorted(rows, key=lambda row: row["ratio"]):
         if row["ratio"] < SLOWER:
             place = " ".join(row[key] for key in ("network", "layout", "precision", "mode"))

@@ -1,123 +1,43 @@
 """The contestants of compare.py: fastbn, everyone it is measured against, and the memory limit.
 
 A contestant offers one or more candidates for a task, the ways in which a user of it could do that;
-compare.py checks each against the oracle and times the fastest. All candidates get the same NumPy arrays. A
-contestant whose library is missing raises ImportError or OSError when it is made, and is left out.
+compare.py checks each against the oracle and times the fastest. A contestant whose library is missing raises
+ImportError or OSError when it is made, and is left out.
 """
 
-import contextlib
 import ctypes
 import math
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from shapes import channels_last, values_per_channel
-
-OPS = (
-    "inference",
-    "inference+relu",
-    "inference+residual+relu",
-    "training",
-    "training+relu",
-    "backward",
-    "backward+relu",
+from shapes import FEW, label
+from tasks import (
+    BLOCKED,
+    DTYPES,
+    EPS,
+    MOMENTUM,
+    NC,
+    NCHW,
+    NHWC,
+    Candidate,
+    Contestant,
+    aligned,
 )
-NCHW, NHWC, NC, BLOCKED = "NCHW", "channels-last", "(N, C)", "blocked"
-EPS, MOMENTUM = 1e-5, 0.1
+
 BUILD = Path(__file__).resolve().parents[1] / "build" / "bench"
-
-
-def user_layouts(shape):
-    """The layouts in which users hold an array of this shape."""
-    return (NC,) if len(shape) == 2 else (NCHW, NHWC)
-
-
-def aligned(shape):
-    """An array that starts where a cache line does, as the arrays of most peers do: the same for everyone."""
-    size = math.prod(shape)
-    room = np.empty(size + 16, np.float32)
-    start = -room.ctypes.data % 64 // 4
-    return room[start : start + size].reshape(shape)
-
-
-class Data:
-    """The arrays of one shape in one layout. The statistics and y (of training+relu) are those of x."""
-
-    def __init__(self, shape, layout):
-        rng = np.random.default_rng(0)
-        _, c, *spatial = shape
-        self.shape, self.layout, self.count = shape, layout, values_per_channel(shape)
-        self.axis = -1 if layout == NHWC else 1
-        dims = channels_last(shape) if layout == NHWC else shape
-        self.per_channel = (1, c) + (1,) * len(spatial) if self.axis == 1 else (c,)
-        self.reduced = tuple(i for i in range(len(dims)) if i != self.axis % len(dims))
-        self.x, self.grad_output, self.residual = arrays = [aligned(dims) for _ in range(3)]
-        for a in arrays:
-            # The values of every layout are those of NCHW.
-            np.copyto(np.moveaxis(a, self.axis, 1), rng.standard_normal(shape, np.float32))
-        self.x += 0.5
-        self.weight, self.bias, self.running_mean = rng.standard_normal((3, c), np.float32)
-        self.running_var = rng.random(c, np.float32) + np.float32(0.5)
-        self.y = self.empty()
-        self.mean = self.x.mean(self.reduced, np.float64).astype(np.float32)
-        np.subtract(self.x, self.mean.reshape(self.per_channel), out=self.y)
-        self.var = np.einsum("...,...->...", self.y, self.y).mean(self.reduced, np.float64).astype(np.float32)
-        self.invstd = (1 / np.sqrt(self.var + EPS)).astype(np.float32)
-        self.y *= (self.weight * self.invstd).reshape(self.per_channel)
-        self.y += self.bias.reshape(self.per_channel)
-        np.maximum(self.y, 0, out=self.y)
-
-    def empty(self):
-        return aligned(self.x.shape)
-
-    def running(self):
-        return self.running_mean.copy(), self.running_var.copy()
-
-
-class Task(NamedTuple):
-    """One operation on one shape in one layout."""
-
-    op: str
-    data: Data
-    preallocate: bool  # or as called by default, with fresh outputs
-
-    @property
-    def kind(self):
-        return self.op.partition("+")[0]
-
-    @property
-    def relu(self):
-        return "relu" in self.op
-
-    @property
-    def residual(self):
-        return "residual" in self.op
-
-
-class Candidate(NamedTuple):
-    """One way to do a task. Between them call and result hold whatever memory the call works on."""
-
-    how: str
-    call: Callable[[], Any]
-    # From what call() returned to (y,) or (grad_input, grad_weight, grad_bias), in the layout of the data.
-    result: Callable[[Any], tuple]
-
-
-class Contestant:
-    layouts = (NCHW, NHWC, NC)
-
-    def candidates(self, task: Task, layout: str) -> Iterator[Candidate]:
-        raise NotImplementedError
+HALVES = ("bfloat16", "float16")
+FEW_SHAPES = tuple(map(label, FEW))  # for peers that take long to be timed, or to compile each shape
 
 
 class FastBN(Contestant):
     name = "fastbn"
+    dtypes = DTYPES
+    chain = True
 
     def __init__(self, threads):
         import fastbn
@@ -128,7 +48,7 @@ class FastBN(Contestant):
     def candidates(self, task, layout):
         fastbn, d = self.fastbn, task.data
         out = d.empty() if task.preallocate else None
-        activation = "relu" if task.relu else None
+        activation = task.activation
         if task.kind == "inference":
             frozen = fastbn.FrozenBatchNorm(
                 d.running_mean, d.running_var, d.weight, d.bias, EPS, axis=d.axis, activation=activation
@@ -159,7 +79,12 @@ class FastBN(Contestant):
 
 
 class NumPy(Contestant):
+    """One thread; not halves, which NumPy would add up in halves."""
+
     name = "NumPy"
+    shapes = FEW_SHAPES
+    dtypes = ("float32", "float64")
+    chain = True
 
     def __init__(self, threads):
         from fastbn import baseline
@@ -173,6 +98,11 @@ class NumPy(Contestant):
         def out():
             return np.empty_like(d.x) if kept is None else kept
 
+        def silu(y):
+            scale = np.exp(-y)
+            scale += 1
+            return np.divide(y, scale, out=y)
+
         if task.kind == "inference":
             inputs = d.x, d.running_mean, d.running_var, d.weight, d.bias, EPS
 
@@ -181,15 +111,16 @@ class NumPy(Contestant):
                 if task.residual:
                     y += d.residual
                     np.maximum(y, 0, out=y)
-                return y
+                return silu(y) if task.activation == "silu" else y
 
             yield Candidate("baseline", call, lambda y: (y,))
         elif task.kind == "training":
             inputs = d.x, *d.running(), d.weight, d.bias, MOMENTUM, EPS
+            finish = silu if task.activation == "silu" else lambda y: y
             yield Candidate(
                 "baseline",
-                lambda: baseline.training_forward(*inputs, axis=d.axis, relu=task.relu, out=out()),
-                lambda outputs: outputs[:1],
+                lambda: finish(baseline.training_forward(*inputs, axis=d.axis, relu=task.relu, out=out())[0]),
+                lambda y: (y,),
             )
         else:
             masked = d.empty() if task.preallocate and task.relu else None
@@ -203,6 +134,8 @@ class NumPy(Contestant):
 
 class PyTorch(Contestant):
     name = "PyTorch"
+    dtypes = DTYPES
+    chain = True
 
     def __init__(self, threads):
         import torch
@@ -213,18 +146,22 @@ class PyTorch(Contestant):
 
     def tensor(self, array, d):
         """Without a copy, channels second. A channels-last sequence gets the fourth axis its kernels know."""
-        t = self.torch.from_numpy(array)
+        if d.dtype == "bfloat16" and array.ndim > 1:
+            t = self.torch.from_numpy(array.view(np.uint16)).view(self.torch.bfloat16)
+        else:
+            t = self.torch.from_numpy(array)
         if d.layout == NHWC:
             t = t.movedim(-1, 1)
             t = t.unsqueeze(-1) if t.dim() == 3 else t
         return t
 
+    def array(self, t, d):
+        t = t.reshape(d.shape).movedim(1, d.axis)
+        return t.view(self.torch.uint16).numpy().view(d.numpy_dtype) if d.dtype == "bfloat16" else t.numpy()
+
     def candidates(self, task, layout):
         torch, aten, d = self.torch, self.torch.ops.aten, task.data
-
-        def array(t):
-            return t.reshape(d.shape).movedim(1, d.axis).numpy()
-
+        array = partial(self.array, d=d)
         x, dy, y_saved, residual = (self.tensor(a, d) for a in (d.x, d.grad_output, d.y, d.residual))
         w, b, mean, invstd = map(torch.from_numpy, (d.weight, d.bias, d.mean, d.invstd))
         running_mean, running_var = map(torch.from_numpy, d.running())
@@ -234,6 +171,8 @@ class PyTorch(Contestant):
             def finish(y):
                 if task.residual:
                     y.add_(residual)
+                if task.activation == "silu":
+                    return torch.nn.functional.silu(y, inplace=True)
                 return y.relu_() if task.relu else y
 
             def default():
@@ -278,11 +217,137 @@ class PyTorch(Contestant):
         yield Candidate("native_batch_norm_backward", call, result)
 
 
+class TorchCompile(PyTorch):
+    """torch.compile with its default backend; of the backward the one of a compiled forward."""
+
+    name = "torch.compile"
+    shapes = FEW_SHAPES
+
+    def __init__(self, threads):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(BUILD / "inductor"))
+        super().__init__(threads)
+        import torch._dynamo
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False  # a graph is gone through again and again
+        self.row = None
+
+    def function(self, task):
+        """The compiled function of a row, the only one that Dynamo then has to guard."""
+        torch, row = self.torch, (task.op, task.data.shape)
+        if row != self.row:
+            torch._dynamo.reset()
+            self.row = row
+            training = task.kind != "inference"
+
+            def function(x, w, b, running_mean, running_var, residual):
+                y = torch.nn.functional.batch_norm(
+                    x, running_mean, running_var, w, b, training, MOMENTUM, EPS
+                )
+                y = y + residual if task.residual else y
+                if task.activation == "silu":
+                    return torch.nn.functional.silu(y)
+                return torch.relu(y) if task.relu else y
+
+            self.compiled = torch.compile(function, dynamic=False, fullgraph=True)
+        return self.compiled
+
+    def candidates(self, task, layout):
+        torch, d, function = self.torch, task.data, self.function(task)
+        x, dy, residual = (self.tensor(a, d) for a in (d.x, d.grad_output, d.residual))
+        w, b, *running = map(torch.from_numpy, (d.weight, d.bias, *d.running()))
+        if task.kind != "backward":
+            call = partial(function, x, w, b, *running, residual)
+            yield Candidate("inductor", call, lambda y: (self.array(y, d),))
+            return
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+            y = function(*leaves, None, None, None)
+        call = partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+        yield Candidate(
+            "inductor", call, lambda grads: (self.array(grads[0], d), *(g.numpy() for g in grads[1:]))
+        )
+
+
+class Numba(Contestant):
+    """The kernels of numba_bn.py, shared out between threads, small arrays also not.
+
+    Their compilation takes a minute of the first run; it is kept in build/bench.
+    """
+
+    name = "Numba"
+    dtypes = ("float32", "float64")
+    chain = True
+    fastmath = False
+    serial = True
+
+    def __init__(self, threads):
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(BUILD / "numba"))
+        os.environ.setdefault("NUMBA_THREADING_LAYER", "omp")
+        import numba
+        import numba_bn
+
+        self.threads, self.numba_bn, self.version = threads, numba_bn, numba.__version__
+        numba.set_num_threads(threads)
+
+    def candidates(self, task, layout):
+        d = task.data
+        n, c, *spatial = d.shape
+        rows = "_rows" if d.axis == -1 or d.layout == NC else ""
+        dims = (-1, c) if rows else (n, c, math.prod(spatial))
+        out = d.empty() if task.preallocate else None
+        for threads in {1, self.threads} if self.serial and d.x.nbytes < 2**22 else (self.threads,):
+            flavour = self.numba_bn.kernels(threads > 1, self.fastmath, task.activation, task.residual)
+            function = getattr(flavour, task.kind + rows)
+            call = self.call(task, function, dims, out, threads)
+            yield Candidate(f"{threads} threads", call, lambda results: results)
+
+    def call(self, task, function, dims, out, threads):
+        d = task.data
+
+        def empty():
+            return np.empty_like(d.x) if out is None else out
+
+        x, dy, residual = (a.reshape(dims) for a in (d.x, d.grad_output, d.residual))
+        if task.kind == "inference":
+            scale = (d.weight / np.sqrt(d.running_var + EPS)).astype(d.weight.dtype)
+
+            def call():
+                y = empty()
+                function(x, y.reshape(dims), residual, d.running_mean, scale, d.bias)
+                return (y,)
+
+        elif task.kind == "training":
+            running, momentum = d.running(), d.weight.dtype.type(MOMENTUM)
+
+            def call():
+                y = empty()
+                function(x, y.reshape(dims), d.weight, d.bias, *running, momentum, EPS, threads)
+                return (y,)
+
+        else:
+
+            def call():
+                dx, dw, db = empty(), np.empty_like(d.weight), np.empty_like(d.bias)
+                function(dy, x, d.mean, d.invstd, d.weight, d.bias, dx.reshape(dims), dw, db, threads)
+                return dx, dw, db
+
+        return call
+
+
+class NumbaFastmath(Numba):
+    name = "Numba, fastmath"
+    fastmath = True
+    serial = False
+
+
 class OnnxRuntime(Contestant):
     """Has no channels-last and no backward; training is BatchNormalization with training_mode=1."""
 
     name = "ONNX Runtime"
     layouts = (NCHW, NC)
+    dtypes = ("float32", "float16", "float64")
+    chain = True
 
     def __init__(self, threads):
         import onnx
@@ -295,7 +360,8 @@ class OnnxRuntime(Contestant):
         self.options.log_severity_level = 3
 
     def session(self, task):
-        h, float32, d = self.onnx.helper, self.onnx.TensorProto.FLOAT, task.data
+        h, d = self.onnx.helper, task.data
+        element = h.np_dtype_to_tensor_dtype(d.numpy_dtype)
         training = task.kind == "training"
         inputs = {"x": d.x} | ({"residual": d.residual} if task.residual else {})
         outputs = ["y", "running_mean", "running_var"] if training else ["y"]
@@ -309,14 +375,17 @@ class OnnxRuntime(Contestant):
             nodes.append(h.make_node("Add", ["bn", "residual"], ["sum"]))
         if task.relu:
             nodes.append(h.make_node("Relu", [nodes[-1].output[0]], ["y"]))
+        if task.activation == "silu":
+            last = nodes[-1].output[0]
+            nodes += [h.make_node("Sigmoid", [last], ["gate"]), h.make_node("Mul", [last, "gate"], ["y"])]
         nodes[-1].output[0] = "y"
         values = {"weight": d.weight, "bias": d.bias, "mean": d.running_mean, "var": d.running_var}
         graph = h.make_graph(
             nodes,
             "batch_norm",
-            [h.make_tensor_value_info(name, float32, a.shape) for name, a in inputs.items()],
-            [h.make_tensor_value_info(name, float32, None) for name in outputs],
-            [self.onnx.numpy_helper.from_array(a, name) for name, a in values.items()],
+            [h.make_tensor_value_info(name, element, a.shape) for name, a in inputs.items()],
+            [h.make_tensor_value_info(name, element, None) for name in outputs],
+            [self.onnx.numpy_helper.from_array(a.astype(d.numpy_dtype), name) for name, a in values.items()],
         )
         model = h.make_model(graph, opset_imports=[h.make_opsetid("", 15)], ir_version=10)
         session = self.ort.InferenceSession(
@@ -332,31 +401,37 @@ class OnnxRuntime(Contestant):
             yield Candidate("run", partial(session.run, None, inputs), lambda ys: ys[:1])
             return
         shapes = dict.fromkeys(outputs, task.data.weight.shape) | {"y": task.data.x.shape}
-        results = {name: aligned(shape) for name, shape in shapes.items()}
+        dtype = task.data.numpy_dtype
+        results = {name: aligned(shape, dtype) for name, shape in shapes.items()}
         binding = session.io_binding()
         for name, a in inputs.items():
-            binding.bind_input(name, "cpu", 0, np.float32, a.shape, a.ctypes.data)
+            binding.bind_input(name, "cpu", 0, dtype, a.shape, a.ctypes.data)
         for name, a in results.items():
-            binding.bind_output(name, "cpu", 0, np.float32, a.shape, a.ctypes.data)
+            binding.bind_output(name, "cpu", 0, dtype, a.shape, a.ctypes.data)
         call = partial(session.run_with_iobinding, binding)
         yield Candidate("run_with_iobinding", call, lambda _: (results["y"],))
 
 
 class OpenVINO(Contestant):
-    """Inference only. Its BatchNormInference is channels-second: channels-last is a scale and a shift."""
+    """Inference only, in float32: in bfloat16 its parameters would be rounded, too.
+
+    Its BatchNormInference is channels-second: channels-last is a scale and a shift.
+    """
 
     name = "OpenVINO"
+    dtypes = ("float32", *HALVES)
+    chain = True
 
     def __init__(self, threads):
         import openvino
 
         self.openvino, self.version = openvino, openvino.__version__.partition("-")[0]
-        self.core = openvino.Core()
+        self.core, self.row = openvino.Core(), None
         self.config = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",  # or it may take bfloat16
+            "INFERENCE_PRECISION_HINT": "f32",  # or it may compute in bfloat16
         }
 
     def candidates(self, task, layout):
@@ -365,26 +440,42 @@ class OpenVINO(Contestant):
         from openvino import opset13 as ops
 
         openvino, d = self.openvino, task.data
-        parameters = [ops.parameter(d.x.shape, np.float32)]
+        element = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16, "float16": openvino.Type.f16}
+        element = element[d.dtype]
+
+        def tensor(a):
+            a = a.view(np.uint16) if d.dtype == "bfloat16" else a
+            return openvino.Tensor(a, a.shape, element)
+
+        def wide(parameter):
+            return parameter if d.dtype == "float32" else ops.convert(parameter, "f32")
+
+        parameters = [ops.parameter(d.x.shape, element)]
         if d.layout == NHWC:
             scale = d.weight / np.sqrt(d.running_var + np.float32(EPS))
-            y = ops.add(ops.multiply(parameters[0], scale), d.bias - d.running_mean * scale)
+            y = ops.add(ops.multiply(wide(parameters[0]), scale), d.bias - d.running_mean * scale)
         else:
             constants = (ops.constant(a) for a in (d.weight, d.bias, d.running_mean, d.running_var))
-            y = ops.batch_norm_inference(parameters[0], *constants, EPS)
+            y = ops.batch_norm_inference(wide(parameters[0]), *constants, EPS)
         if task.residual:
-            parameters.append(ops.parameter(d.x.shape, np.float32))
-            y = ops.add(y, parameters[1])
+            parameters.append(ops.parameter(d.x.shape, element))
+            y = ops.add(y, wide(parameters[1]))
         y = ops.relu(y) if task.relu else y
-        compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", self.config)
+        y = ops.swish(y) if task.activation == "silu" else y
+        y = y if d.dtype == "float32" else ops.convert(y, element.get_type_name())
+        row = task.op, d.layout, d.shape
+        if row != self.row:  # the sets of a chain row share it
+            self.compiled = self.core.compile_model(openvino.Model([y], parameters), "CPU", self.config)
+            self.row = row
+        compiled = self.compiled
         inputs = [d.x, d.residual][: len(parameters)]
         if not task.preallocate:
             yield Candidate("compiled model", partial(compiled, inputs), lambda results: (results[0],))
             return
         request, out = compiled.create_infer_request(), d.empty()
         for i, a in enumerate(inputs):
-            request.set_input_tensor(i, openvino.Tensor(a, shared_memory=True))
-        request.set_output_tensor(0, openvino.Tensor(out, shared_memory=True))
+            request.set_input_tensor(i, tensor(a))
+        request.set_output_tensor(0, tensor(out))
         yield Candidate("infer", request.infer, lambda _: (out,))
 
         def start_and_wait():
@@ -401,6 +492,8 @@ class TensorFlow(Contestant):
     """
 
     name = "TensorFlow"
+    shapes = FEW_SHAPES
+    dtypes = ("float32", *HALVES)
 
     def __init__(self, threads):
         import tensorflow
@@ -431,6 +524,7 @@ class TensorFlow(Contestant):
                 )  # fmt: skip
                 y = y + residual if task.residual else y
                 y = tf.nn.relu(y) if task.relu else y
+                y = tf.nn.silu(y) if task.activation == "silu" else y
                 return (y, mean, var) if training else (y,)
         else:
             x, w, b, mean, var = inputs
@@ -457,43 +551,34 @@ class TensorFlow(Contestant):
 
 
 class JAX(Contestant):
+    """As Flax computes: in float32 where the arrays are halves."""
+
     name = "JAX"
+    shapes = FEW_SHAPES
+    dtypes = DTYPES
+    chain = True
 
     def __init__(self, threads):
         import jax
 
+        jax.config.update("jax_enable_x64", True)
+        self.functions = {}
         self.jax, self.version = jax, jax.__version__
 
     def candidates(self, task, layout):
-        jax, jnp, d = self.jax, self.jax.numpy, task.data
-        spread = partial(jnp.reshape, shape=d.per_channel)
-
-        def inference(x, mean, var, w, b, residual):
-            y = (x - spread(mean)) * spread(w * jax.lax.rsqrt(var + EPS)) + spread(b)
-            y = y + residual if task.residual else y
-            return (jax.nn.relu(y) if task.relu else y,)
-
-        def training(x, running_mean, running_var, w, b, residual):
-            # The variance in one pass, as Flax has it by default.
-            mean = x.mean(d.reduced)
-            var = jnp.maximum(0, (x * x).mean(d.reduced) - mean * mean)
-            running_mean += MOMENTUM * (mean - running_mean)
-            running_var += MOMENTUM * (var - running_var)
-            return *inference(x, mean, var, w, b, residual), running_mean, running_var
-
-        def backward(dy, x, y, mean, invstd, w):
-            dy = jnp.where(y > 0, dy, 0) if task.relu else dy
-            normalized = (x - spread(mean)) * spread(invstd)
-            grad_weight, grad_bias = (dy * normalized).sum(d.reduced), dy.sum(d.reduced)
-            dx = dy - spread(grad_bias / d.count) - normalized * spread(grad_weight / d.count)
-            return spread(w * invstd) * dx, grad_weight, grad_bias
-
+        jax, d = self.jax, task.data
         if task.kind == "backward":
-            function, inputs = backward, (d.grad_output, d.x, d.y, d.mean, d.invstd, d.weight)
+            inputs = d.grad_output, d.x, d.y, d.mean, d.invstd, d.weight
         else:
-            function = {"inference": inference, "training": training}[task.kind]
             inputs = d.x, d.running_mean, d.running_var, d.weight, d.bias, d.residual
-        compiled, inputs = jax.jit(function), jax.device_put(inputs)
+        key = task.op, d.layout, d.shape
+        if key not in self.functions:
+            self.functions = {k: f for k, f in self.functions.items() if k[::2] == key[::2]}
+            self.functions[key] = jax.jit(self.function(task))
+        compiled = self.functions[key]
+        # Without a copy, but for bfloat16, for which NumPy has no such interface.
+        share = jax.device_put if d.dtype == "bfloat16" else jax.dlpack.from_dlpack
+        inputs = [share(a) if a.ndim > 1 else jax.device_put(a) for a in inputs]
 
         def call():
             outputs = compiled(*inputs)
@@ -505,11 +590,138 @@ class JAX(Contestant):
 
         yield Candidate("jit", call, result)
 
+    def function(self, task):
+        jax, jnp, d = self.jax, self.jax.numpy, task.data
+        dtype, parameters = d.numpy_dtype, d.weight.dtype
+        spread = partial(jnp.reshape, shape=d.per_channel)
 
-def compiled(source, compiler, *flags):
+        def normalize(x, mean, var, w, b, residual):
+            y = (x - spread(mean)) * spread(w * jax.lax.rsqrt(var + EPS)) + spread(b)
+            y = y + residual.astype(parameters) if task.residual else y
+            y = jax.nn.silu(y) if task.activation == "silu" else y
+            return (jax.nn.relu(y) if task.relu else y).astype(dtype)
+
+        def inference(x, *others):
+            return (normalize(x.astype(parameters), *others),)
+
+        def training(x, running_mean, running_var, w, b, residual):
+            x = x.astype(parameters)
+            # The variance in one pass, as Flax has it by default.
+            mean = x.mean(d.reduced)
+            var = jnp.maximum(0, (x * x).mean(d.reduced) - mean * mean)
+            running_mean += MOMENTUM * (mean - running_mean)
+            running_var += MOMENTUM * (var - running_var)
+            return normalize(x, mean, var, w, b, residual), running_mean, running_var
+
+        def backward(dy, x, y, mean, invstd, w):
+            dy, x = dy.astype(parameters), x.astype(parameters)
+            dy = jnp.where(y > 0, dy, 0) if task.relu else dy
+            normalized = (x - spread(mean)) * spread(invstd)
+            grad_weight, grad_bias = (dy * normalized).sum(d.reduced), dy.sum(d.reduced)
+            dx = dy - spread(grad_bias / d.count) - normalized * spread(grad_weight / d.count)
+            return (spread(w * invstd) * dx).astype(dtype), grad_weight, grad_bias
+
+        return {"inference": inference, "training": training, "backward": backward}[task.kind]
+
+
+class Paddle(Contestant):
+    name = "PaddlePaddle"
+    shapes = FEW_SHAPES
+    dtypes = ("float32", "float64")
+    chain = True
+
+    def __init__(self, threads):
+        import paddle
+
+        paddle.set_grad_enabled(False)
+        self.paddle, self.version = paddle, paddle.__version__
+
+    def candidates(self, task, layout):
+        paddle, functional, d = self.paddle, self.paddle.nn.functional, task.data
+        x, dy, residual = map(paddle.utils.dlpack.from_dlpack, (d.x, d.grad_output, d.residual))
+        w, b, *running = map(paddle.to_tensor, (d.weight, d.bias, *d.running()))
+        spatial = ("HW" if d.layout == NC else "", "L", "HW", "DHW")[len(d.shape) - 2]
+        form = f"N{spatial}C" if d.layout == NHWC else f"NC{spatial}"
+        options = {"momentum": 1 - MOMENTUM, "epsilon": EPS, "data_format": form}
+        relu = functional.relu if task.kind == "backward" else functional.relu_
+
+        def forward(x, w, b):
+            y = functional.batch_norm(x, *running, w, b, training=task.kind != "inference", **options)
+            y = y.add_(residual) if task.residual else y
+            if task.activation == "silu":
+                return functional.silu(y)
+            return relu(y) if task.relu else y
+
+        def arrays(tensors):
+            return tuple(map(np.from_dlpack, tensors))
+
+        if task.kind != "backward":
+            yield Candidate("batch_norm", partial(forward, x, w, b), lambda y: arrays([y]))
+            return
+        with paddle.enable_grad():
+            leaves = [x, w, b]
+            for leaf in leaves:
+                leaf.stop_gradient = False
+            y = forward(*leaves)
+        call = partial(paddle.grad, y, leaves, dy, retain_graph=True)
+        yield Candidate("grad", call, arrays)
+
+
+class LiteRT(Contestant):
+    """Inference only: a scale and a shift by XNNPACK, which is all that a converted batch norm is.
+
+    TensorFlow is needed for the conversion. The interpreter's own memory is filled before it is timed.
+    """
+
+    name = "LiteRT"
+    shapes = FEW_SHAPES
+
+    def __init__(self, threads):
+        import tensorflow
+        from ai_edge_litert import __version__
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.tf, self.threads = tensorflow, threads
+        self.interpreter, self.version = Interpreter, __version__
+
+    def candidates(self, task, layout):
+        if task.kind != "inference":
+            return
+        tf, d = self.tf, task.data
+        n, c, *spatial = d.shape
+        s = math.prod(spatial)
+        dims, per_channel = ((n, c, s), (c, 1)) if d.layout == NCHW else ((n, s, c), (c,))
+        scale = d.weight / np.sqrt(d.running_var + np.float32(EPS))
+        shift = (d.bias - d.running_mean * scale).reshape(per_channel)
+        scale = scale.reshape(per_channel)
+        inputs = [d.x, d.residual] if task.residual else [d.x]
+
+        @tf.function(
+            input_signature=[tf.TensorSpec(dims, tf.float32, name=f"i{k}") for k in range(len(inputs))]
+        )
+        def function(x, residual=None):
+            y = x * scale + shift
+            y = y + residual if task.residual else y
+            y = y * tf.sigmoid(y) if task.activation == "silu" else y
+            return tf.nn.relu(y) if task.relu else y
+
+        converter = tf.lite.TFLiteConverter.from_concrete_functions(
+            [function.get_concrete_function()], function
+        )
+        interpreter = self.interpreter(model_content=converter.convert(), num_threads=self.threads)
+        interpreter.allocate_tensors()
+        for details, a in zip(interpreter.get_input_details(), inputs, strict=True):
+            interpreter.set_tensor(details["index"], a.reshape(dims))
+        index = interpreter.get_output_details()[0]["index"]
+        yield Candidate(
+            "XNNPACK", interpreter.invoke, lambda _: (interpreter.get_tensor(index).reshape(d.x.shape),)
+        )
+
+
+def compiled(source, compiler, *flags, name=None):
     """The shared library of a C or C++ file of this folder, compiled when it is older than its source."""
     source = Path(__file__).with_name(source)
-    library = BUILD / f"lib{source.stem}.so"
+    library = BUILD / f"lib{name or source.stem}.so"
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
         command = [compiler, "-O2", "-shared", "-fPIC", "-o", library, source, *flags]
@@ -529,77 +741,129 @@ def pointer(array):
 
 # The enumerations of onednn_bn.cpp. (N, C) is tried as a matrix and as an image of one pixel.
 ONEDNN_OPS = ("inference", "training", "backward")
-ONEDNN_RELUS = ("", "fused relu", "relu as post-op", "relu of its own")
+ONEDNN_TYPES = ("float32", *HALVES)
+ONEDNN_HOWS = ("", "fused", "post-op", "of its own")
+ONEDNN_ACTIVATIONS = ("relu", "silu")
 ONEDNN_FORMATS = {"nchw": 0, "nc": 0, "nhwc": 1, "blocked16": 2, "blocked8": 3}
 ONEDNN_FORMATS_OF = {NCHW: ("nchw",), NHWC: ("nhwc",), BLOCKED: ("blocked16", "blocked8"), NC: ("nc", "nhwc")}
 
 
 class OneDNN(Contestant):
-    """oneDNN's primitive through onednn_bn.cpp, in memory of its own that is filled before it is timed."""
+    """The primitive of oneDNN 3 through onednn_bn.cpp, on the task's arrays or in blocked memory."""
 
-    name = "oneDNN"
+    name = "oneDNN (TBB)"
     layouts = (NCHW, NHWC, BLOCKED, NC)
+    dtypes = ONEDNN_TYPES
+    chain = True
+    prefix = Path(sys.prefix)
+    install = "pip install onednn==2026.1.0 onednn-devel==2026.1.0"
 
     def __init__(self, threads):
-        self.library = library = compiled("onednn_bn.cpp", "g++", "-ldnnl")
+        include, lib = self.prefix / "include", self.prefix / "lib"
+        if not (include / "dnnl.hpp").exists() or not (lib / "libdnnl.so.3").exists():
+            raise ImportError(f"it is not installed: {self.install}")
+        os.environ.setdefault("ONEDNN_VERBOSE", "none")
+        # This build's CPU is a device of SYCL, whose driver is another library of the same folder.
+        os.environ.setdefault("OCL_ICD_FILENAMES", str(lib / "libintelocl.so"))
+        os.environ.setdefault("DPCPP_CPU_NUM_CUS", str(threads))
+        # By an rpath of the old kind, which holds for what libdnnl needs, too.
+        flags = (
+            f"-I{include}",
+            f"-L{lib}",
+            "-ldnnl",
+            f"-Wl,--disable-new-dtags,-rpath,{lib},-rpath-link,{lib}",
+        )
+        name = "onednn_" + "".join(filter(str.isalnum, self.name.lower()))
+        self.library = library = compiled("onednn_bn.cpp", "g++", *flags, name=name)
         c_int = ctypes.c_int
         library.onednn_create.restype = ctypes.c_void_p
         library.onednn_create.argtypes = (
             *[c_int] * 2,
             ctypes.POINTER(ctypes.c_int64),
-            *[c_int] * 3,
+            *[c_int] * 5,
             ctypes.c_float,
         )
         for name in ("version", "error", "implementation"):
             getattr(library, f"onednn_{name}").restype = ctypes.c_char_p
         self.version = library.onednn_version().decode()
+        if library.onednn_probe():
+            raise ImportError(f"it has no CPU engine: {library.onednn_error().decode()}")
 
     def candidates(self, task, layout):
         if not task.preallocate:
             return
         if task.residual:
-            relus = ["relu as post-op"]
-        elif task.relu:
-            relus = ["fused relu", "relu of its own"] + ["relu as post-op"] * (task.kind == "inference")
+            hows = ["post-op"]
+        elif task.activation:
+            hows = ["of its own"] + ["fused"] * task.relu + ["post-op"] * (task.kind == "inference")
         else:
-            relus = [""]
+            hows = [""]
+        refused = None
         for form in ONEDNN_FORMATS_OF[layout]:
-            for relu in relus:
-                with contextlib.suppress(NotImplementedError):
-                    yield self.candidate(task, form, relu)
+            for activated in hows:
+                try:
+                    candidate = self.candidate(task, form, activated)
+                except NotImplementedError as error:
+                    refused = refused or error
+                else:
+                    refused = candidate
+                    yield candidate
+        if isinstance(refused, NotImplementedError):
+            raise refused
 
-    def candidate(self, task, form, relu):
+    def candidate(self, task, form, activated):
         library, d = self.library, task.data
         shape = (*d.shape, 1, 1) if d.layout == NC and form == "nhwc" else d.shape
         dims = (ctypes.c_int64 * len(shape))(*shape)
-        codes = ONEDNN_FORMATS[form], ONEDNN_RELUS.index(relu), task.residual
+        codes = (
+            ONEDNN_TYPES.index(d.dtype),
+            ONEDNN_FORMATS[form],
+            ONEDNN_HOWS.index(activated),
+            ONEDNN_ACTIVATIONS.index(task.activation or "relu"),
+            task.residual,
+        )
         handle = library.onednn_create(ONEDNN_OPS.index(task.kind), len(dims), dims, *codes, EPS)
         if handle is None:
             raise NotImplementedError(library.onednn_error().decode())
         bn = _Handle(handle, library)
-        inputs = {"x": np.moveaxis(d.x, d.axis, 1), "weight": d.weight, "bias": d.bias}
+        backward, blocked = task.kind == "backward", form.startswith("blocked")
+        output, out = "grad_input" if backward else "y", d.empty()
+        arrays = {"x": d.x} | ({"residual": d.residual} if task.residual else {})
+        arrays |= {"grad_output": d.grad_output} if backward else {}
+        vectors = {"weight": d.weight, "bias": d.bias}
         if task.kind == "inference":
-            inputs |= {"mean": d.running_mean, "var": d.running_var}
-        if task.residual:
-            inputs["residual"] = np.moveaxis(d.residual, d.axis, 1)
-        if task.kind == "backward":
-            inputs["grad_output"] = np.moveaxis(d.grad_output, d.axis, 1)
-        for name, a in inputs.items():
-            bn("set", name.encode(), pointer(np.ascontiguousarray(a)))
+            vectors |= {"mean": d.running_mean, "var": d.running_var}
+        for name, a in (arrays | {output: out}).items() if not blocked else ():
+            bn("bind", name.encode(), pointer(a))
+        for name, a in (arrays | vectors if blocked else vectors).items():
+            plain = np.moveaxis(a, d.axis, 1) if a.ndim > 1 else a
+            bn("set", name.encode(), pointer(np.ascontiguousarray(plain)))
         bn("run_before")
+        bn("run")  # and says why it cannot
 
         def result(_):
-            outputs = [np.empty(d.shape, np.float32)]
-            names = ["y"]
-            if task.kind == "backward":
-                names = ["grad_input", "grad_weight", "grad_bias"]
-                outputs += [np.empty_like(d.weight), np.empty_like(d.bias)]
-            for name, a in zip(names, outputs, strict=True):
+            y = out
+            if blocked:
+                y = np.empty(d.shape, d.numpy_dtype)
+                bn("get", output.encode(), pointer(y))
+                y = np.moveaxis(y, 1, d.axis)
+            sums = [np.empty_like(d.weight), np.empty_like(d.bias)] if backward else []
+            for name, a in zip(("grad_weight", "grad_bias"), sums, strict=False):
                 bn("get", name.encode(), pointer(a))
-            return np.moveaxis(outputs[0], 1, d.axis), *outputs[1:]
+            return y, *sums
 
-        how = ", ".join(filter(None, (form, relu, library.onednn_implementation(bn.handle).decode())))
+        activated = activated and f"{task.activation} {activated}"
+        how = ", ".join(filter(None, (form, activated, library.onednn_implementation(bn.handle).decode())))
         return Candidate(how, bn.run, result)
+
+
+class OneDNNOpenMP(OneDNN):
+    name = "oneDNN (GNU OpenMP)"
+    prefix = BUILD / "onednn-gomp"  # its libraries have the names of those of the other
+    install = (
+        "pip install --no-deps --ignore-installed --prefix build/bench/onednn-gomp "
+        "onednn-cpu-gomp==2023.2.0 onednn-devel-cpu-gomp==2023.2.0"
+    )
 
 
 class _Handle:
@@ -617,11 +881,14 @@ class _Handle:
         self.library.onednn_destroy(self.handle)
 
 
+LIMITS = ("memory limit", "memory limit of two passes")
+
+
 class MemoryLimit(Contestant):
     """Not a batch norm: the least traffic of the operation, in one pass or in two, by memory_limit.c."""
 
-    name = "memory limit"
     layouts = (NCHW, NC)
+    checked = False
     ISAS = ("baseline", "avx2", "avx512")
 
     def __init__(self, threads, passes=1):
@@ -629,6 +896,7 @@ class MemoryLimit(Contestant):
         allowed = self.ISAS.index(os.environ.get("FASTBN_ISA", "avx512"))
         self.isa = min(allowed, self.library.memory_limit_isa())
         self.threads, self.passes, self.version = threads, passes, None
+        self.name = LIMITS[passes - 1]
 
     def candidates(self, task, layout):
         d = task.data
@@ -650,4 +918,19 @@ class MemoryLimit(Contestant):
                 yield Candidate(how, call, lambda _: (out,))
 
 
-CONTESTANTS = (FastBN, NumPy, OneDNN, PyTorch, OnnxRuntime, OpenVINO, TensorFlow, JAX)
+# Each group is timed beside fastbn in a process of its own.
+GROUPS = {
+    "memory limit": (MemoryLimit, partial(MemoryLimit, passes=2)),
+    "NumPy": (NumPy,),
+    "Numba": (Numba, NumbaFastmath),
+    "oneDNN (TBB)": (OneDNN,),
+    "oneDNN (GNU OpenMP)": (OneDNNOpenMP,),
+    "PyTorch": (PyTorch,),
+    "torch.compile": (TorchCompile,),
+    "ONNX Runtime": (OnnxRuntime,),
+    "OpenVINO": (OpenVINO,),
+    "TensorFlow": (TensorFlow,),
+    "LiteRT": (LiteRT,),
+    "JAX": (JAX,),
+    "PaddlePaddle": (Paddle,),
+}

@@ -1,9 +1,17 @@
-"""What the JSON of compare.py says: the tables, the rows where fastbn is behind, the plots.
+"""What the JSON of compare.py says: the tables, the rows where fastbn is behind, the plots, the summaries.
 
-python bench/report.py RESULTS.json [--markdown PATH] [--plots DIR]
+    python bench/report.py RESULTS.json [--csv DIR] [--markdown PATH] [--plots DIR]
+
+The summaries are what is kept of a run, and what the site's figures are made from. summary.csv has a line for
+each operation, layout and peer: the geometric mean of peer's time / fastbn's, over how many rows, and in how
+many of them fastbn is behind by more than 3 %; the peer "best" is the fastest one of each row in this layout,
+and the layout "blocked" is beside fastbn in NCHW. chart.csv has medians for the shapes of the chart, in NCHW
+or (N, C). about.csv tells machine, versions, and what was left out. Chain rows and other dtypes have a
+summary of their own, such as summary-bfloat16.csv. Lines of other numbers of threads stay as they are.
 """
 
 import argparse
+import csv
 import json
 from collections import defaultdict
 from math import prod
@@ -13,46 +21,54 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from shapes import label
+from shapes import CHART, label
 
 LEVEL = 1.03  # nobody is ahead within this ratio
 OURS = "fastbn"
+LIMITS = ("memory limit", "memory limit of two passes")
 USER_LAYOUTS = ("NCHW", "channels-last", "(N, C)")
 
 
 class Row(NamedTuple):
-    """fastbn in one layout that users hold, with the best peers and the memory limits of the same row."""
+    """fastbn in one layout that users hold, with its peers and the memory limits of the same row."""
 
     shape: tuple
     op: str
     layout: str
     ours: dict
-    same_layout: dict | None
-    any_layout: dict | None
-    limit: dict | None
-    limit_of_two_passes: dict | None
+    peers: list
+    limits: tuple  # in one pass and in two, or None
+
+    def ratio(self, entry):
+        """A peer's time over fastbn's beside it."""
+        return median(entry) / entry["beside"][self.layout]
+
+    def best(self, any_layout=False):
+        """The best peer, in the same layout or in any."""
+        found = [e for e in self.peers if any_layout or e["layout"] == self.layout]
+        return min(found, key=self.ratio, default=None)
 
     @property
     def speedup(self):
         """Over the best peer in the same layout."""
-        return median(self.same_layout) / median(self.ours)
+        return self.ratio(self.best())
 
     @property
     def lead(self):
         """Over the best peer in any layout."""
-        return median(self.any_layout) / median(self.ours)
+        return self.ratio(self.best(any_layout=True))
 
     @property
     def share(self):
         """Of the memory limit."""
-        return median(self.limit) / median(self.ours)
+        return self.ratio(self.limits[0])
 
     @property
     def lead_of_two_passes(self):
         """The best peer over a loop of two passes over memory; None where one pass is enough."""
-        if self.layout == "NCHW" or not self.limit_of_two_passes:
+        if self.layout == "NCHW" or not self.limits[1]:
             return None
-        return median(self.any_layout) / median(self.limit_of_two_passes)
+        return self.lead / self.ratio(self.limits[1])
 
 
 def median(entry):
@@ -71,49 +87,63 @@ def who(entry):
 
 def rows(results):
     for row in results["rows"]:
-        theirs = [e for e in row["entries"] if e["contestant"] != OURS]
+        limits = tuple(next((e for e in row["entries"] if e["contestant"] == n), None) for n in LIMITS)
         for ours in (e for e in row["entries"] if e["contestant"] == OURS):
-            same = [e for e in theirs if e["layout"] == ours["layout"]]
-            best = (min(es, key=median, default=None) for es in (same, theirs))
-            limits = row["limit"], row.get("limit_of_two_passes")
-            yield Row(tuple(row["shape"]), row["op"], ours["layout"], ours, *best, *limits)
+            theirs = [e for e in row["entries"] if ours["layout"] in e.get("beside", ()) and e not in limits]
+            yield Row(tuple(row["shape"]), row["op"], ours["layout"], ours, theirs, limits)
+
+
+def by_peer(results):
+    """(op, layout, peer): the ratios of all rows, and of "best" the best peer's."""
+    found = defaultdict(list)
+    for row in rows(results):
+        for entry in row.peers:
+            # What is blocked is beside fastbn in the first layout.
+            if entry["layout"] == row.layout or (entry["layout"] == "blocked" and row.layout == "NCHW"):
+                found[row.op, entry["layout"], entry["contestant"]].append(row.ratio(entry))
+        if row.best():
+            found[row.op, row.layout, "best"].append(row.speedup)
+    return found
 
 
 def summary(results):
     """The figures the bench ends with."""
-    table = [row for row in rows(results) if row.same_layout]
+    table = [row for row in rows(results) if row.best()]
     by_op = defaultdict(list)
     for row in table:
         by_op[row.op].append(row)
     behind = [row for row in table if row.lead * LEVEL < 1]
-    disturbed = [r for r in results["rows"] if sum(r["interference"].values()) > 0.1]
+    disturbed = [
+        times for r in results["rows"] for times in r["interference"].values() if sum(times.values()) > 0.1
+    ]
     return {
         "rows": len(table),
         "behind": [
             {
                 "row": f"{label(row.shape)} {row.layout} {row.op}",
                 "ratio": round(row.lead, 3),
-                "peer": who(row.any_layout),
+                "peer": who(row.best(any_layout=True)),
                 "two_passes": row.lead_of_two_passes and round(row.lead_of_two_passes, 3),
             }
             for row in sorted(behind, key=lambda row: row.lead)
         ],
         "speedup": geometric_mean([row.speedup for row in table]) if table else None,
         "speedup_by_op": {op: geometric_mean([row.speedup for row in found]) for op, found in by_op.items()},
-        "relu_cost": relu_cost(results),
+        "activation_cost": activation_cost(results),
         "disturbed_rows": len(disturbed),
     }
 
 
-def relu_cost(results):
-    """Time with a fused ReLU over time without it, by operation: geometric mean and largest."""
+def activation_cost(results):
+    """What fusing ReLU costs fastbn, and SiLU in its place: geometric mean and largest ratio of times."""
     times = {(row.shape, row.layout, row.op): median(row.ours) for row in rows(results)}
     ratios = defaultdict(list)
     for (shape, layout, op), time in times.items():
-        fused = times.get((shape, layout, f"{op}+relu"))
-        if fused:
-            ratios[op].append(fused / time)
-    return {op: {"mean": geometric_mean(found), "largest": max(found)} for op, found in ratios.items()}
+        for more in ("+relu", "+silu"):
+            other = op + more if more == "+relu" else op.replace("+relu", more)
+            if other != op and (shape, layout, other) in times:
+                ratios[f"{other} beside {op}"].append(times[shape, layout, other] / time)
+    return {what: {"mean": geometric_mean(found), "largest": max(found)} for what, found in ratios.items()}
 
 
 def digits(value):
@@ -131,18 +161,41 @@ def cells(row):
     def peer(entry):
         return [who(entry), digits(median(entry))] if entry else ["", ""]
 
+    same, best = row.best(), row.best(any_layout=True)
     return [
         label(row.shape),
         row.op,
         row.layout,
         digits(median(row.ours)),
         f"{spread(row.ours):.1%}",
-        *peer(row.same_layout),
-        digits(row.speedup) if row.same_layout else "",
-        *peer(row.any_layout),
-        digits(row.lead) if row.any_layout else "",
-        f"{row.share:.0%}" if row.limit else "",
+        *peer(same),
+        digits(row.speedup) if same else "",
+        *peer(best),
+        digits(row.lead) if best else "",
+        f"{row.share:.0%}" if row.limits[0] else "",
     ]
+
+
+def peer_table(results):
+    """(headings, lines): geometric means of peer's time / fastbn's in the same layout, rows behind."""
+    found = by_peer(results)
+    ops = list(dict.fromkeys(op for op, _, _ in found))
+    lines = []
+    for name, blocked in dict.fromkeys((peer, layout == "blocked") for _, layout, peer in found):
+        cells, everything = [], []
+        for op in ops:
+            ratios = [
+                ratio
+                for (other, layout, peer), values in found.items()
+                if (other, peer, layout == "blocked") == (op, name, blocked)
+                for ratio in values
+            ]
+            cells.append(f"{geometric_mean(ratios):.2f}" if ratios else "")
+            everything += ratios
+        behind = sum(ratio * LEVEL < 1 for ratio in everything)
+        title = f"{name}, blocked" if blocked else name
+        lines.append([title, *cells, f"{geometric_mean(everything):.2f}", f"{behind} of {len(everything)}"])
+    return ("peer", *ops, "all", "rows behind"), lines
 
 
 def conclusion(results):
@@ -150,11 +203,11 @@ def conclusion(results):
     found = summary(results)
     lines = list(results["notes"])
     if found["disturbed_rows"]:
-        lines.append(f"{found['disturbed_rows']} rows were disturbed: others took more than 10 % of a core")
-    for op, cost in found["relu_cost"].items():
         lines.append(
-            f"fused ReLU, {op}: {cost['mean']:.3f} times the time without it, at most {cost['largest']:.3f}"
+            f"{found['disturbed_rows']} rows of a peer were disturbed: others took more than 10 % of a core"
         )
+    for what, cost in found["activation_cost"].items():
+        lines.append(f"{what}: {cost['mean']:.3f} times the time, at most {cost['largest']:.3f}")
     for op, speedup in found["speedup_by_op"].items():
         lines.append(f"speed-up over the best peer in the same layout, {op}: {speedup:.2f}")
     if found["speedup"]:
@@ -176,9 +229,10 @@ def header(results):
     levels = [name for name in ("L1d", "L2", "L3") if f"{name} cache" in machine]
     caches = ", ".join(f"{name} {machine[f'{name} cache']}" for name in levels)
     isa = settings["isa"] or "the best"
+    what = f"{settings['dtype']}, chain rows" if settings["chain"] else settings["dtype"]
     return [
         ", ".join((machine["Model name"], f"{machine.get('CPU(s)', '?')} CPUs", caches, machine["platform"])),
-        f"{settings['threads']} threads, {settings['calls']}, ISA {isa}",
+        f"{settings['threads']} threads, {what}, {settings['calls']}, ISA {isa}",
         f"{settings['date']}, {results['seconds']} s",
         ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     ]
@@ -188,16 +242,17 @@ def markdown(results):
     """The whole report as Markdown."""
     text = ["# fastbn and its peers", "", *(f"{line}\n" for line in header(results))]
     text += [f"- {line}" for line in conclusion(results)]
+    text += ["", "Geometric means of a peer's time over fastbn's, in the same layout.", ""]
+    text += markdown_table(*peer_table(results))
     text += ["", "Medians in microseconds; spread is the interquartile range over the median.", ""]
     text += markdown_table(HEADINGS, map(cells, rows(results)))
     columns = list(dict.fromkeys(who(e) for row in results["rows"] for e in row["entries"]))
     lines = []
     for row in results["rows"]:
         times = {who(e): digits(median(e)) for e in row["entries"]}
-        limit = digits(median(row["limit"])) if row["limit"] else ""
-        lines.append([label(row["shape"]), row["op"], limit, *(times.get(name, "") for name in columns)])
+        lines.append([label(row["shape"]), row["op"], *(times.get(name, "") for name in columns)])
     text += ["", "## Every contestant, median microseconds", ""]
-    text += markdown_table(("shape", "op", "memory limit", *columns), lines)
+    text += markdown_table(("shape", "op", *columns), lines)
     return "\n".join(text) + "\n"
 
 
@@ -221,11 +276,11 @@ def plot(results, directory):
     ops = list(dict.fromkeys(row.op for row in table))
     names = [f"{label(shape)}  ({prod(shape) * 4e-6:.3g} MB)" for shape in shapes]
     directory.mkdir(parents=True, exist_ok=True)
-    for name, title, value, needs in (
-        ("speedup", "times as fast as the best peer in the same layout", "speedup", "same_layout"),
-        ("memory_limit", "share of the memory limit", "share", "limit"),
+    for name, title, value in (
+        ("speedup", "times as fast as the best peer in the same layout", "speedup"),
+        ("memory_limit", "share of the memory limit", "share"),
     ):
-        chosen = [row for row in table if getattr(row, needs)]
+        chosen = [row for row in table if (row.best() if value == "speedup" else row.limits[0])]
         if not chosen:
             continue
         figure, axes = plt.subplots(
@@ -258,17 +313,73 @@ def plot(results, directory):
         plt.close(figure)
 
 
-def show(results, console, markdown_path=None, plots_directory=None):
+def suffix(results):
+    """What the files of this kind of rows have in their names."""
+    settings = results["settings"]
+    dtype = "" if settings["dtype"] == "float32" else f"-{settings['dtype']}"
+    return dtype + "-chain" * settings["chain"]
+
+
+def update_csv(path, columns, threads, lines):
+    """Write these lines, which are about so many threads, and keep those about others."""
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [line for line in list(csv.reader(file))[1:] if int(line[0]) != threads]
+    everything = kept + [[str(threads), *map(str, line)] for line in lines]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("threads", *columns))
+        writer.writerows(sorted(everything, key=lambda line: int(line[0])))
+
+
+def write_csv(results, directory):
+    threads, kind = results["settings"]["threads"], suffix(results)
+    lines = [
+        (op, layout, peer, f"{geometric_mean(ratios):.3f}", len(ratios), sum(r * LEVEL < 1 for r in ratios))
+        for (op, layout, peer), ratios in by_peer(results).items()
+    ]
+    columns = "operation", "layout", "peer", "ratio", "rows", "behind"
+    update_csv(directory / f"summary{kind}.csv", columns, threads, lines)
+    about = [("machine", line) for line in header(results)[:1]]
+    about += [(name, results["settings"][name]) for name in ("command", "date")]
+    about += [("seconds", results["seconds"])]
+    about += results["versions"].items()
+    about += [("note", note) for note in results["notes"]]
+    update_csv(directory / f"about{kind}.csv", ("what", "value"), threads, about)
+    if not kind:
+        lines = [
+            (row["op"], label(row["shape"]), entry["contestant"], digits(median(entry)))
+            for row in results["rows"]
+            if tuple(row["shape"]) in CHART
+            for entry in row["entries"]
+            if entry["layout"] in ("NCHW", "(N, C)") and entry["contestant"] not in LIMITS
+        ]
+        columns = "operation", "shape", "peer", "microseconds"
+        update_csv(directory / "chart.csv", columns, threads, lines)
+
+
+def show(results, console, csv_directory=None, markdown_path=None, plots_directory=None):
     """Print the table and the conclusion; write what was asked for."""
     table = Table(title="fastbn and the best peers", caption="\n".join(header(results)))
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading[0] in "sol" else "right")
     for row in rows(results):
-        behind = row.any_layout and row.lead * LEVEL < 1
+        behind = row.best(any_layout=True) and row.lead * LEVEL < 1
         table.add_row(*cells(row), style="red" if behind else None)
+    console.print(table)
+    headings, lines = peer_table(results)
+    table = Table(title="peer's time / fastbn's, same layout, geometric means")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "peer" else "right")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     for line in conclusion(results):
         console.print(line, highlight=False, markup=False)
+    if csv_directory:
+        write_csv(results, csv_directory)
     if markdown_path:
         markdown_path.parent.mkdir(parents=True, exist_ok=True)
         markdown_path.write_text(markdown(results))
@@ -279,10 +390,11 @@ def show(results, console, markdown_path=None, plots_directory=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path)
+    parser.add_argument("--csv", type=Path, metavar="DIR")
     parser.add_argument("--markdown", type=Path, metavar="PATH")
     parser.add_argument("--plots", type=Path, metavar="DIR")
     args = parser.parse_args()
-    show(json.loads(args.results.read_text()), Console(), args.markdown, args.plots)
+    show(json.loads(args.results.read_text()), Console(), args.csv, args.markdown, args.plots)
 
 
 if __name__ == "__main__":

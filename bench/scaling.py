@@ -24,6 +24,7 @@ from statistics import geometric_mean
 
 import compare
 import peers
+import tasks
 from report import digits, markdown_table
 from rich.console import Console
 from rich.progress import track
@@ -72,8 +73,8 @@ def take_cpus(cpus):
 
 def measure(shape, op, data, layout, args, cpus):
     """A row: median microseconds of fastbn and of the memory limit by number of threads."""
-    task = peers.Task(op, data, True)
-    passes = 1 if layout == peers.NCHW or task.kind == "inference" else 2
+    task = tasks.Task(op, data, True)
+    passes = 1 if layout == tasks.NCHW or task.kind == "inference" else 2
     entries = {"fastbn": [], "limit": []}
     for t in args.threads:
         take_cpus(cpus[:t])
@@ -231,9 +232,9 @@ def run(args, console):
         "rows": [],
     }
     for shape, ops in track(list(compare.groups(args)), console=console, auto_refresh=False):
-        for layout in peers.user_layouts(shape):
+        for layout in tasks.user_layouts(shape):
             os.sched_setaffinity(0, cpus)
-            data = peers.Data(shape, layout)
+            data = tasks.Data(shape, layout)
             results["rows"] += [measure(shape, op, data, layout, args, cpus) for op in ops]
     results["seconds"] = round(time.perf_counter() - start)
     return results

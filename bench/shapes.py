@@ -31,6 +31,23 @@ ODD = [
 
 SHAPES = TABLE + ODD
 
+# For peers that take long.
+FEW = [(1, 256, 56, 56), (32, 256, 56, 56), (8, 96, 56, 56), (32, 2048, 7, 7), (32, 128, 100), (4096, 256)]
+
+# Of the chart: one image, a batch beyond every cache, a table of features.
+CHART = [(1, 256, 56, 56), (32, 256, 56, 56), (4096, 256)]
+
+# Layers of networks at batch 8: arrays of 0.5 to 13 MB.
+CHAIN = [
+    (8, 64, 16, 16),
+    (8, 96, 28, 28),
+    (8, 64, 40, 40),
+    (8, 256, 20, 20),
+    (8, 128, 40, 40),
+    (8, 256, 40, 40),
+]
+CHAIN_BYTES = 200 << 20  # of all arrays of a chain row
+
 
 def channels_last(shape):
     """(N, *spatial, C) of (N, C, *spatial)."""

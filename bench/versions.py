@@ -22,21 +22,11 @@ from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
-from shapes import SHAPES
+from shapes import CHAIN, CHAIN_BYTES, SHAPES
 
 from fastbn import _kernels
 
 OPERATIONS = ("inference", "inference+relu", "training", "training+relu", "backward", "backward+relu")
-# arrays of 0.5 to 13 MB: layers of networks at batch 8
-CHAIN_SHAPES = [
-    (8, 64, 16, 16),
-    (8, 96, 28, 28),
-    (8, 64, 40, 40),
-    (8, 256, 20, 20),
-    (8, 128, 40, 40),
-    (8, 256, 40, 40),
-]
-CHAIN_BYTES = 200 << 20  # of all arrays of a chain row
 
 
 def kernels_of(checkout: Path) -> Any:
@@ -100,7 +90,7 @@ class Row:
 
 
 def rows(chain: bool, threads: int, only: list[str] | None, shapes: list[str] | None) -> Any:
-    for shape in CHAIN_SHAPES if chain else SHAPES:
+    for shape in CHAIN if chain else SHAPES:
         if shapes and "x".join(map(str, shape)) not in shapes:
             continue
         for layout in ("nchw", "nhwc") if len(shape) > 2 and math.prod(shape[2:]) > 1 else ("nchw",):

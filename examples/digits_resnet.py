@@ -106,6 +106,9 @@ def train(width, epochs):
     optimizers = {
         name: torch.optim.SGD(network.parameters(), 0.02, momentum=0.9) for name, network in networks.items()
     }
+    for network in networks.values():  # a first step takes longer; these are on copies
+        again = copy.deepcopy(network)
+        train_epoch(again, torch.optim.SGD(again.parameters()), x, labels, torch.arange(BATCH))
     results = {name: [] for name in NAMES}
     for epoch in track(range(epochs), "training"):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
@@ -144,6 +147,7 @@ def draw(path, results):
         places = [epoch + 1 + shift for epoch in range(len(seconds))]
         right.bar(places, seconds, 0.4, label=name, color=styles[name]["color"])
     right.set(xlabel="epoch", ylabel="seconds", title="time")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     figure.savefig(path, dpi=100)
 

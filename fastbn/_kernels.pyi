@@ -151,6 +151,45 @@ def backward(
     mask: Mask | None = None,
     mask_output: bool = False,
 ) -> tuple[Any, Any, Any, Any]: ...
+def tensor_forward(
+    x: Any,
+    y: Any,
+    residual: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    mean: Any,
+    var: Any,
+    counter: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    num_threads: int | None,
+) -> None: ...
+def tensor_backward(
+    grad_output: Any,
+    x: Any,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    output: Any,
+    grad_input: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+    grad_residual: Any,
+    training: bool,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    num_threads: int | None,
+) -> None: ...
+def kept_like(a: Any) -> NDArray[Any]: ...
+def calls_by_arrays() -> int: ...
 def update_running(
     running_mean: Running,
     running_var: Running,

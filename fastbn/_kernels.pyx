@@ -15,10 +15,10 @@ cimport cython
 cimport numpy as cnp
 from libc.float cimport FLT_MAX
 from libc.math cimport fabs, isfinite
-from libc.stdint cimport uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
-from cpython.pycapsule cimport PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
 
 from fastbn._c cimport *
@@ -168,8 +168,8 @@ def plan(shape, str operation, *, int axis=1, str dtype="float32", int threads=1
         raise ValueError(f"dtype must be one of {', '.join(ELEMENTS)}, got {dtype!r}")
     cdef int element = ELEMENTS.index(dtype)
     x = np.lib.stride_tricks.as_strided(np.empty(0, np.float32), shape, c_strides(shape))
-    describe(&p, x, check_axis(x, axis))
-    place(&there, &p, x, check_axis(x, axis))
+    describe(&p, memory_of(x), check_axis(x, axis))
+    place(&there, &p, memory_of(x), check_axis(x, axis))
     there.data = <void *> &p  # never looked at
     p.element = element
     p.x = there
@@ -426,23 +426,30 @@ cdef object foreign(a, str name, str dtype="float32"):
 
 
 cdef object FLOAT32 = np.dtype(np.float32), FLOAT64 = np.dtype(np.float64)
-cdef int BFLOAT16 = -1  # NumPy's number of ml_dtypes' bfloat16, once such an array has come in
+cdef int BFLOAT16 = -16  # NumPy's number of ml_dtypes' bfloat16, once that is loaded; before one that nothing has
 
 
-cdef int element_of(cnp.ndarray a) noexcept:
-    """The kernels' number of what an array holds; -1 where they have none."""
-    cdef int dtype = cnp.PyArray_TYPE(a)
-    if not cnp.PyArray_ISNOTSWAPPED(a):
-        return -1
+cdef int element_of_dtype(int dtype) noexcept:
+    """The kernels' number of what NumPy has this number for; -1 where they have none."""
     if dtype == cnp.NPY_FLOAT32:
         return BN_f32
     if dtype == cnp.NPY_FLOAT64:
         return BN_f64
     if dtype == cnp.NPY_FLOAT16:
         return BN_f16
-    if dtype == BFLOAT16 and dtype >= 0:
+    if dtype == BFLOAT16:
         return BN_bf16
     return -1
+
+
+cdef int element_of(cnp.ndarray a) noexcept:
+    return element_of_dtype(cnp.PyArray_TYPE(a)) if cnp.PyArray_ISNOTSWAPPED(a) else -1
+
+
+cdef Py_ssize_t bytes_of(int dtype) noexcept:
+    """Of an element, or of what else has 8."""
+    cdef int element = element_of_dtype(dtype)
+    return 8 if element < 0 else bn_element_bytes(element)
 
 
 cdef int learn_bfloat16(a) except -1:
@@ -701,23 +708,28 @@ cdef int check_moment(a, str name, Py_ssize_t C, str of="stats", str made="Batch
 
 cdef int check_variance(cnp.ndarray var, bint float64, double eps, str name) except -1:
     """That a checked vector, without gaps, gives no root of a negative number; a NaN may be."""
-    cdef Py_ssize_t c, C = cnp.PyArray_DIM(var, 0)
-    cdef const float *v32 = <const float *> cnp.PyArray_DATA(var)
-    cdef const double *v64 = <const double *> cnp.PyArray_DATA(var)
-    cdef int negative = False  # in loops of little, which compilers make vectors of
-    if float64:
-        for c in range(C):
-            negative |= v64[c] < 0.0
-    else:
-        for c in range(C):
-            negative |= v32[c] < 0.0
-    if not negative:
+    cdef Py_ssize_t c
+    if not any_negative(cnp.PyArray_DATA(var), float64, cnp.PyArray_DIM(var, 0)):
         return 0
     too_small = np.asarray(var, np.float64) + eps < 0.0
     if too_small.any():
         c = int(np.argmax(too_small))
         raise ValueError(f"{name}[{c}] + eps must be >= 0, got {(<object> var)[c]!s} + {eps}")
     return 0
+
+
+cdef bint any_negative(const void *values, bint float64, Py_ssize_t n) noexcept:
+    cdef const float *v32 = <const float *> values
+    cdef const double *v64 = <const double *> values
+    cdef Py_ssize_t i
+    cdef int negative = False  # in loops of little, which compilers make vectors of
+    if float64:
+        for i in range(n):
+            negative |= v64[i] < 0.0
+    else:
+        for i in range(n):
+            negative |= v32[i] < 0.0
+    return negative
 
 
 cdef void extent(cnp.ndarray a, uintptr_t *low, uintptr_t *high) noexcept:
@@ -805,37 +817,52 @@ cdef int check_clear(cnp.ndarray a, str name, other, str name_of_other) except -
 
 # ---- arrays as operands of a problem ------------------------------------------------------------------------------
 
+cdef struct Memory:  # of an array or a tensor, valid until Python code runs
+    char *data
+    int nd, dtype  # NumPy's number of it
+    const Py_ssize_t *shape
+    const Py_ssize_t *strides  # in bytes
+
 cdef struct Strides:
     Py_ssize_t outer, channel, inner  # in elements
     bint walkable
 
 
-cdef bint collapse(cnp.ndarray a, int first, int end, Py_ssize_t *stride) noexcept:
+cdef Memory memory_of(cnp.ndarray a) noexcept:
+    cdef Memory m
+    m.data = <char *> cnp.PyArray_DATA(a)
+    m.nd = cnp.PyArray_NDIM(a)
+    m.dtype = cnp.PyArray_TYPE(a)
+    m.shape = <const Py_ssize_t *> cnp.PyArray_DIMS(a)
+    m.strides = <const Py_ssize_t *> cnp.PyArray_STRIDES(a)
+    return m
+
+
+cdef bint collapse(const Memory *a, int first, int end, Py_ssize_t *stride) noexcept:
     """The one stride, in bytes, over dimensions [first, end), where there is one."""
     cdef Py_ssize_t i, size = 1
     stride[0] = 0
     for i in range(end - 1, first - 1, -1):
-        if cnp.PyArray_DIM(a, i) == 1:
+        if a.shape[i] == 1:
             continue
         if size == 1:
-            stride[0] = cnp.PyArray_STRIDE(a, i)
-        elif cnp.PyArray_STRIDE(a, i) != stride[0] * size:
+            stride[0] = a.strides[i]
+        elif a.strides[i] != stride[0] * size:
             return False
-        size *= cnp.PyArray_DIM(a, i)
+        size *= a.shape[i]
     return True
 
 
-cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
+cdef Strides strides_of(const Memory *a, int axis) noexcept:
     cdef Strides s
-    cdef int nd = cnp.PyArray_NDIM(a)
     s.outer = s.inner = 0
-    s.channel = cnp.PyArray_STRIDE(a, axis)
-    if axis == nd - 1 and nd > 2:
+    s.channel = a.strides[axis]
+    if axis == a.nd - 1 and a.nd > 2:
         s.walkable = collapse(a, 0, 1, &s.outer) and collapse(a, 1, axis, &s.inner)
     else:
-        s.walkable = collapse(a, 0, axis, &s.outer) and collapse(a, axis + 1, nd, &s.inner)
-    cdef Py_ssize_t size = cnp.PyArray_ITEMSIZE(a)  # a power of two
-    if (s.outer | s.channel | s.inner) & (size - 1) or not cnp.PyArray_ISALIGNED(a):
+        s.walkable = collapse(a, 0, axis, &s.outer) and collapse(a, axis + 1, a.nd, &s.inner)
+    cdef Py_ssize_t size = bytes_of(a.dtype)  # a power of two
+    if (s.outer | s.channel | s.inner | <Py_ssize_t> a.data) & (size - 1):
         s.walkable = False
     s.outer //= size
     s.channel //= size
@@ -843,23 +870,23 @@ cdef Strides strides_of(cnp.ndarray a, int axis) noexcept:
     return s
 
 
-cdef void sizes_of(cnp.ndarray a, int axis, Py_ssize_t *N, Py_ssize_t *C, Py_ssize_t *S) noexcept:
-    cdef int i, nd = cnp.PyArray_NDIM(a)
+cdef void sizes_of(const Memory *a, int axis, Py_ssize_t *N, Py_ssize_t *C, Py_ssize_t *S) noexcept:
+    cdef int i
     N[0] = S[0] = 1
-    C[0] = cnp.PyArray_DIM(a, axis)
-    for i in range(nd):
-        if i < axis and (i == 0 or axis < nd - 1 or nd == 2):
-            N[0] *= cnp.PyArray_DIM(a, i)
+    C[0] = a.shape[axis]
+    for i in range(a.nd):
+        if i < axis and (i == 0 or axis < a.nd - 1 or a.nd == 2):
+            N[0] *= a.shape[i]
         elif i != axis:
-            S[0] *= cnp.PyArray_DIM(a, i)
+            S[0] *= a.shape[i]
 
 
-cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
+cdef void describe(bn_problem *p, Memory x, int axis) noexcept:
     """Sizes and layout of p from x."""
-    cdef Strides s = strides_of(x, axis)
+    cdef Strides s = strides_of(&x, axis)
     memset(p, 0, sizeof(bn_problem))
-    p.element = element_of(x)
-    sizes_of(x, axis, &p.N, &p.C, &p.S)
+    p.element = element_of_dtype(x.dtype)
+    sizes_of(&x, axis, &p.N, &p.C, &p.S)
     if p.S == 1:
         p.layout = BN_ROWS
     elif p.C == 1 or (s.walkable and s.inner == 1):
@@ -867,24 +894,24 @@ cdef void describe(bn_problem *p, cnp.ndarray x, int axis) noexcept:
     elif s.walkable and s.channel == 1:
         p.layout = BN_ROWS
     else:
-        p.layout = BN_ROWS if axis == cnp.PyArray_NDIM(x) - 1 else BN_PLANES
+        p.layout = BN_ROWS if axis == x.nd - 1 else BN_PLANES
     p.fold = 1
     if p.layout == BN_ROWS and (not s.walkable or (
             (p.C == 1 or s.channel == 1) and (p.S == 1 or s.inner == p.C) and (p.N == 1 or s.outer == p.S * p.C))):
         p.fold = bn_fold(p.C)  # rows with gaps are walked one by one; what is not walkable will be copied
 
 
-cdef bint place(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis) noexcept:
+cdef bint place(bn_operand *o, const bn_problem *p, Memory a, int axis) noexcept:
     """Fill in an operand; False where the kernels cannot walk it, or it is none of this problem."""
     cdef Py_ssize_t N, C, S
     cdef Strides s
-    if cnp.PyArray_NDIM(a) <= max(axis, 1) or element_of(a) != p.element:
+    if a.nd <= max(axis, 1) or element_of_dtype(a.dtype) != p.element:
         return False
-    sizes_of(a, axis, &N, &C, &S)
+    sizes_of(&a, axis, &N, &C, &S)
     if N != p.N or C != p.C or S != p.S:
         return False
-    s = strides_of(a, axis)
-    o.data = cnp.PyArray_DATA(a)
+    s = strides_of(&a, axis)
+    o.data = a.data
     o.outer = s.outer
     o.inner = s.channel if p.layout == BN_PLANES else s.inner
     if not s.walkable:
@@ -1012,7 +1039,7 @@ cdef cnp.ndarray empty_for(const bn_problem *p, cnp.ndarray x, int axis):
     """An array of x's shape, without gaps, in the memory order of p's layout."""
     cdef bn_operand o
     cdef cnp.ndarray a = empty_like(x, cnp.NPY_KEEPORDER)
-    if not place(&o, p, a, axis):
+    if not place(&o, p, memory_of(a), axis):
         to = axis
         if p.layout == BN_ROWS:
             to = -1
@@ -1025,7 +1052,7 @@ cdef cnp.ndarray empty_for(const bn_problem *p, cnp.ndarray x, int axis):
 cdef cnp.ndarray readable(const bn_problem *p, cnp.ndarray a, int axis):
     """What to read in place of `a`: itself, or a copy where that cannot be walked."""
     cdef bn_operand o
-    if place(&o, p, a, axis):
+    if place(&o, p, memory_of(a), axis):
         return a
     copy = empty_for(p, a, axis)
     copy[...] = a
@@ -1035,7 +1062,7 @@ cdef cnp.ndarray readable(const bn_problem *p, cnp.ndarray a, int axis):
 cdef cnp.ndarray writable(const bn_problem *p, out, cnp.ndarray x, int axis):
     """What to write: `out`, or a new array where that is None or cannot be walked."""
     cdef bn_operand o
-    if out is not None and place(&o, p, out, axis):
+    if out is not None and place(&o, p, memory_of(out), axis):
         return out
     return empty_for(p, x, axis)
 
@@ -1048,7 +1075,7 @@ cdef int changed(str name) except -1:
 
 
 cdef int take(bn_operand *o, const bn_problem *p, cnp.ndarray a, int axis, str name) except -1:
-    return 0 if place(o, p, a, axis) else changed(name)
+    return 0 if place(o, p, memory_of(a), axis) else changed(name)
 
 
 cdef int take_output(bn_operand *o, const bn_problem *p, cnp.ndarray y, out, int axis) except -1:
@@ -1200,16 +1227,7 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, int element, cnp
 
     They are in `room`, of ROOM bytes, if that is not NULL and is enough; otherwise in memory to be freed.
     """
-    cdef bn_problem p
     cdef bn_source source
-    cdef char *block = room
-    memset(&p, 0, sizeof(p))
-    p.layout = BN_ROWS  # or planes, which want less
-    p.element = element
-    p.C = C
-    p.fold = bn_fold(C)
-    cdef size_t value = <size_t> bn_real_bytes(element)
-    cdef size_t step = (<size_t> (C * p.fold + BN_LINE) * value + 63) // 64 * 64
     cdef bint float64 = cnp.PyArray_TYPE(mean) == cnp.NPY_FLOAT64
     cdef str of_mean = "stats.mean" if of_stats else "running_mean", of_var = "stats.var" if of_stats else "running_var"
     mean = contiguous(mean)
@@ -1230,9 +1248,23 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, int element, cnp
     if float64:
         source.mean = take64(mean, C, of_mean)
         source.var = take64(var, C, of_var)
-    else:
-        take_parameter(mean, C, BN_f32, of_mean)
-        take_parameter(var, C, BN_f32, of_var)
+        return coef_in(room, k, C, element, &source, NULL, NULL)
+    return coef_in(room, k, C, element, &source, take_parameter(mean, C, BN_f32, of_mean),
+                   take_parameter(var, C, BN_f32, of_var))
+
+
+cdef char *coef_in(char *room, bn_coef *k, Py_ssize_t C, int element, const bn_source *source, const void *mean,
+                   const void *var) except NULL:
+    """Coefficients of a source, or where there is a mean, of this and this variance, float32, in place of its own."""
+    cdef bn_problem p
+    cdef char *block = room
+    memset(&p, 0, sizeof(p))
+    p.layout = BN_ROWS  # or planes, which want less
+    p.element = element
+    p.C = C
+    p.fold = bn_fold(C)
+    cdef size_t value = <size_t> bn_real_bytes(element)
+    cdef size_t step = (<size_t> (C * p.fold + BN_LINE) * value + 63) // 64 * 64
     cdef bn_neighbour rows = bn_rows_beside(NULL, <size_t> (C * p.fold) * value)  # they may begin at a page
     cdef size_t bytes = BN_COEF_FORWARD * step + 63 + rows.period
     if room == NULL or bytes > ROOM:
@@ -1242,10 +1274,10 @@ cdef char *inference_coef(bn_coef *k, char *room, Py_ssize_t C, int element, cnp
     cdef char *at = <char *> ((<uintptr_t> block + 63) // 64 * 64)
     at += (rows.period // 2 - <uintptr_t> at) & (rows.period - 1) & ~<uintptr_t> 63  # half way between rows
     bn_coef_at(k, at, step, False)
-    if float64:
-        K.terms[element].coef(&p, 0, C, &source, k)
+    if mean == NULL:
+        K.terms[element].coef(&p, 0, C, source, k)
     else:
-        K.terms[element].running_coef(&p, cnp.PyArray_DATA(mean), cnp.PyArray_DATA(var), &source, k)
+        K.terms[element].running_coef(&p, mean, var, source, k)
     return block
 
 
@@ -1284,7 +1316,7 @@ cdef class Operands:
         memset(call, 0, sizeof(bn_call))
         self.threads = ask_threads(num_threads, cnp.PyArray_SIZE(self.x))
         self.axis = check_axis(self.x, number)
-        describe(&call.p, self.x, self.axis)
+        describe(&call.p, memory_of(self.x), self.axis)
         call.p.activation = code
         call.p.negative_slope = slope if self.element == BN_f64 else <float> slope
         self.real = call.p.N * call.p.S
@@ -1301,15 +1333,15 @@ cdef class Operands:
         if mask is None:
             return 0
         given = truths(mask)
-        gapless = given
-        if not is_position_a_byte(given, self.x, self.axis):
-            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
-            PyArray_CopyInto(gapless, given)
         if self.out is not None:
             check_clear(self.out, "out", given, "mask")
         if p.layout == BN_PLANES:
             pitch += BN_LINE
         kept = per_channel(N * pitch + BN_LINE, cnp.NPY_UINT8, True)
+        gapless = given
+        if not is_position_a_byte(given, self.x, self.axis):  # no Python code runs between this and the loop, if it is
+            gapless = np.empty(check_mask(given, self.x, self.axis), np.bool_)
+            PyArray_CopyInto(gapless, given)
         for n in range(N):
             of = <const unsigned char *> cnp.PyArray_DATA(gapless) + n * S
             to = <unsigned char *> cnp.PyArray_DATA(kept) + n * pitch
@@ -1818,6 +1850,13 @@ cdef int check_sums(tuple sums, m, count, bint training, Py_ssize_t C, Operands 
     return 0
 
 
+cdef bn_operation gradient_operation(const bn_problem *p, bint summed, bint to_elements, bint to_parameters) noexcept:
+    """What gives the gradients that are asked for, without work for others."""
+    if not to_parameters and (p.fixed or summed):
+        return BN_GRAD_INPUT
+    return BN_BACKWARD if to_elements else BN_SUMS
+
+
 def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training, axis, residual, activation,
              negative_slope, out, num_threads, tuple sums=None, output=None, int needs=15, mask=None,
              bint mask_output=False):
@@ -1843,13 +1882,8 @@ def backward(grad_output, x, mean, var, count, weight, bias, eps, bint training,
             "are of, or with a part of it sums=, merged from the batch_norm_backward_sums() of all parts, or "
             "training=False where they are fixed"
         )
-    # the gradient goes through the statistics only to the input
-    call.p.fixed = not (training and to_input)
-    cdef bn_operation op = BN_BACKWARD
-    if not to_parameters and (call.p.fixed or sums is not None):
-        op = BN_GRAD_INPUT
-    elif not to_input and not to_residual:
-        op = BN_SUMS
+    call.p.fixed = not (training and to_input)  # the gradient goes through the statistics only to the input
+    cdef bn_operation op = gradient_operation(&call.p, sums is not None, to_input or to_residual, to_parameters)
     cdef cnp.ndarray like = o.x
     if nothing and C * m > 0:
         mean = var = o.forget_all(&call.p)
@@ -1940,3 +1974,415 @@ def update_running(running_mean, running_var, mean, var, count, momentum, bint u
     cdef const bn_terms *terms = K.terms[BN_f64 if float64 else BN_f32]
     terms.move_running(&means, batch_mean, finite, 0, C, share, 1.0)
     terms.move_running(&variances, batch_var, finite, 0, C, share, unbiasing(values, unbiased))
+
+
+# ---- tensors: operands that are no arrays -------------------------------------------------------------------------
+
+# A tensor tells where it is through a table of C functions that its type has, DLPack's "exchange API" (DLPack 1.2), in
+# the time of a few instructions; to make an array of it takes a microsecond. Callers without such a table tell the same
+# in a tuple. Either way the kernels walk what is in memory, which the caller keeps alive and in place during the call.
+
+cdef enum:
+    MOST_DIMENSIONS = 32
+    MOST_OPERANDS = 12
+
+cdef struct DLTensor:
+    void *data
+    int32_t device, device_id, nd
+    uint8_t code, bits
+    uint16_t lanes
+    const int64_t *shape
+    const int64_t *strides  # in elements
+    uint64_t offset
+
+cdef struct DLExchange:
+    uint32_t major, minor
+    DLExchange *older
+    void *allocate
+    void *owned_from_object
+    void *object_from_owned
+    int (*look)(void *tensor, DLTensor *told) except -1
+    void *stream
+
+cdef struct Tensor:
+    Memory m  # whose shape and strides are these
+    Py_ssize_t shape[MOST_DIMENSIONS]
+    Py_ssize_t strides[MOST_DIMENSIONS]
+
+cdef struct Spans:  # of the memory of a call's operands
+    int n
+    uintptr_t low[MOST_OPERANDS]
+    uintptr_t high[MOST_OPERANDS]
+    bint written[MOST_OPERANDS]
+
+cdef dict EXCHANGES = {}  # by type: the table in a capsule, False if it has none
+
+
+cdef DLExchange *exchange_of(type kind) except? NULL:
+    capsule = EXCHANGES.get(kind)
+    if capsule is None:
+        capsule = getattr(kind, "__dlpack_c_exchange_api__", False)
+        EXCHANGES[kind] = capsule
+    if capsule is False:
+        return NULL
+    cdef DLExchange *table = <DLExchange *> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    while table != NULL and table.major != 1:
+        table = table.older
+    return NULL if table == NULL or table.look == NULL else table
+
+
+cdef int dtype_of(const DLTensor *told) noexcept:
+    """NumPy's number of a dtype, NPY_VOID of one that no operand has."""
+    if told.lanes == 1 and told.code == 2:  # kDLFloat
+        if told.bits == 32:
+            return cnp.NPY_FLOAT32
+        if told.bits == 64:
+            return cnp.NPY_FLOAT64
+        if told.bits == 16:
+            return cnp.NPY_FLOAT16
+    if told.lanes == 1 and told.code == 4 and told.bits == 16:  # kDLBfloat
+        return BFLOAT16
+    if told.lanes == 1 and told.code == 0 and told.bits == 64:  # kDLInt
+        return cnp.NPY_INT64
+    return cnp.NPY_VOID
+
+
+cdef int look(Tensor *t, object a) except -1:
+    """What `a` is in memory: a tensor, or an array, or a tuple (address, dtype, shape, strides in elements)."""
+    cdef DLExchange *table
+    cdef DLTensor told
+    cdef Memory array
+    cdef Py_ssize_t size, values = 1
+    cdef int i
+    t.m.shape = t.shape
+    t.m.strides = t.strides
+    if cnp.PyArray_CheckExact(a) and cnp.PyArray_ISNOTSWAPPED(a):
+        array = memory_of(a)
+        t.m.data, t.m.dtype, t.m.nd = array.data, array.dtype, array.nd
+        if array.nd <= MOST_DIMENSIONS:
+            for i in range(array.nd):
+                t.shape[i], t.strides[i] = array.shape[i], array.strides[i]
+    elif type(a) is tuple:
+        address, dtype, shape, strides = a
+        if len(shape) != len(strides):
+            raise ValueError(f"a tensor must have a stride for each dimension, got shape {shape}, strides {strides}")
+        dtype = np.dtype(dtype)
+        size = dtype.itemsize
+        t.m.dtype, t.m.nd = dtype.num, len(shape)
+        if t.m.nd <= MOST_DIMENSIONS:
+            for i in range(t.m.nd):
+                t.shape[i], t.strides[i] = shape[i], strides[i] * size
+        t.m.data = <char *> <uintptr_t> address
+    else:
+        table = exchange_of(type(a))
+        if table == NULL:
+            raise TypeError(f"expected a tensor, an array or (address, dtype, shape, strides), got {type(a).__name__}")
+        table.look(<void *> a, &told)
+        t.m.dtype = dtype_of(&told)
+        if told.device != 1 or t.m.dtype == cnp.NPY_VOID:  # kDLCPU
+            raise TypeError(
+                "expected a tensor of floats or int64 in the memory of the CPU, got one of DLPack's device "
+                f"{told.device}, dtype {told.code}, {told.bits} bits, {told.lanes} lanes"
+            )
+        size = told.bits // 8
+        t.m.nd = told.nd
+        if told.nd <= MOST_DIMENSIONS:
+            for i in range(told.nd):
+                t.shape[i], t.strides[i] = <Py_ssize_t> told.shape[i], <Py_ssize_t> told.strides[i] * size
+        t.m.data = <char *> told.data + told.offset
+    if t.m.nd > MOST_DIMENSIONS:
+        raise ValueError(f"a tensor must have at most {<int> MOST_DIMENSIONS} dimensions, got {t.m.nd}")
+    for i in range(t.m.nd):
+        if t.shape[i] < 0 or t.strides[i] < 0:
+            raise ValueError("a tensor must have no negative size or stride, got "
+                             f"{t.shape[i]} and {t.strides[i]} bytes")
+        values *= t.shape[i]
+    if t.m.data == NULL and values:
+        raise ValueError("a tensor must have memory, got the address 0")
+    return 0
+
+
+cdef cnp.ndarray as_array(a):
+    """The same memory as an array."""
+    cdef Tensor t
+    if a is None or cnp.PyArray_Check(a):
+        return a
+    look(&t, a)
+    if t.m.dtype == BFLOAT16 and BFLOAT16 < 0:
+        import ml_dtypes
+        learn_bfloat16(np.empty(0, ml_dtypes.bfloat16))
+        look(&t, a)
+    return cnp.PyArray_New(
+        cnp.ndarray, t.m.nd, <cnp.npy_intp *> t.shape, t.m.dtype, <cnp.npy_intp *> t.strides, t.m.data, 0,
+        cnp.NPY_ARRAY_WRITEABLE, None)
+
+
+def kept_like(a):
+    """An array for a result of the shape, dtype and memory order of `a`: of 256 KB or more in memory that is kept."""
+    return empty_like(as_array(a), cnp.NPY_KEEPORDER)
+
+
+cdef void note(Spans *spans, const Memory *m, bint written) noexcept:
+    cdef uintptr_t high = <uintptr_t> m.data + <uintptr_t> bytes_of(m.dtype)
+    cdef int i
+    for i in range(m.nd):
+        high += <uintptr_t> ((m.shape[i] - 1) * m.strides[i])
+    spans.low[spans.n], spans.high[spans.n], spans.written[spans.n] = <uintptr_t> m.data, high, written
+    spans.n += 1
+
+
+cdef bint apart(const Spans *s) noexcept:
+    """Whether what is written is beside everything else."""
+    cdef int i, j
+    for i in range(s.n):
+        if s.written[i]:
+            for j in range(s.n):
+                if i != j and s.low[i] < s.high[j] and s.low[j] < s.high[i]:
+                    return False
+    return True
+
+
+cdef bint gapless(const bn_problem *p, const bn_operand *o) noexcept:
+    """Of an operand in its place: whether each element has memory of its own, and there is none between them."""
+    cdef Py_ssize_t unit = p.C if p.layout == BN_ROWS else p.S
+    cdef Py_ssize_t units = p.S if p.layout == BN_ROWS else p.C
+    return (units == 1 or o.inner == unit) and (p.N == 1 or o.outer == p.S * p.C)
+
+
+cdef bint put(bn_operand *o, const bn_problem *p, const Memory *like, Spans *spans, a, bint written) except -1:
+    """Fill in an operand, where there is one; False where the kernels cannot walk it."""
+    cdef Tensor t
+    cdef int i
+    if a is None:
+        return True
+    look(&t, a)
+    if t.m.nd != like.nd:
+        return False
+    for i in range(t.m.nd):
+        if t.m.shape[i] != like.shape[i]:
+            return False
+    note(spans, &t.m, written)
+    return place(o, p, t.m, 1) and (not written or gapless(p, o))
+
+
+cdef bint put_vector(void **at, Py_ssize_t C, int dtype, Spans *spans, a, bint written) except -1:
+    """The address of a vector of C values, where there is one; False where it is another or has gaps."""
+    cdef Tensor t
+    at[0] = NULL
+    if a is None:
+        return True
+    look(&t, a)
+    cdef Py_ssize_t size = bytes_of(dtype)
+    if (t.m.nd != 1 or t.m.shape[0] != C or t.m.dtype != dtype or C > 1 and t.m.strides[0] != size
+            or <uintptr_t> t.m.data % <uintptr_t> size):
+        return False
+    note(spans, &t.m, written)
+    at[0] = t.m.data
+    return True
+
+
+cdef int begin_tensors(bn_call *call, Tensor *x, a, activation, negative_slope, num_threads) except -1:
+    """The problem as x has it, with channels on axis 1; returns the number of threads."""
+    cdef int code = activation_code(activation), threads
+    cdef double slope = check_slope(negative_slope)
+    cdef Py_ssize_t values = 1
+    cdef int i
+    memset(call, 0, sizeof(bn_call))
+    look(x, a)
+    if x.m.nd < 2:
+        raise ValueError(f"x must have at least 2 dimensions (batch and channels), got {x.m.nd}")
+    for i in range(x.m.nd):
+        values *= x.m.shape[i]
+    threads = ask_threads(num_threads, values)
+    look(x, a)  # Python code may have run
+    if element_of_dtype(x.m.dtype) < 0:
+        raise TypeError("x must be of float32, float64, float16 or bfloat16")
+    describe(&call.p, x.m, 1)
+    call.p.activation = code
+    call.p.negative_slope = slope if call.p.element == BN_f64 else <float> slope
+    return threads
+
+
+def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, bint training, momentum,
+                   eps, activation, negative_slope, num_threads):
+    """y of tensors with channels on axis 1, and what it was normalized with into mean and var, float64, if these are
+    given. With training the running averages and the counter, if given, are moved, otherwise they are what to normalize
+    with. What the kernels cannot walk goes by arrays, with the same results and errors."""
+    cdef bn_call call
+    cdef Tensor like
+    cdef Spans spans
+    cdef double epsilon = check_eps(eps), share = check_momentum(momentum) if training else 0.0
+    cdef int threads = begin_tensors(&call, &like, x, activation, negative_slope, num_threads)
+    cdef bn_problem *p = &call.p
+    cdef Py_ssize_t C = p.C, m = p.N * p.S
+    cdef int real = real_of(p.element)
+    cdef bint float64 = p.element == BN_f64
+    cdef long long *count = NULL
+    cdef void *averages[2]
+    cdef char room[ROOM]
+    cdef char *block
+    cdef Py_ssize_t c
+    spans.n = 0
+    if y is None:
+        raise TypeError("y must be a tensor for the result, got None")
+    if not (
+        C > 0 and m > (1 if training else 0) and (running_mean is None) is (running_var is None)
+        and (training or running_mean is not None)
+        and put(&p.x, p, &like.m, &spans, x, False)
+        and put(&p.y, p, &like.m, &spans, y, True)
+        and put(&p.residual, p, &like.m, &spans, residual, False)
+        and put_vector(<void **> &call.source.weight, C, real, &spans, weight, False)
+        and put_vector(<void **> &call.source.bias, C, real, &spans, bias, False)
+        and put_vector(&averages[0], C, real, &spans, running_mean, training)
+        and put_vector(&averages[1], C, real, &spans, running_var, training)
+        and put_vector(<void **> &call.mean, C, cnp.NPY_FLOAT64, &spans, mean, True)
+        and put_vector(<void **> &call.var, C, cnp.NPY_FLOAT64, &spans, var, True)
+        and put_counter(&count, &spans, counter)
+        and apart(&spans)
+        and (training or not any_negative(averages[1], float64, C))
+    ):
+        return forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                                 momentum, eps, activation, negative_slope, num_threads)
+    call.source.eps = epsilon
+    if training:
+        if running_mean is not None:
+            if float64:
+                call.running_mean.exact, call.running_var.exact = <char *> averages[0], <char *> averages[1]
+                call.running_mean.exact_stride = call.running_var.exact_stride = sizeof(double)
+            else:
+                call.running_mean.value, call.running_var.value = <char *> averages[0], <char *> averages[1]
+                call.running_mean.stride = call.running_var.stride = sizeof(float)
+            call.update = True
+            call.momentum = share
+            call.unbiasing = unbiasing(m, True)
+        plan_and_allocate(&call, BN_TRAINING, threads)
+        if count != NULL:
+            count[0] += 1
+        run(&call)
+        return
+    for c in range(C if call.mean != NULL else 0):
+        call.mean[c] = (<double *> averages[0])[c] if float64 else (<float *> averages[0])[c]
+    for c in range(C if call.var != NULL else 0):
+        call.var[c] = (<double *> averages[1])[c] if float64 else (<float *> averages[1])[c]
+    if float64:
+        call.source.mean, call.source.var = <double *> averages[0], <double *> averages[1]
+        block = coef_in(room, &call.k, C, p.element, &call.source, NULL, NULL)
+    else:
+        block = coef_in(room, &call.k, C, p.element, &call.source, averages[0], averages[1])
+    call.source.weight = call.source.bias = NULL  # they are in the coefficients
+    try:
+        plan_and_allocate(&call, BN_INFERENCE, threads)
+        run(&call)
+    finally:
+        if block != room:
+            free(block)
+
+
+cdef bint put_counter(long long **at, Spans *spans, a) except -1:
+    """The address of a number of batches that has room for one more, where there is one."""
+    cdef Tensor t
+    if a is None:
+        return True
+    look(&t, a)
+    if t.m.nd != 0 or t.m.dtype != cnp.NPY_INT64 or <uintptr_t> t.m.data % 8:
+        return False
+    note(spans, &t.m, True)
+    at[0] = <long long *> t.m.data
+    return 0 <= at[0][0] < 0x7FFFFFFFFFFFFFFF
+
+
+cdef long long BY_ARRAYS = 0
+
+
+def calls_by_arrays():
+    """How many calls of tensors went by arrays. For tests."""
+    return BY_ARRAYS
+
+
+cdef int forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, bint training,
+                           momentum, eps, activation, negative_slope, num_threads) except -1:
+    global BY_ARRAYS
+    BY_ARRAYS += 1
+    cdef list arrays = [as_array(a) for a in (x, weight, bias, residual, y, running_mean, running_var, counter)]
+    x, weight, bias, residual, y, running_mean, running_var, counter = arrays
+    if counter is not None and training:
+        check_counter(counter)
+    if training:
+        _, of_batch, var_of_batch, _ = forward(
+            x, weight, bias, eps, 1, residual, activation, negative_slope, y, num_threads, running_mean, running_var,
+            momentum, True, True, None, counter)
+    else:
+        of_batch, var_of_batch = running_mean, running_var
+        normalize(x, running_mean, running_var, False, weight, bias, eps, 1, residual, activation, negative_slope, y,
+                  num_threads, None)
+    if mean is not None:
+        as_array(mean)[...] = of_batch
+    if var is not None:
+        as_array(var)[...] = var_of_batch
+    return 0
+
+
+def tensor_backward(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
+                    grad_residual, bint training, eps, activation, negative_slope, num_threads):
+    """Gradients by statistics of the whole of x, into the tensors that are given for them: of None there is no need."""
+    cdef bn_call call
+    cdef Tensor like
+    cdef Spans spans
+    cdef double epsilon = check_eps(eps)
+    cdef int threads = begin_tensors(&call, &like, x, activation, negative_slope, num_threads)
+    cdef bn_problem *p = &call.p
+    cdef Py_ssize_t C = p.C, m = p.N * p.S
+    cdef bint to_elements = grad_input is not None or grad_residual is not None
+    cdef bint to_parameters = grad_weight is not None or grad_bias is not None
+    cdef bint kinked = activation is not None  # so that z has to be found again
+    cdef int real = real_of(p.element)
+    cdef bn_operation op
+    if grad_output is None or mean is None or var is None:
+        raise TypeError("grad_output, mean and var must be tensors, got None")
+    if output is not None:
+        mask_from_output(p, activation)
+    p.fixed = not (training and grad_input is not None)
+    op = gradient_operation(p, False, to_elements, to_parameters)
+    spans.n = 0
+    if not (
+        C > 0 and m > 0
+        and put(&p.x, p, &like.m, &spans, x, False)
+        and put(&p.grad_output, p, &like.m, &spans, grad_output, False)
+        and put(&p.residual, p, &like.m, &spans, (residual if output is None else output) if kinked else None, False)
+        and put(&p.grad_input, p, &like.m, &spans, grad_input, True)
+        and put(&p.grad_residual, p, &like.m, &spans, grad_residual, True)
+        and put_vector(<void **> &call.source.weight, C, real, &spans, weight, False)
+        and put_vector(<void **> &call.source.bias, C, real, &spans, bias, False)
+        and put_vector(<void **> &call.source.mean, C, cnp.NPY_FLOAT64, &spans, mean, False)
+        and put_vector(<void **> &call.source.var, C, cnp.NPY_FLOAT64, &spans, var, False)
+        and put_vector(<void **> &call.grad_weight, C, real, &spans, grad_weight, True)
+        and put_vector(<void **> &call.grad_bias, C, real, &spans, grad_bias, True)
+        and apart(&spans) and not any_negative(call.source.var, True, C)
+        and (grad_residual is None or grad_input is not None)  # the kernels write both
+    ):
+        return backward_by_arrays(grad_output, x, mean, var, m, weight, bias, residual, output, grad_input, grad_weight,
+                                  grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads)
+    if not to_elements and not to_parameters:
+        return
+    if op == BN_GRAD_INPUT and p.fixed and not kinked:
+        p.x = p.grad_output  # x is not looked at, and need not be read
+    call.source.eps = epsilon
+    call.count = <double> m
+    plan_and_allocate(&call, op, threads)
+    run(&call)
+
+
+cdef int backward_by_arrays(grad_output, x, mean, var, count, weight, bias, residual, output, grad_input, grad_weight,
+                            grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads) except -1:
+    global BY_ARRAYS
+    BY_ARRAYS += 1
+    cdef list arrays = [as_array(a) for a in (grad_output, x, mean, var, weight, bias, residual, output)]
+    grad_output, x, mean, var, weight, bias, residual, output = arrays
+    cdef list wanted = [as_array(a) for a in (grad_input, grad_weight, grad_bias, grad_residual)]
+    needs = sum([1 << i for i in range(4) if wanted[i] is not None])
+    found = backward(grad_output, x, mean, var, count, weight, bias, eps, training, 1, residual, activation,
+                     negative_slope, wanted[0], num_threads, None, output, needs)
+    for place_for, gradient in zip(wanted, found):
+        if place_for is not None and place_for is not gradient:
+            place_for[...] = gradient
+    return 0

@@ -73,11 +73,11 @@ def activate(z, activation=None, negative_slope=0.01):
 
 
 def derivative(z, activation=None, negative_slope=0.01):
-    """Of the activation; at its kinks as PyTorch chooses."""
+    """Of the activation; at its kinks, and at a NaN, as PyTorch chooses."""
     if activation == "relu":
-        return np.where(z > 0, 1.0, 0.0)
+        return np.where(z <= 0, 0.0, 1.0)
     if activation == "relu6":
-        return np.where((z > 0) & (z < 6), 1.0, 0.0)
+        return np.where((z <= 0) | (z >= 6), 0.0, 1.0)
     if activation == "leaky_relu":
         return np.where(z > 0, 1.0, negative_slope)
     if activation == "hardswish":

@@ -30,6 +30,19 @@ def test_activations_and_residual(isa, streamed, operation, activation, add, axi
 
 
 @both_axes
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_at_nan(isa, activation, axis):
+    """It passes as the oracle, and PyTorch, let it pass, wherever in a vector the NaN is."""
+    p = problem((3, 50, 7), axis)
+    p.x[...] = np.nan
+    stats = fastbn.BatchStats(np.zeros(50), np.ones(50), p.x.size // 50)
+    options = {"axis": axis, "residual": p.residual, "activation": activation, "negative_slope": SLOPE}
+    grads = fastbn.batch_norm_backward(p.grad_output, p.x, stats, training=False, **options)
+    factor = reference.derivative(np.full(p.x.shape, np.nan), activation, SLOPE)
+    np.testing.assert_array_equal(grads.grad_residual, (p.grad_output * factor).astype(np.float32))
+
+
+@both_axes
 @ranks
 def test_ranks(isa, shape, axis):
     for operation in BACKWARDS:

@@ -2,6 +2,7 @@
 
 import email
 import fcntl
+import importlib.util
 import os
 import re
 import shutil
@@ -333,6 +334,9 @@ def test_published_wheel_shares_one_openmp_runtime_and_brings_one_where_there_is
 
     own = str(site / "fastbn/_openmp/libgomp.so.1")
     assert [Path(pool).resolve() for pool in pools("fastbn", hide=False)] == [runtime]
+    if importlib.util.find_spec("torch"):
+        for libraries in ("fastbn", "torch"), ("torch", "fastbn"), ("torch", "fastbn.torch"):
+            assert len(pools(*libraries, hide=False)) == 1
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("only root can hide the runtime of the system")
     assert pools("fastbn", hide=True) == [own]

@@ -322,8 +322,8 @@ def test_against_autograd(activation, add, training, mask_output):
         np.testing.assert_allclose(found, grad.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_against_keras():  # whose masks fit channels-last alone
-    axis = -1
+def test_against_keras():
+    axis = -1  # with channels elsewhere, Keras 3 cannot bring the mask in line
     if os.environ.setdefault("KERAS_BACKEND", "torch") == "torch":
         pytest.importorskip("torch")
     keras = pytest.importorskip("keras")

@@ -136,6 +136,20 @@ def test_gradient_at_the_kinks_is_pytorchs(isa, activation):
     np.testing.assert_array_equal(grads.grad_input, leaf.grad.numpy())
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("size", [1, 64])
+def test_gradient_at_nan_is_pytorchs(isa, activation, size):
+    """Where PyTorch has one: in relu6 and hardswish it depends on whether a vector is full."""
+    z = np.full((size, 1), np.nan, np.float32)
+    leaf = torch.tensor(z, requires_grad=True)
+    getattr(functional, activation)(leaf).sum().backward()
+    stats = fastbn.BatchStats([0], [1], len(z))
+    grads = fastbn.batch_norm_backward(
+        np.ones_like(z), z, stats, eps=0, training=False, residual=z, activation=activation
+    )
+    np.testing.assert_array_equal(grads.grad_residual, leaf.grad.numpy())
+
+
 @both_modes
 def test_nan_spreads_as_in_pytorch(isa, training):
     x, _, _, weight, bias, *running = arrays((4, 5, 7))

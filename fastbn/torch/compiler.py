@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
@@ -133,11 +132,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By the running averages if there are any, else by the batch. Returns those, too, in float64."""
     training = running_mean is None
-    y, mean, var, _ = functional._forward(
+    y, mean, var = functional._forward(
         input, running_mean, running_var, weight, bias, training, 0.0, eps, residual, activation,
         negative_slope, True,
     )  # fmt: skip
-    return y, torch.from_numpy(np.array(mean, np.float64)), torch.from_numpy(np.array(var, np.float64))
+    return y, torch.from_numpy(mean), torch.from_numpy(var)
 
 
 def _backward(
@@ -154,19 +153,16 @@ def _backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     memory_format = functional._memory_format(input)
-    dx = functional._room_for(input, memory_format)
-    tensors = (grad_output, input, mean, var, weight, bias, residual)
-    dy, x, means, variances, w, b, r = map(functional._array, tensors)
-    grad_input, grad_weight, grad_bias, grad_residual = _kernels.backward(
-        dy, x, means, variances, input.numel() // input.shape[1], w, b, eps, training, 1, r, activation,
-        negative_slope, functional._array(dx), torch.get_num_threads(),
+    grad_input = functional._empty_like(input, memory_format)
+    grad_weight, grad_bias = (input.new_empty(input.shape[1]) for _ in range(2))
+    grad_residual = None if residual is None else functional._empty_like(input, memory_format)
+    arguments: tuple[Any, ...] = (
+        grad_output, input, mean, var, weight, bias, residual, None,
+        grad_input, grad_weight, grad_bias, grad_residual,
+        training, eps, activation, negative_slope, torch.get_num_threads(),
     )  # fmt: skip
-    return (
-        functional._as_tensor(grad_input, memory_format) if dx is None else dx,
-        torch.from_numpy(grad_weight),
-        torch.from_numpy(grad_bias),
-        input.new_empty(0) if residual is None else functional._as_tensor(grad_residual, memory_format),
-    )
+    _kernels.tensor_backward(*map(functional._told, arguments))
+    return grad_input, grad_weight, grad_bias, input.new_empty(0) if grad_residual is None else grad_residual
 
 
 def _forward_fake(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

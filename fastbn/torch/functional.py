@@ -1,11 +1,12 @@
 """Batch norm of tensors: by fastbn's kernels where they take a call as it is, otherwise by PyTorch itself.
 
 Whatever is unusual about a call, PyTorch's own path gives the result or raises the error. What the kernels
-take is an allow-list, in :func:`why_not`; they see the memory of the tensors as NumPy arrays, and what they
-return is as PyTorch's would be: same strides, same gradients, same statistics.
+take is an allow-list, in :func:`why_not`; they see the memory of the tensors in place, and what they return
+is as PyTorch's would be: same strides, same gradients, same statistics.
 """
 
 # TorchScript compiles `composite` and what it calls, and cannot read annotations that are strings.
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from fastbn import _kernels
 
 # What the kernels have: (dtype of input and output, dtype of parameters and statistics).
 _DTYPES = {(torch.float32, torch.float32)}
+_INPUT_DTYPES = {dtype for dtype, _ in _DTYPES}
 
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
@@ -39,6 +41,9 @@ with torch.inference_mode(False):
     _KEYS_WITH_GRAD = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
 with torch.inference_mode():
     _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+
+# Since PyTorch 2.10 a tensor tells the kernels through DLPack's table of C functions where it is.
+_EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 # Both must know DLPack's first stable version.
 _DLPACK = hasattr(torch._C, "_to_dlpack_versioned") and np.lib.NumpyVersion(np.__version__) >= "2.1.0"
@@ -107,8 +112,9 @@ def batch_norm(
     Notes
     -----
     Unlike PyTorch, a backward pass in evaluation mode uses the running statistics of the forward pass, also
-    where they have moved since. Saved for the backward pass are `input`, `weight`, and with an activation
-    `bias` and `residual`; changing one of these in place in between raises PyTorch's error.
+    where they have moved since. Saved for the backward pass are `input`, `weight`, with an activation `bias`,
+    and with a residual behind it the output, where it tells the derivative ("relu", "relu6", "leaky_relu" of
+    a slope above 0), otherwise `residual`; changing one of these in place in between raises PyTorch's error.
     """
     check_activation(activation)
     if mask is not None and not training and not torch.is_grad_enabled():
@@ -210,23 +216,24 @@ def why_not(
     if len(shape) < 2:
         return f"input has shape {tuple(shape)}"
     C = shape[1]
-    values = input.numel()
     dtype = input.dtype
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is None:
-            continue
-        if type(vector) not in _TYPES or _dispatch_keys(vector).raw_repr() not in plain_keys:
-            return f"{name} is {_kind(vector)}"
-        if (dtype, vector.dtype) not in _DTYPES:
-            return f"input is of {dtype}, {name} of {vector.dtype}"
-        if vector.dim() != 1 or vector.numel() != C:
+    for vector in running_mean, running_var, weight, bias:
+        if vector is not None and (
+            type(vector) not in _TYPES
+            or _dispatch_keys(vector).raw_repr() not in plain_keys
+            or (dtype, vector.dtype) not in _DTYPES
+            or vector.dim() != 1
+            or vector.numel() != C
+        ):
+            vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
+            name = next((name for name, value in vectors.items() if value is vector), "bias")
+            if type(vector) not in _TYPES or _dispatch_keys(vector).raw_repr() not in plain_keys:
+                return f"{name} is {_kind(vector)}"
+            if (dtype, vector.dtype) not in _DTYPES:
+                return f"input is of {dtype}, {name} of {vector.dtype}"
             return f"{name} has shape {tuple(vector.shape)}, for {C} channels"
-    if (dtype, torch.float32) not in _DTYPES and (dtype, dtype) not in _DTYPES:
+    values = input.numel()
+    if dtype not in _INPUT_DTYPES:
         return f"input is of {dtype}"
     if residual is not None:
         if type(residual) not in _TYPES or _dispatch_keys(residual).raw_repr() not in plain_keys:
@@ -251,7 +258,7 @@ def why_not(
         return f"training is {training!r}"
     if not (isinstance(momentum, (float, int)) and (0 <= momentum <= 1 or not training)):
         return f"momentum is {momentum!r}"
-    if not (isinstance(eps, (float, int)) and 0 < eps < float("inf")):
+    if not (isinstance(eps, (float, int)) and 0 < eps < inf):
         return f"eps is {eps!r}"
     return None
 
@@ -284,11 +291,14 @@ def _kind(value: Any) -> str:
 
 
 def _memory_format(t: Tensor) -> torch.memory_format:
-    """That of gradients of such an input, by its strides: PyTorch's TensorImpl::suggest_memory_format."""
+    """That of gradients of such an input, as PyTorch's batch norm chooses it."""
     ndim = t.dim()
     if ndim != 4 and ndim != 5:
         return torch.contiguous_format
-    strides = t.stride()
+    channels_last = torch.channels_last if ndim == 4 else torch.channels_last_3d
+    if not t.is_contiguous() and t.is_contiguous(memory_format=channels_last):
+        return channels_last
+    strides = t.stride()  # the rest is TensorImpl::suggest_memory_format
     if strides[1] > strides[-1] or strides[1] == 0:
         return torch.contiguous_format
     shape = t.shape
@@ -297,7 +307,7 @@ def _memory_format(t: Tensor) -> torch.memory_format:
         if strides[d] < least:
             return torch.contiguous_format
         least = strides[d] * shape[d]
-    return torch.channels_last if ndim == 4 else torch.channels_last_3d
+    return channels_last
 
 
 def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
@@ -307,12 +317,26 @@ def _room_for(t: Tensor, memory_format: torch.memory_format) -> Tensor | None:
     return torch.empty_like(t, memory_format=memory_format)
 
 
+def _empty_like(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A tensor for a result for `t`."""
+    y = _room_for(t, memory_format)
+    return _as_tensor(_kernels.kept_like(_told(t)), memory_format) if y is None else y
+
+
 def _as_tensor(array: Any, memory_format: torch.memory_format) -> Tensor:
     """A new array of the kernels as a tensor, which is no view and so may be changed in place."""
     t = torch.from_numpy(array)
     if 1 in array.shape:  # a stride that means nothing, and that NumPy and PyTorch choose differently
         t.resize_(array.shape, memory_format=memory_format)
     return t
+
+
+def _told(argument: Any) -> Any:
+    """What the kernels take for a tensor."""
+    if _EXCHANGE or type(argument) not in _TYPES:
+        return argument
+    dtype = str(argument.dtype).removeprefix("torch.")
+    return argument.data_ptr(), dtype, argument.shape, argument.stride()
 
 
 class _Exported:
@@ -350,26 +374,58 @@ def _forward(
     activation: Any,
     negative_slope: float,
     want_stats: bool,
-) -> tuple[Tensor, Any, Any, int]:
-    """The output, and if wanted mean, variance and count of what it was normalized with, in float64."""
+) -> tuple[Tensor, Any, Any]:
+    """The output, and if wanted mean and variance of what it was normalized with, in float64.
+
+    Also of the running statistics these are copies: they may move before the backward pass.
+    """
     memory_format = torch.contiguous_format if input.is_contiguous() else _memory_format(input)
-    y = _room_for(input, memory_format)
-    out = _array(y)
-    x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
-    mean, var, count = _array(running_mean), _array(running_var), 0
-    threads = torch.get_num_threads()
-    if training:
-        array, mean, var, count = _kernels.forward(
-            x, w, b, eps, 1, r, activation, negative_slope, out, threads, mean, var, momentum, True,
-            want_stats,
-        )  # fmt: skip
-    else:
-        array = _kernels.normalize(
-            x, mean, var, False, w, b, eps, 1, r, activation, negative_slope, out, threads, None
-        )
-        if want_stats:  # copies: the running statistics may move before the backward pass
-            mean, var = mean.astype(np.float64), var.astype(np.float64)
-    return _as_tensor(array, memory_format) if y is None else y, mean, var, count
+    y = _empty_like(input, memory_format)
+    mean = var = None
+    if want_stats:
+        C = input.shape[1]
+        mean, var = np.empty(C), np.empty(C)
+    arguments: tuple[Any, ...] = (
+        input, y, residual, weight, bias, running_mean, running_var, mean, var, None,
+        training, momentum, eps, activation, negative_slope, torch.get_num_threads(),
+    )  # fmt: skip
+    _kernels.tensor_forward(*(arguments if _EXCHANGE else map(_told, arguments)))
+    return y, mean, var
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mean: Any,
+    var: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    needs: tuple[bool, ...],
+    training: bool,
+    eps: float,
+    activation: Any,
+    negative_slope: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight, bias and residual, as far as they are needed."""
+    of_input, of_weight, of_bias, of_residual, _ = needs
+    memory_format = _memory_format(input)
+    grad_input = _empty_like(input, memory_format) if of_input else None
+    vector = input.new_empty(input.shape[1]) if weight is None else weight
+    grad_weight = torch.empty_like(vector) if of_weight else None
+    grad_bias = torch.empty_like(vector) if of_bias else None
+    through_activation = of_residual and activation is not None  # else it is grad_output itself
+    grad_residual = _empty_like(input, memory_format) if through_activation else None
+    arguments: tuple[Any, ...] = (
+        grad_output, input, mean, var, weight, bias, residual, output,
+        grad_input, grad_weight, grad_bias, grad_residual,
+        training, eps, activation, negative_slope, torch.get_num_threads(),
+    )  # fmt: skip
+    _kernels.tensor_backward(*(arguments if _EXCHANGE else map(_told, arguments)))
+    if of_residual and not through_activation:
+        grad_residual = grad_output
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -384,12 +440,15 @@ class _BatchNorm(torch.autograd.Function):
         residual: Tensor | None,
         call: tuple[Any, ...],
     ) -> Tensor:
-        (y, *stats), training, eps, activation, negative_slope = call
+        (y, mean, var), training, eps, activation, negative_slope = call
+        output = None
         if activation is None:
             bias = residual = None  # without a kink to find again they do not matter
-        ctx.save_for_backward(input, weight, bias, residual)
+        elif residual is not None and _output_tells(activation, negative_slope):
+            residual, output = None, y  # which what follows mostly keeps in any case
+        ctx.save_for_backward(input, weight, bias, residual, output)
         ctx.set_materialize_grads(False)
-        ctx.call = (*stats, training, eps, activation, negative_slope)
+        ctx.call = mean, var, training, eps, activation, negative_slope
         return y
 
     @staticmethod
@@ -403,38 +462,27 @@ class _BatchNorm(torch.autograd.Function):
             or _watched() is not None
         ):
             return _differentiable_backward(ctx, grad_output)
-        input, weight, bias, residual = ctx.saved_tensors
-        mean, var, count, training, eps, activation, negative_slope = ctx.call
-        of_input, of_weight, of_bias, of_residual, _ = ctx.needs_input_grad
-        memory_format = _memory_format(input)
-        dx = _room_for(input, memory_format)
-        out = _array(dx)
-        x, w, b, r = _array(input), _array(weight), _array(bias), _array(residual)
-        grad_input, grad_weight, grad_bias, grad_residual = _kernels.backward(
-            _array(grad_output), x, mean, var, count, w, b, eps, training, 1, r, activation, negative_slope,
-            out, torch.get_num_threads(),
-        )  # fmt: skip
-        if of_input and dx is None:
-            dx = _as_tensor(grad_input, memory_format)
-        if of_residual and activation is not None:
-            grad_output = _as_tensor(grad_residual, memory_format)
-        return (
-            dx if of_input else None,
-            torch.from_numpy(grad_weight) if of_weight else None,
-            torch.from_numpy(grad_bias) if of_bias else None,
-            grad_output if of_residual else None,
-            None,
+        mean, var, *call = ctx.call
+        input, weight, bias, residual, output = ctx.saved_tensors
+        grads = _backward(
+            grad_output, input, mean, var, weight, bias, residual, output, ctx.needs_input_grad, *call
         )
+        return *grads, None
 
 
 # Past autograd.Function.apply, which unwraps what is left over of torch.func: nothing plain.
 _apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
+def _output_tells(activation: str | None, negative_slope: float) -> bool:
+    """Whether the output of an activation tells on which side of its kinks the input lies."""
+    return activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope > 0)
+
+
 def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch's own operations, which it can differentiate, batch and watch."""
-    input, weight, bias, residual = ctx.saved_tensors
-    mean, var, _, training, eps, activation, negative_slope = ctx.call
+    input, weight, bias, residual, output = ctx.saved_tensors
+    mean, var, training, eps, activation, negative_slope = ctx.call
     create_graph = torch.is_grad_enabled()
     running = (None, None)
     if not training:
@@ -443,19 +491,34 @@ def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | No
     with torch.enable_grad():
         # Aliases, so that the hooks of the tensors themselves are not called once more.
         leaves = [None if t is None else t.view_as(t) for t in (input, weight, bias, residual)]
-        if activation is None:  # these were not kept, and no gradient depends on their values
-            if ctx.needs_input_grad[2]:
-                leaves[2] = input.new_zeros(input.shape[1], requires_grad=True)
-            if ctx.needs_input_grad[3]:
-                leaves[3] = torch.zeros_like(input, requires_grad=True)
+        if ctx.needs_input_grad[2] and bias is None:  # not kept where no gradient depends on their values
+            leaves[2] = input.new_zeros(input.shape[1], requires_grad=True)
+        if ctx.needs_input_grad[3] and residual is None:
+            leaves[3] = torch.zeros_like(input, requires_grad=True)
         input, weight, bias, residual = leaves
-        y = composite(input, *running, weight, bias, training, 0.0, eps, residual, activation, negative_slope)
+        if output is None:
+            y = composite(
+                input, *running, weight, bias, training, 0.0, eps, residual, activation, negative_slope
+            )
+        else:
+            y = composite(input, *running, weight, bias, training, 0.0, eps, residual)
+            y = _as_output_tells(y, output.detach(), activation, negative_slope)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad_output, create_graph=create_graph)
     grads: list[Tensor | None] = [None] * 5
     for i, grad in zip(wanted, found, strict=True):
         grads[i] = grad
     return tuple(grads)
+
+
+def _as_output_tells(z: Tensor, output: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """Something with the gradient of the activation where that gave this output."""
+    if activation == "leaky_relu":
+        return torch.where(output > 0, z, negative_slope * z)
+    cut = output <= 0
+    if activation == "relu6":
+        cut |= output >= 6
+    return torch.where(cut, torch.zeros((), dtype=z.dtype), z)
 
 
 def _masked(

@@ -98,7 +98,7 @@ class _Waiting:
         if residual is None and activation is None:
             return norm(x)
         if _records:
-            _tell(norm, x, residual, activation)
+            _tell(norm, x, residual, None, activation, "", _records)
         return norm._normalize(x, residual, None, activation, negative_slope)
 
 
@@ -113,6 +113,8 @@ def _defer(module: Any, x: Any) -> Any:
             type(x) in _TENSORS
             and x.is_cpu
             and x.dtype in _KERNEL_DTYPES
+            and x.dim() > 1
+            and x.shape[1] == module.num_features  # or it raises an error, which its own line should
             and module.activation is None
             and seen is None
             and _watched() is None
@@ -144,6 +146,8 @@ def _settle(waiting: Any, module: Any, *args: Any) -> Any:
     if type(waiting) is not _Waiting or waiting.norm is None:
         return waiting
     norm, x = waiting.norm, waiting.x
+    if norm._group() is not None:
+        return _unfused(waiting, "ranks meet in it, and in the order that is written")
     if (
         waiting.residual is not None
         or not isinstance(module, nn.Module)
@@ -283,7 +287,8 @@ class Calls(list[Call]):
         return "\n".join([*lines, f"{len(self)} batch norms" + (f": {total}" if total else "")])
 
 
-_records: list[Callable[[Any, str, str], None]] = []
+_Note = Callable[[Any, str, str], None]
+_records: list[_Note] = []
 _reasons: dict[Any, str] = {}  # why the batch norm that is called now is not fused
 
 
@@ -299,8 +304,8 @@ def record() -> Iterator[Calls]:
     list of (name, how, reason)
         One for each call of a batch norm, in their order. The name is that in the outermost module that is
         called. `how` is "fast" (by fastbn alone), "fused relu", "fused add", "fused add + relu" and the like,
-        or "PyTorch". The reason says why PyTorch computes it, or why nothing is fused with it where something
-        might have been.
+        or "PyTorch". The reason says why PyTorch computes it, or why nothing that is behind it is fused with
+        it where something might have been.
     """
     calls = Calls()
     names: dict[nn.Module, str] = {}
@@ -312,23 +317,20 @@ def record() -> Iterator[Calls]:
     def note(norm: nn.Module, how: str, reason: str) -> None:
         calls.append(Call(names.get(norm, ""), how, reason))
 
-    def see(module: nn.Module, args: Any, output: Any) -> None:
+    def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             return
         if not isinstance(module, _BatchNorm):
             note(module, "PyTorch", "not accelerated")
             return
-        x = args[0] if args else output  # hooks are not shown what is given by keyword
-        reason = _why_not(module, x, args[1] if len(args) > 1 else None)
-        if reason is None:
-            note(module, "fast", _reasons.get(module, ""))
-        else:
-            note(module, "PyTorch", reason)
+        given = dict(zip(("input", "residual", "mask"), args, strict=False)) | kwargs
+        x, residual, mask = given["input"], given.get("residual"), given.get("mask")
+        _tell(module, x, residual, mask, module.activation, _reasons.get(module, ""), [note])
 
     _records.append(note)
     handles = [
         nn.modules.module.register_module_forward_pre_hook(look),
-        nn.modules.module.register_module_forward_hook(see),
+        nn.modules.module.register_module_forward_hook(see, with_kwargs=True),
     ]
     try:
         yield calls
@@ -338,7 +340,9 @@ def record() -> Iterator[Calls]:
         _records.remove(note)
 
 
-def _why_not(norm: Any, x: Any, residual: Any) -> str | None:
+def _why_not(norm: Any, x: Any, residual: Any, mask: Any) -> str | None:
+    if mask is not None and (norm.training or torch.is_grad_enabled()):
+        return "a mask is given"
     tracked = not norm.training or norm.track_running_stats
     return why_not(
         x,
@@ -353,13 +357,17 @@ def _why_not(norm: Any, x: Any, residual: Any) -> str | None:
     )
 
 
-def _tell(norm: Any, x: Any, residual: Any, activation: str | None) -> None:
-    reason = _why_not(norm, x, residual)
+def _tell(
+    norm: Any, x: Any, residual: Any, mask: Any, activation: str | None, unfused: str, notes: list[_Note]
+) -> None:
+    """Note how a call is computed; `unfused` says why not with what comes behind it."""
+    reason = _why_not(norm, x, residual, mask)
     parts = [] if residual is None else ["add"]
     if activation is not None:
         parts.append(activation)
-    for note in _records:
-        note(norm, "PyTorch" if reason else "fused " + " + ".join(parts), reason or "")
+    how = "PyTorch" if reason else "fused " + " + ".join(parts) if parts else "fast"
+    for note in notes:
+        note(norm, how, reason or unfused)
 
 
 def _unfused(waiting: _Waiting, reason: str) -> Any:
@@ -465,7 +473,11 @@ def _may_be_subclassed(base: Any) -> bool:
 
 
 def accelerate(
-    model: nn.Module, *, fuse: bool = True, exclude: Iterable[str] | Callable[[str, nn.Module], bool] = ()
+    model: nn.Module,
+    *,
+    fuse: bool = True,
+    exclude: Iterable[str] | Callable[[str, nn.Module], bool] = (),
+    once: bool = False,
 ) -> Any:
     """Let fastbn compute the batch norms of a model, with the activations and additions behind them.
 
@@ -484,6 +496,10 @@ def accelerate(
         function, in a Sequential or in the methods of any module.
     exclude : names, or a function of name and module
         Which modules to leave alone, with all that is in them. Names are those of ``model.named_modules()``.
+    once : bool
+        Move the running averages once where ``torch.utils.checkpoint`` computes a batch norm again in the
+        backward pass, and not twice, as PyTorch does. Layers that were made as fastbn.torch's have an option
+        of their own.
 
     Returns
     -------
@@ -514,6 +530,8 @@ def accelerate(
             module.cls_to_become = _FAST[module.cls_to_become]
         else:
             _swap(module, _fast_class)
+        if once and _is_accelerated(module):
+            module.once = True
     if fuse:
         for module in chosen:
             _swap(module, _fusing_class)
@@ -542,10 +560,21 @@ def restore(model: nn.Module) -> Any:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        if _is_accelerated(module):
+            module.__dict__.pop("once", None)
         if module.__dict__.get("cls_to_become") in _PLAIN:
             del module.cls_to_become
         _swap(module, _former_class)
+        unsynced = module.__dict__.get("_unsynced")  # what revert_sync_batchnorm goes back to
+        if unsynced is not None:
+            module._unsynced = _former_class(module, unsynced) or unsynced
     return model
+
+
+def _is_accelerated(module: Any) -> bool:
+    """Whether a batch norm was made as one of PyTorch's, and is one of ours, or will be."""
+    ours = isinstance(module, _BatchNorm) or module.__dict__.get("cls_to_become") in _PLAIN
+    return ours and "activation" not in module.__dict__
 
 
 def _chosen(model: nn.Module, exclude: Iterable[str] | Callable[[str, nn.Module], bool]) -> list[nn.Module]:
@@ -603,6 +632,7 @@ def _fast_class(module: Any, cls: Any) -> type | None:
         or cls.forward is not nn.modules.batchnorm._BatchNorm.forward
         or hasattr(module, "activation")  # these would mean something to our forward
         or hasattr(module, "negative_slope")
+        or hasattr(module, "once")
     ):
         return None
     return _FAST.get(cls) or _made(cls, "norm")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from fastbn.torch.functional import batch_norm, check_activation, composite
@@ -26,6 +27,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     activation: str | None = None
     negative_slope: float = 0.01
+    once: bool = False
 
     def __init__(
         self,
@@ -40,11 +42,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        once: bool = False,
     ) -> None:
         check_activation(activation)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.activation = activation
         self.negative_slope = negative_slope
+        if once:
+            self.once = True
 
     def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """``activation(batch_norm(input) + residual)``; see :func:`fastbn.torch.batch_norm`."""
@@ -65,9 +70,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         # As torch.nn's own forward decides.
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
+        again = False
+        if not torch.jit.is_scripting():
+            if self.once:
+                again = _in_backward()
         if self.training and self.track_running_stats:
             batches = self.num_batches_tracked
-            if batches is not None:
+            if batches is not None and not again:
                 batches.add_(1)
                 if self.momentum is None:
                     factor = 1.0 / float(batches)
@@ -76,6 +85,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and not self.track_running_stats:
             running_mean, running_var = None, None
         if not torch.jit.is_scripting():
+            if self.training and again:
+                running_mean, running_var = None, None
             return batch_norm(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
                 residual=residual, activation=activation, negative_slope=negative_slope, mask=mask,
@@ -85,13 +96,24 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual, activation, negative_slope, mask,
         )  # fmt: skip
 
+    def _group(self) -> Any:
+        """The processes to meet in a call, which has to keep its place among such calls; None without any."""
+        return None
+
     def extra_repr(self) -> str:
         text: str = super().extra_repr()
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         if self.activation == "leaky_relu":
             text += f", negative_slope={self.negative_slope}"
+        if self.once:
+            text += ", once=True"
         return text
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at a backward pass; what is called then is computed by a checkpoint again."""
+    return not is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _leaf(module: Any, *args: Any) -> Any:
@@ -113,6 +135,9 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
         Applied last.
     negative_slope : float
         Of "leaky_relu".
+    once : bool
+        Move the averages once where ``torch.utils.checkpoint`` computes a call again in the backward pass.
+        PyTorch's own layers move them twice, and so do these by default.
 
     Raises
     ------

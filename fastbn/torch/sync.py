@@ -11,7 +11,6 @@ from torch import Tensor, distributed
 from torch._C import _dispatch_keys
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
-from torch.fx import Proxy
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -19,7 +18,7 @@ import fastbn
 from fastbn.distributed import _Ranks
 from fastbn.statistics import BatchStats, GradSums
 from fastbn.torch import functional
-from fastbn.torch.modules import _BatchNorm
+from fastbn.torch.modules import _BatchNorm, _in_backward
 from fastbn.torch.population import batch_stats
 
 _TORCHS = torch.nn.modules.batchnorm._BatchNorm
@@ -54,7 +53,7 @@ class SyncBatchNorm(BatchNorm):
         As in torch.nn.SyncBatchNorm.
     process_group : torch.distributed.ProcessGroup or None
         Whose ranks are merged; None for all.
-    activation, negative_slope
+    activation, negative_slope, once
         As in the other layers of fastbn.torch.
 
     Raises
@@ -67,8 +66,9 @@ class SyncBatchNorm(BatchNorm):
     Notes
     -----
     grad_weight and grad_bias are those of a rank's own batch, which DistributedDataParallel averages. There
-    is no second derivative. With ``torch.utils.checkpoint`` a layer communicates twice, and moves its
-    averages twice.
+    is no second derivative. With ``torch.utils.checkpoint`` a layer communicates twice; its averages move
+    twice, unless `once` says otherwise. :func:`fastbn.torch.accelerate`, before or after a conversion, fuses
+    what is behind it.
     """
 
     process_group: Any = None
@@ -88,20 +88,28 @@ class SyncBatchNorm(BatchNorm):
         bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        once: bool = False,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias,
-            activation=activation, negative_slope=negative_slope,
+            activation=activation, negative_slope=negative_slope, once=once,
         )  # fmt: skip
         self.process_group = process_group
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def _normalize(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        activation: str | None,
+        negative_slope: float,
+    ) -> Tensor:
         group = self._group()
-        if group is None or isinstance(input, Proxy):
-            return super().forward(input, residual, mask)
+        if group is None:
+            return super()._normalize(input, residual, mask, activation, negative_slope)
         running_mean, running_var = self.running_mean, self.running_var
         momentum = self.momentum
-        if not self.track_running_stats:
+        if not self.track_running_stats or (self.once and _in_backward()):
             running_mean = running_var = None
         elif self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -109,7 +117,7 @@ class SyncBatchNorm(BatchNorm):
                 momentum = 1.0 / float(self.num_batches_tracked)
         return _synchronized(
             input, running_mean, running_var, self.weight, self.bias, momentum or 0.0, self.eps, residual,
-            self.activation, self.negative_slope, mask, _Ranks(_Group(group)),
+            activation, negative_slope, mask, _Ranks(_Group(group)),
         )  # fmt: skip
 
     def _group(self) -> Any:

@@ -1,7 +1,8 @@
 /* activations.inc.h: what each activation of BN_ACTIVATIONS does to z, and to the gradient that reaches z.
  *
- * forward_CODE(z, a) and gradient_CODE(dy, z, a), with what `a` holds of the call. A NaN in z stays one, and lets the
- * gradient pass, as in PyTorch; but what silu makes of it is NaN in both directions. */
+ * forward_CODE(z, a) and gradient_CODE(dy, z, a), with what `a` holds of the call. A NaN in z stays one; to it the
+ * gradient passes as in PyTorch: whole through relu, relu6 and hardswish, times the slope through leaky_relu, as NaN
+ * through silu. */
 
 typedef struct {
     vf slope; /* of leaky_relu */
@@ -27,7 +28,10 @@ INLINE vf gradient_clipped(vf dy, vf z, const vact *a) {
 #define gradient_RELU6 gradient_clipped
 
 INLINE vf forward_LEAKY_RELU(vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(z, a->slope), z); }
-INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) { return vselect(vle(z, vset1(0)), vmul(dy, a->slope), dy); }
+/* Of a NaN, which vmax makes 0 of, PyTorch takes the slope. */
+INLINE vf gradient_LEAKY_RELU(vf dy, vf z, const vact *a) {
+    return vselect(vle(vmax(z, vset1(0)), vset1(0)), vmul(dy, a->slope), dy);
+}
 
 #define BELOW_3 (sizeof(real) == 4 ? (real)2.99999976 : (real)2.9999999999999996)
 

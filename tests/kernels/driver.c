@@ -39,7 +39,7 @@ enum {
 };
 
 typedef struct {
-    int64_t layout, activation, packed, N, C, S;
+    int64_t layout, element, activation, packed, N, C, S;
     int64_t fixed;        /* normalize by given statistics, and the backward pass that goes with them */
     int64_t affine;       /* weight and bias are given */
     int64_t threads;      /* of the plan */
@@ -48,7 +48,7 @@ typedef struct {
     double eps, negative_slope;
     struct {
         int64_t length, outer, inner;
-        int64_t spare;   /* floats between the end and the unreadable page */
+        int64_t spare;   /* elements between the end and the unreadable page */
     } operand[OPERANDS]; /* of length 0: absent */
 } header;                /* then running mean and variance, weight and bias if affine, the operands read */
 
@@ -147,18 +147,21 @@ static bn_operand operand_of(const header *h, int i, void *data) {
     return o;
 }
 
+static size_t element_bytes(const header *h) { return (size_t)bn_element_bytes((int)h->element); }
+static size_t real_bytes(const header *h) { return (size_t)bn_real_bytes((int)h->element); }
+
 static void *read_operand(const header *h, int i) {
     const size_t length = (size_t)h->operand[i].length, spare = (size_t)h->operand[i].spare;
-    return length ? read_values(i, length, spare, sizeof(float)) : NULL;
+    return length ? read_values(i, length, spare, element_bytes(h)) : NULL;
 }
 
 static void *new_operand(const header *h, int i) {
     const size_t length = (size_t)h->operand[i].length, spare = (size_t)h->operand[i].spare;
-    return length ? memory(i, (length + spare) * sizeof(float)) : NULL;
+    return length ? memory(i, (length + spare) * element_bytes(h)) : NULL;
 }
 
 static void write_operand(const header *h, int i, const void *data) {
-    write_values(data, h->operand[i].length + h->operand[i].spare, sizeof(float));
+    write_values(data, h->operand[i].length + h->operand[i].spare, element_bytes(h));
 }
 
 static void training(bn_call *call, const header *h, const float *running_mean, const float *running_var) {
@@ -192,16 +195,22 @@ static void training(bn_call *call, const header *h, const float *running_mean, 
 
 static void inference(bn_call *call, const header *h, const float *running_mean, const float *running_var) {
     double *mean = memory(MEAN, (size_t)h->C * sizeof *mean), *var = memory(VAR, (size_t)h->C * sizeof *var);
-    const size_t step = ((size_t)(h->C * call->p.fold + BN_LINE) * sizeof(float) + 63) / 64 * 64;
+    const size_t step = ((size_t)(h->C * call->p.fold + BN_LINE) * real_bytes(h) + 63) / 64 * 64;
+    const bn_terms *terms = call->K->terms[h->element];
     bn_coef_at(&call->k, memory(COEF, 3 * step), step, 0);
-    call->K->terms[BN_f32]->running_coef(&call->p, running_mean, running_var, &call->source, &call->k);
-    operate(call, BN_INFERENCE, (int)h->threads);
     for (int64_t c = 0; c < h->C; c++) {
         mean[c] = running_mean[c];
         var[c] = running_var[c];
     }
     call->mean = mean;
     call->var = var;
+    call->source.mean = mean;
+    call->source.var = var;
+    if (real_bytes(h) == sizeof(float))
+        terms->running_coef(&call->p, running_mean, running_var, &call->source, &call->k);
+    else
+        terms->coef(&call->p, 0, h->C, &call->source, &call->k);
+    operate(call, BN_INFERENCE, (int)h->threads);
 }
 
 /* The backward pass in one, and from sums that were taken before. */
@@ -211,11 +220,11 @@ static void backward(bn_call *call, const header *h) {
                                          : call->p.grad_residual;
     call->p.grad_residual = grad_residual;
     call->p.grad_input = operand_of(h, GRAD_INPUT, new_operand(h, GRAD_INPUT));
-    call->grad_weight = memory(GRAD_WEIGHT, (size_t)h->C * sizeof(float));
-    call->grad_bias = memory(GRAD_BIAS, (size_t)h->C * sizeof(float));
+    call->grad_weight = memory(GRAD_WEIGHT, (size_t)h->C * real_bytes(h));
+    call->grad_bias = memory(GRAD_BIAS, (size_t)h->C * real_bytes(h));
     operate(call, BN_BACKWARD, (int)h->threads);
-    write_values(call->grad_weight, h->C, sizeof(float));
-    write_values(call->grad_bias, h->C, sizeof(float));
+    write_values(call->grad_weight, h->C, real_bytes(h));
+    write_values(call->grad_bias, h->C, real_bytes(h));
     write_operand(h, GRAD_INPUT, call->p.grad_input.data);
     write_operand(h, GRAD_RESIDUAL, call->p.grad_residual.data);
 
@@ -243,9 +252,10 @@ static void run(const bn_kernels *K, const header *h) {
     memset(&call, 0, sizeof call);
     call.K = K;
     call.p.layout = (int)h->layout;
+    call.p.element = (int)h->element;
     call.p.activation = (int)h->activation;
     call.p.packed = (int)h->packed;
-    call.p.negative_slope = (float)h->negative_slope;
+    call.p.negative_slope = h->element == BN_f64 ? h->negative_slope : (float)h->negative_slope;
     call.p.N = h->N;
     call.p.C = h->C;
     call.p.S = h->S;
@@ -253,8 +263,8 @@ static void run(const bn_kernels *K, const header *h) {
     call.p.fold = call.p.layout == BN_ROWS && call.p.packed ? bn_fold(call.p.C) : 1;
     call.count = (double)(h->N * h->S);
     call.source.eps = h->eps;
-    call.source.weight = h->affine ? read_values(WEIGHT, C, 0, sizeof(float)) : NULL;
-    call.source.bias = h->affine ? read_values(BIAS, C, 0, sizeof(float)) : NULL;
+    call.source.weight = h->affine ? read_values(WEIGHT, C, 0, real_bytes(h)) : NULL;
+    call.source.bias = h->affine ? read_values(BIAS, C, 0, real_bytes(h)) : NULL;
     tuning = bn_tunings[machine.class];
     tuning.cache = h->cache;
     tuning.group = h->group;

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
-from operations import ACTIVATIONS, SLOPE, Problem, assert_within, expect
+from operations import ACTIVATIONS, DTYPES, SLOPE, Problem, assert_within, expect
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("driver.c")
@@ -21,7 +21,8 @@ def objects_in(folder):
     return [*loops, *(folder / f"src_c/{name}.o" for name in PARTS)]
 
 
-GAP = 0x5A5A5A5A  # what driver.c fills memory with
+GAP = b"\x5a" * 8  # what driver.c fills memory with
+ELEMENTS = ("float32", "float64", "float16", "bfloat16")  # as kernels.h numbers them
 WAY = "way, tiles, rows, stores"
 BACKWARD = {
     WAY: np.int64, "grad_weight": np.float32, "grad_bias": np.float32, "grad_input": np.float32,
@@ -38,7 +39,19 @@ INFERENCE = {f"{WAY} of inference": np.int64}
 
 def results_in_order(case):
     """The names and types of what driver.c writes."""
-    return (INFERENCE if case.frozen else TRAINING) | {"y": np.float32} | BACKWARD
+    names = (INFERENCE if case.frozen else TRAINING) | {"y": np.float32} | BACKWARD
+    if case.dtype == "float32":
+        return names
+    elements = "y", "grad_input", "grad_residual", "grad_input from sums"
+    real = np.float64 if case.dtype == "float64" else np.float32
+    return {
+        name: DTYPES[case.dtype]
+        if name in elements
+        else real
+        if name in ("grad_weight", "grad_bias")
+        else kind
+        for name, kind in names.items()
+    }
 
 
 def run(*command, **environment):
@@ -64,6 +77,7 @@ class Case(NamedTuple):
     threads: int = 1
     gaps: bool = False  # between rows and planes, or planes in another order; for rows only where fold is 1
     values: str = "normal"
+    dtype: str = "float32"
 
 
 VALUES = {
@@ -98,6 +112,7 @@ def groups():
     many = list(product((1, 3, 17), range(1, 131)))
     large = [*product((1, 3, 16), (4095, 4096, 4097, 12544)), (65, 4097), (130, 4095)]
     wide = list(product((1, 2, 3), (128, 144, 257, 528, 1030), (1, 2, 7, 130), (False, True)))
+    mixed = [(1, 1), (3, 5), (17, 49), (65, 131), (16, 300), (33, 7), (130, 49), (64, 64), (3, 4097)]
     odd = [(1, 1, 1), (2, 3, 5), (3, 17, 49), (2, 65, 131), (2, 2, 4200)]
     return {
         "planes, every tail": [Case(False, next(n), *s, **next(option), gaps=next(gaps)) for s in small],
@@ -109,6 +124,10 @@ def groups():
         "rows, wide": [Case(True, N, C, S, **next(option), gaps=gap) for N, C, S, gap in wide],
         "options": [
             Case(rows, *s, **every) for every in OPTIONS for rows in (False, True) for s in odd[1:3]
+        ],
+        "elements": [
+            Case(rows, N, *s, **next(option), gaps=next(gaps) and not rows, dtype=dtype)
+            for dtype in ELEMENTS[1:] for rows in (False, True) for N in (1, 5, 2, 3) for s in mixed
         ],
         "values": [
             Case(rows, *s, **next(option), values=v)
@@ -135,7 +154,7 @@ class Place:
         self.length = (outer - 1) * self.outer + (inner - 1) * self.inner + run
 
     def elements(self, buffer):
-        return as_strided(buffer, self.sizes, (4 * self.outer, 4 * self.inner, 4))
+        return as_strided(buffer, self.sizes, [n * buffer.itemsize for n in (self.outer, self.inner, 1)])
 
 
 class Job:
@@ -154,9 +173,10 @@ class Job:
         absent = () if case.residual else ("residual", "grad_residual")
         self.places = {name: Place(sizes, case, rng) for name in OPERANDS if name not in absent}
         self.running = [rng.standard_normal(C).astype(np.float32), rng.uniform(0.5, 2, C).astype(np.float32)]
-        self.weight, self.bias = np.ones(C, np.float32), np.zeros(C, np.float32)
+        real = np.float64 if case.dtype == "float64" else np.float32
+        self.weight, self.bias = np.ones(C, real), np.zeros(C, real)
         if case.affine:
-            self.weight, self.bias = rng.standard_normal((2, C)).astype(np.float32)
+            self.weight, self.bias = rng.standard_normal((2, C)).astype(real)
             if case.values == "zeros":
                 self.bias *= 0  # keeps the sign: some outputs are -0
         self.inputs = {}
@@ -165,13 +185,20 @@ class Job:
             if name == "x":
                 values = VALUES[case.values](rng, values)
             if name in self.places:
-                self.inputs[name] = np.full(self.places[name].length, np.nan, np.float32)
+                self.inputs[name] = np.full(self.places[name].length, np.nan, DTYPES[case.dtype])
                 self.places[name].elements(self.inputs[name])[...] = values
 
     def write(self, file, order):
         case = self.case
         cache, group = (1, 1 << 14) if case.stream else (1 << 30, 0)
-        integers = [case.rows, ACTIVATIONS.index(case.activation), self.packed, *self.dimensions, case.frozen]
+        integers = [
+            case.rows,
+            ELEMENTS.index(case.dtype),
+            ACTIVATIONS.index(case.activation),
+            self.packed,
+            *self.dimensions,
+            case.frozen,
+        ]
         integers += [case.affine, case.threads, cache, group, self.from_output]
         write_values(file, order, integers, np.int64)
         write_values(file, order, [1e-5, SLOPE], np.float64)
@@ -181,17 +208,19 @@ class Job:
             write_values(file, order, fields, np.int64)
         write_values(file, order, self.running)
         if case.affine:
-            write_values(file, order, [self.weight, self.bias])
+            write_values(file, order, [self.weight, self.bias], self.weight.dtype)
         for buffer in self.inputs.values():
-            write_values(file, order, buffer)
+            bits = f"u{buffer.itemsize}"  # for which there are byte orders; ml_dtypes has none
+            write_values(file, order, buffer.view(bits), bits)
 
     def check(self, results):
         """Against the oracle; and that of the outputs' memory the elements were written, and nothing else."""
         for name in set(OPERANDS[3:]) & set(self.places):
-            rest = results[name].view(np.uint32).copy()
-            self.places[name].elements(rest)[...] = GAP
-            assert (rest == GAP).all(), f"{name} was written outside its elements"
-        if self.case.values in BEYOND_THE_ORACLE:
+            rest = results[name].view(f"u{results[name].itemsize}").copy()
+            gap = np.frombuffer(GAP, rest.dtype)[0]
+            self.places[name].elements(rest)[...] = gap
+            assert (rest == gap).all(), f"{name} was written outside its elements"
+        if self.case.values in BEYOND_THE_ORACLE or DTYPES[self.case.dtype].itemsize == 2:
             return
         operands = {name: self.places[name].elements(buffer) for name, buffer in self.inputs.items()}
         operands.setdefault("residual", None)
@@ -215,7 +244,8 @@ def write_values(file, order, values, dtype=np.float32):
 
 def read_values(file, order, dtype):
     count = np.fromfile(file, np.dtype(np.int64).newbyteorder(order), 1)[0]
-    return np.fromfile(file, np.dtype(dtype).newbyteorder(order), int(count)).astype(dtype)
+    bits = np.dtype(f"u{np.dtype(dtype).itemsize}")
+    return np.fromfile(file, bits.newbyteorder(order), int(count)).astype(bits).view(dtype)
 
 
 def results_of(driver, jobs, folder, order="="):

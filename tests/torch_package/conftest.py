@@ -9,24 +9,25 @@ import pytest
 
 from fastbn import _kernels
 
-NUM_THREADS = {"forward": 9, "normalize": 12, "backward": 14}  # where it is among a kernel's arguments
+TRAINING = 10  # where it is among the arguments of a forward call
 
 
 @pytest.fixture
 def kernels_called(monkeypatch):
-    """The kernels that have done a call of fastbn.torch, in order, and the threads each was given."""
+    """What the kernels have done of calls of fastbn.torch, in order, and the threads each was given."""
     functional = pytest.importorskip("fastbn.torch.functional")
     calls = []
 
-    def spy(name):
-        def call(*args):
-            result = getattr(_kernels, name)(*args)
-            calls.append((name, args[NUM_THREADS[name]]))
-            return result
+    def forward(*args):
+        _kernels.tensor_forward(*args)
+        calls.append(("forward" if args[TRAINING] else "normalize", args[-1]))
 
-        return call
+    def backward(*args):
+        _kernels.tensor_backward(*args)
+        calls.append(("backward", args[-1]))
 
-    monkeypatch.setattr(functional, "_kernels", SimpleNamespace(**{name: spy(name) for name in NUM_THREADS}))
+    spies = SimpleNamespace(tensor_forward=forward, tensor_backward=backward, kept_like=_kernels.kept_like)
+    monkeypatch.setattr(functional, "_kernels", spies)
     return calls
 
 

@@ -484,16 +484,56 @@ def checkpoint(rank):
     from torch.utils.checkpoint import checkpoint
 
     x = torch.randn(4, 5)
-    grads = []
-    for reentrant in None, True, False:
-        layer = SyncBatchNorm(5)
+    results = {}
+    for once, reentrant in (False, None), (False, True), (False, False), (True, True), (True, False):
+        layer = SyncBatchNorm(5, once=once)
         own = x.clone().requires_grad_()
         y = layer(own) if reentrant is None else checkpoint(layer, own, use_reentrant=reentrant)
         y.square().sum().backward()
-        grads.append(own.grad)
-        assert layer.num_batches_tracked == (1 if reentrant is None else 2)
-    assert torch.equal(grads[0], grads[1])
-    assert torch.equal(grads[0], grads[2])
+        results[once, reentrant] = own.grad, layer.running_mean, layer.running_var
+        assert layer.num_batches_tracked == (1 if reentrant is None or once else 2)
+    plain = results[False, None]
+    for (once, _), found in results.items():
+        assert torch.equal(found[0], plain[0])
+        assert not once or all(map(torch.equal, found, plain))
+
+
+class Joined(nn.Module):
+    """Two layers of as many channels, of which the first could wait for the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += self.down(x)
+        return F.relu(out)
+
+
+@case
+def accelerated(rank):
+    """The same bits, fused or not, also where one rank has hooks and so computes in another way."""
+    apart = convert_sync_batchnorm(Joined())
+    together = fastbn.torch.accelerate(copy.deepcopy(apart))
+    results, x = [], torch.randn(2 + rank, 3, 5, 5)
+    for model in apart, together, together:
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in model.parameters())])
+        if rank == 0:
+            together.bn2.register_forward_hook(lambda *args: None)
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+    with fastbn.torch.record() as calls:
+        together(x)
+    hows = [call.how for call in calls]
+    assert hows == ["fused relu", "fast", "fast"]
+    same_everywhere(*together.buffers())
 
 
 @case

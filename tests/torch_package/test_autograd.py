@@ -315,19 +315,25 @@ def test_bias_may_change_where_it_does_not_matter():
 
 
 @both_modes
-def test_output_changed(training):
-    """Trap 8: the mask of a fused activation comes from the inputs, so that the output is free to change,
-    where PyTorch has to refuse."""
+@pytest.mark.parametrize("add", [False, True])
+def test_output_changed(training, add):
+    """Trap 8: without a residual the mask of a fused activation comes from the inputs, so that the output is
+    free to change, where PyTorch has to refuse; with one it comes from the output, and so do we."""
     grads = []
     for change in False, True:
         weight, bias, *running = parameters(5)
         x = normal(4, 5, 3).requires_grad_()
-        y = ours.batch_norm(x, *running, weight, bias, training, activation="relu")
+        residual = normal(4, 5, 3, seed=2) if add else None
+        y = ours.batch_norm(x, *running, weight, bias, training, residual=residual, activation="relu")
         if change:
             y += 1
-        y.backward(normal(4, 5, 3, seed=1))
-        grads.append([x.grad, weight.grad, bias.grad])
-    for a, b in zip(*grads, strict=True):
+        if change and add:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.backward(normal(4, 5, 3, seed=1))
+        else:
+            y.backward(normal(4, 5, 3, seed=1))
+            grads.append([x.grad, weight.grad, bias.grad])
+    for a, b in zip(grads[0], grads[-1], strict=True):
         assert torch.equal(a, b)
     y = composite(x, *running, weight, bias, training, activation="relu")
     y += 1
@@ -335,20 +341,59 @@ def test_output_changed(training):
         y.sum().backward()
 
 
-def test_residual_changed_in_place():
-    """With an activation the residual is needed again, so that changing it must not go unseen."""
-    weight, bias, *running = parameters(5)
-    for activation in None, "relu":
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "silu", "hardswish"])
+@pytest.mark.parametrize("slope", [0.25, -0.25])
+def test_residual_changed_in_place(activation, slope):
+    """It is needed again where neither the output tells the derivative nor that is 1 everywhere; then
+    changing it must not go unseen, and otherwise it need not be kept."""
+    needed = activation in ("silu", "hardswish") or (activation == "leaky_relu" and slope < 0)
+    grads = []
+    for change in False, True:
+        weight, bias, *running = parameters(5)
         residual = normal(4, 5, 3, seed=1)
         y = ours.batch_norm(
-            normal(4, 5, 3), *running, weight, bias, True, residual=residual, activation=activation
-        )
-        residual.add_(1)
-        if activation is None:
-            y.sum().backward()
-        else:
+            normal(4, 5, 3), *running, weight, bias, True, residual=residual, activation=activation,
+            negative_slope=slope,
+        )  # fmt: skip
+        kept = weakref.ref(residual)
+        if change:
+            residual.add_(1)
+        del residual
+        assert (kept() is None) or needed
+        if change and needed:
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
+        else:
+            y.sum().backward()
+            grads.append([weight.grad, bias.grad])
+    for a, b in zip(grads[0], grads[-1], strict=True):
+        assert torch.equal(a, b)
+
+
+@both_modes
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_mask_from_the_output_or_the_residual(kernels_called, training, activation, memory_format):
+    """The same gradients to the bit, also at the kinks and where the output is not finite."""
+    x, residual, grad = (normal(4, 5, 3, 2, seed=s).contiguous(memory_format=memory_format) for s in range(3))
+    residual[0, 0], residual[1, 1, 1], residual[2, 2, 2] = torch.nan, torch.inf, -torch.inf
+    grads = []
+    for tells in True, False:
+        weight, bias, *running = parameters(5)
+        weight.data[4], bias.data[4] = 0, 0  # z is the residual
+        residual[:, 4] = torch.tensor([-0.0, 0.0, 6.0, 1e-40, -1e-40, torch.nan]).view(3, 2)
+        leaves = [t.detach().clone().requires_grad_() for t in (x, residual)]
+        with pytest.MonkeyPatch.context() as patch:
+            if not tells:
+                patch.setattr("fastbn.torch.functional._output_tells", lambda *how: False)
+            y = ours.batch_norm(
+                leaves[0], *running, weight, bias, training, residual=leaves[1], activation=activation,
+                negative_slope=SLOPE,
+            )  # fmt: skip
+        grads.append(torch.autograd.grad(y, [*leaves, weight, bias], grad))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+    assert len(kernels_called) == 4
 
 
 # Trap 11.
@@ -367,6 +412,23 @@ def test_checkpoint(kernels_called, reentrant):
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert [name for name, _ in kernels_called] == ["forward", "forward", "backward"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoint_once(reentrant, momentum):
+    """Asked for, the statistics move as without a checkpoint; and so they do after it."""
+    results = []
+    for once in True, None:
+        layer = ours.BatchNorm2d(5, momentum=momentum, activation="relu", once=bool(once))
+        assert ("once" in repr(layer)) == bool(once)
+        for step in range(2):
+            x = normal(4, 5, 3, 2, seed=step).requires_grad_()
+            y = checkpointing.checkpoint(layer, x, use_reentrant=reentrant) if once else layer(x)
+            y.backward(normal(4, 5, 3, 2, seed=9))
+        assert layer.num_batches_tracked == 2
+        results.append([y, x.grad, layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var])
+    assert all(map(torch.equal, *results))
 
 
 def test_saved_tensors_go_through_hooks():

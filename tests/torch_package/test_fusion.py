@@ -274,7 +274,7 @@ def test_modules_exchanged_later():
     model.bn2 = fast.BatchNorm2d(C)
     assert how(model, x) == ["fused add + relu6"]
     model.bn2 = fast.BatchNorm2d(C, activation="relu")
-    assert how(model, x) == ["fast"]
+    assert how(model, x) == ["fused relu"]
     plain = fast.restore(copy.deepcopy(model))
     assert torch.equal(model.eval()(x), plain.eval()(x))
 
@@ -835,6 +835,44 @@ def test_lazy():
     assert type(never.bn) is nn.BatchNorm2d
 
 
+@pytest.mark.parametrize("first", ["accelerate", "convert"])
+def test_synchronized_layers_are_fused(monkeypatch, first):
+    """In a group, too, but for what would exchange the order in which ranks meet."""
+    group, met = None, []
+    monkeypatch.setattr(fast.SyncBatchNorm, "_group", lambda layer: group)
+    monkeypatch.setattr(fast.sync, "_Group", lambda group: group)
+    monkeypatch.setattr(fast.sync, "_Ranks", lambda group: group)
+
+    class Alone:
+        def merge(self, make, number):
+            part = make()
+            met.append(len(part.mean if hasattr(part, "mean") else part.dz))
+            return part
+
+    plain, x = lively(nn.Sequential(ResidualDown(), nn.BatchNorm2d(C), nn.ReLU())), batch()
+    apart, together = copy.deepcopy(plain), copy.deepcopy(plain)
+    ways = [fast.accelerate, fast.convert_sync_batchnorm]
+    for way in ways if first == "accelerate" else reversed(ways):
+        way(together)
+    fast.convert_sync_batchnorm(apart)
+    assert how(together, x) == ["fused relu", "fast", "fused add + relu", "fused relu"]
+    assert_same(step(copy.deepcopy(together), x), step(copy.deepcopy(apart), x))
+    group = Alone()
+    with fast.record() as calls:
+        copy.deepcopy(together)(x)
+    names = ["0.bn1", "0.bn2", "0.down.1", "1"]
+    assert [(call.name, call.how) for call in calls] == list(
+        zip(names, ["fused relu", "fast", "fast", "fused relu"], strict=True)
+    )
+    assert calls[1].reason == "ranks meet in it, and in the order that is written"
+    met.clear()
+    found = step(together, x)
+    assert len(met) == 8
+    assert_same(found, step(apart, x))
+    fast.revert_sync_batchnorm(fast.restore(together))
+    assert [type(module) for module in together.modules()] == [type(module) for module in plain.modules()]
+
+
 def test_converted_to_sync_batch_norm():
     model = fast.accelerate(ResidualDown())
     plain = fast.restore(copy.deepcopy(model))
@@ -866,6 +904,37 @@ def test_checkpoint(reentrant):
     with fast.record() as calls:
         step(model, batch())
     assert [call.how for call in calls] == ["fused relu", "fast", "fused add + relu"] * 2
+
+
+def test_checkpoint_once():
+    """An option of accelerate, which leaves with it; of layers that were made as ours it is their own."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Sequential(ResidualDown(), fast.BatchNorm2d(C), nn.LazyBatchNorm2d())
+    before = [dict(module.__dict__) for module in model.modules()]
+
+    def counts():
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.reset_running_stats()
+        checkpoint(model, batch().requires_grad_(), use_reentrant=False).sum().backward()
+        return [count.item() for name, count in model.named_buffers() if "num_batches" in name]
+
+    fast.accelerate(model, once=True)
+    model(batch())
+    assert counts() == [1, 1, 1, 2, 1]
+    assert counts() == [1, 1, 1, 2, 1]
+    convert = fast.convert_sync_batchnorm(model)
+    assert counts() == [1, 1, 1, 2, 1]
+    fast.revert_sync_batchnorm(convert)
+    fast.accelerate(model)
+    assert counts() == [2, 2, 2, 2, 2]
+    fast.restore(fast.accelerate(model, once=True))
+    model[1].once = True
+    assert counts() == [2, 2, 2, 1, 2]
+    del model[1].once
+    for module, attributes in zip(list(model.modules())[:-1], before, strict=False):
+        assert module.__dict__.keys() == attributes.keys()
 
 
 def test_traced_by_fx_and_feature_extraction():
@@ -1016,6 +1085,59 @@ def test_record_says_why():
     assert calls[0].how == "PyTorch"
     assert "float64" in calls[0].reason
     assert str(fusion.Calls()) == "0 batch norms"
+
+
+def test_record_of_layers_with_options_and_arguments_of_ours():
+    x, mask = batch(), torch.ones(3, 8, 8, dtype=torch.bool)
+    layer = fast.BatchNorm2d(C, activation="relu")
+    plain = fast.BatchNorm2d(C)
+    with fast.record() as calls:
+        layer(x)
+        layer(input=x, residual=x)
+        plain(x, x)
+        plain(x)
+        layer(x, x, mask)
+        plain(input=x, mask=mask)
+        plain(x, torch.ones(C, 1, 1))
+        plain.eval()(x, None, mask)
+        with torch.no_grad():  # where statistics are not taken and nothing is differentiated
+            plain(x, None, mask)
+    assert [call[1:] for call in calls] == [
+        ("fused relu", ""),
+        ("fused add + relu", ""),
+        ("fused add", ""),
+        ("fast", ""),
+        ("PyTorch", "a mask is given"),
+        ("PyTorch", "a mask is given"),
+        ("PyTorch", f"residual has shape ({C}, 1, 1), input (3, {C}, 8, 8)"),
+        ("PyTorch", "a mask is given"),
+        ("fast", ""),
+    ]
+
+
+def test_record_tells_what_the_kernels_did(monkeypatch):
+    """For what ways through a model and kinds of tensors there are: the kernels are called, or are not."""
+    from fastbn.torch import functional
+
+    done = []
+    original = functional._forward
+    monkeypatch.setattr(functional, "_forward", lambda *args: done.append(1) or original(*args))
+    for training in (True, False):
+        for make in (
+            lambda x: x,
+            lambda x: x.double(),
+            lambda x: x.bfloat16(),
+            lambda x: x.to(memory_format=torch.channels_last),
+            lambda x: x[:1],
+            lambda x: x.as_subclass(type("Labelled", (torch.Tensor,), {})),
+        ):
+            model = fast.accelerate(ResidualDown()).train(training)
+            x = make(batch())
+            done.clear()
+            with fast.record() as calls:
+                model.to(x.dtype)(x)
+            assert len(calls) == 3
+            assert sum(call.how != "PyTorch" for call in calls) == len(done)
 
 
 def test_record_names_within_the_outermost_module():

@@ -742,6 +742,20 @@ def test_without_pytorch():
     assert re.search(r"pip install 'fastbn\[torch\]'", done.stdout), done.stderr
 
 
+def test_another_version_of_pytorch():
+    """One that lacks what is needed of its inside."""
+    program = (
+        "import torch, fastbn\n"
+        "del torch._C._len_torch_dispatch_stack\n"
+        "torch.__version__ = '1.0'\n"
+        "try: fastbn.torch\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "made for PyTorch 2.13, and PyTorch 1.0 is not like it" in done.stdout, done.stderr
+    assert "_len_torch_dispatch_stack" in done.stdout
+
+
 @named
 def test_reference_is_not_ours(name):
     """The judge of these tests is PyTorch's own class."""

@@ -81,6 +81,37 @@ def test_workers_of_a_loader_have_one_thread():
     assert [int(threads) for _, threads in loader] == [1, 1]
 
 
+UNDER_TORCHRUN = """
+import torch, fastbn.torch
+x = torch.randn(4, 5, 6, 7, requires_grad=True)
+fastbn.torch.BatchNorm2d(5)(x).sum().backward()
+print(f"threads {torch.get_num_threads()};")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed"
+)
+def test_ranks_of_torchrun_have_one_thread(tmp_path):
+    """It sets OMP_NUM_THREADS=1 for each process, and the kernels have as many threads as PyTorch."""
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        program,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads 1;") == 2, done.stdout
+
+
 class Normalized(torch.utils.data.Dataset):
     """Batches that are normalized where they are loaded."""
 
@@ -94,9 +125,9 @@ class Normalized(torch.utils.data.Dataset):
 
         class Spy:
             @staticmethod
-            def normalize(*args):
-                seen.append(args[12])
-                return _kernels.normalize(*args)
+            def tensor_forward(*args):
+                seen.append(args[-1])
+                return _kernels.tensor_forward(*args)
 
         functional._kernels = Spy
         y = ours.batch_norm(normal(4, 5, 6, 7), torch.zeros(5), torch.ones(5))

@@ -1,6 +1,7 @@
 """fastbn.torch.batch_norm: outputs, gradients, running statistics: near PyTorch in float64, like its own."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from judge import (  # noqa: E402
 
 import fastbn  # noqa: E402
 import fastbn.torch as ours  # noqa: E402
+from fastbn import _kernels  # noqa: E402
 from fastbn._kernels import output_memory  # noqa: E402
 from fastbn.torch.functional import why_not  # noqa: E402
 
@@ -247,6 +249,26 @@ def test_strides(kernels_called, shape, layout, training):
         y.relu_()  # is no view
     assert results[0] == results[1]
     assert [name for name, _ in kernels_called] == ["forward" if training else "normalize", "backward"]
+
+
+@both_modes
+def test_strides_in_any_order_of_axes(training):
+    """Sizes of 1 leave open what the memory format is."""
+    shapes = [*itertools.product((1, 3), repeat=4), *itertools.product((1, 2), repeat=3), (1, 300, 1, 300)]
+    shapes += [(1, 2, 1, 2, 2), (2, 2, 1, 1, 2), (1, 2, 1, 1, 3)]
+    for shape in shapes:
+        if training and np.prod(shape) == shape[1]:
+            continue
+        for order in itertools.permutations(range(len(shape))):
+            x = normal(*(shape[d] for d in order)).permute([order.index(d) for d in range(len(shape))])
+            strides = []
+            for function in ours.batch_norm, F.batch_norm:
+                weight, bias, *running = parameters(shape[1])
+                x = x.detach().requires_grad_()
+                y = function(x, *running, weight, bias, training)
+                y.backward(torch.ones(shape))
+                strides.append((y.stride(), x.grad.stride()))
+            assert strides[0] == strides[1], (shape, x.stride())
 
 
 def test_strides_of_size_one():
@@ -475,19 +497,37 @@ def test_inputs_stay_resizable():
         assert t.untyped_storage().resizable()
 
 
-def test_without_dlpack(monkeypatch, kernels_called):
-    """As with a NumPy or a PyTorch of before it."""
+def test_without_exchange(monkeypatch, kernels_called):
+    """As with a PyTorch of before DLPack's table of functions."""
     results = []
-    for dlpack in True, False:
-        monkeypatch.setattr("fastbn.torch.functional._DLPACK", dlpack)
-        weight, bias, *running = parameters(5)
-        x, residual = (normal(4, 5, 6, seed=s).requires_grad_() for s in range(2))
-        y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
-        y.backward(normal(4, 5, 6, seed=2))
-        results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 2
+    for exchange in True, False:
+        monkeypatch.setattr("fastbn.torch.functional._EXCHANGE", exchange)
+        for size in 6, 40_000:  # the larger one in memory that is kept
+            weight, bias, *running = parameters(5)
+            x, residual = (normal(4, 5, size, seed=s).requires_grad_() for s in range(2))
+            y = ours.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
+            y.backward(normal(4, 5, size, seed=2))
+            results.append([y, *running, x.grad, weight.grad, bias.grad, residual.grad])
+    for with_it, without in zip(results[:2], results[2:], strict=True):
+        for a, b in zip(with_it, without, strict=True):
+            assert torch.equal(a, b)
+    assert [name for name, _ in kernels_called] == ["forward", "backward"] * 4
+
+
+def test_no_arrays_are_made():
+    """Of tensors that the kernels can walk."""
+    before = _kernels.calls_by_arrays()
+    for x in normal(64, 256), normal(4, 5, 8, 8), normal(4, 8, 8, 5).permute(0, 3, 1, 2), normal(4, 7, 5):
+        weight, bias, *running = parameters(x.shape[1])
+        residual = x.sin().requires_grad_()  # in the same memory order
+        y = ours.batch_norm(
+            x.requires_grad_(), *running, weight, bias, True, residual=residual, activation="relu"
+        )
+        y.backward(y.detach())
+        ours.batch_norm(x, *running, weight, bias)
+    assert _kernels.calls_by_arrays() == before
+    ours.batch_norm(normal(4, 5, 7).mT, *running, weight, bias, True)  # whose output is in another order
+    assert _kernels.calls_by_arrays() == before + 1
 
 
 # Masks.
@@ -605,7 +645,9 @@ def test_evaluation_takes_no_statistics_and_needs_no_mask(kernels_called):
     assert torch.equal(y, ours.batch_norm(normal(4, 5, 6), *running, weight, bias))
 
 
-@pytest.mark.parametrize("name", ["nn.functional.batch_norm", "native_batch_norm"])
+@pytest.mark.parametrize(
+    "name", ["nn.functional.batch_norm", "native_batch_norm", "_native_batch_norm_legit"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_samples_of_pytorch(name, dtype):
     """Trap 33: op_db."""
@@ -619,15 +661,16 @@ def test_samples_of_pytorch(name, dtype):
         results = []
         for function in op.op, ours.batch_norm:
             args, kwargs = copy.deepcopy((sample.args, sample.kwargs))
-            if name == "native_batch_norm":
-                weight, bias, mean, var, *options = args
-            else:
+            mean = var = None
+            if name == "nn.functional.batch_norm":
                 mean, var, weight, bias, *options = args
-            given = (
-                (weight, bias, mean, var)
-                if function is torch.native_batch_norm
-                else (mean, var, weight, bias)
-            )
+            elif len(args) == 5:
+                weight, bias, *options = args
+            else:
+                weight, bias, mean, var, *options = args
+            given = mean, var, weight, bias
+            if function is not ours.batch_norm:
+                given = args[: len(args) - len(options)]
             x = sample.input.detach().clone().requires_grad_()
             y = outcome(function, x, *given, *options, **kwargs)
             if isinstance(y, tuple) and isinstance(y[0], torch.Tensor):
