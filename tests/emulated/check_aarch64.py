@@ -80,7 +80,7 @@ def emulated():
         )  # fmt: skip
         (SITE / "sitecustomize.py").write_text(f"import sys\n\nsys.executable = {str(PYTHON)!r}\n")
         start = f'exec qemu-aarch64 -L {DEBIAN} {DEBIAN}/usr/bin/python3.11 "$@"'
-        PYTHON.write_text(f'#!/bin/sh\nexport PYTHONPATH="{SITE}"\n{start}\n')
+        PYTHON.write_text(f'#!/bin/sh\nexport PYTHONPATH="$PYTHONPATH${{PYTHONPATH:+:}}{SITE}"\n{start}\n')
         PYTHON.chmod(0o755)
     assert run(PYTHON, "-c", "import platform; print(platform.machine())") == "aarch64\n"
     return PYTHON
