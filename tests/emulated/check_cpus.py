@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="x86-64 only: what is compared with are its kernels"
 )
 
+VOCABULARY = DRIVER.with_name("vocabulary.c")
 NATIVE = ROOT / "build/objects" / sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
 
 
@@ -116,3 +118,49 @@ def test_same_bits_as_here_and_right(tmp_path, name, group):
             except AssertionError:
                 print(job.case)
                 raise
+
+
+# ---- the words of simd.h, one by one, of all elements
+
+COUNT = 1 << 16  # as in vocabulary.c
+ELEMENTS = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "bf16": np.uint16}
+HERE = {"avx2": ["-mavx2", "-mfma", "-mf16c"], "baseline": []}
+
+
+def vocabulary(element, compiler, flags, start, order, values, folder):
+    """What the words make of the values, as bits; those of a NaN, which are the CPU's own, are all ones."""
+    strict = ["-std=gnu11", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Isrc_c", "-static"]
+    element_file = f'-DFASTBN_ELEMENT_FILE="elements/{element}.h"'
+    run(compiler, *strict, *flags, element_file, VOCABULARY, "-lm", "-o", folder / "vocabulary")
+    values.astype(values.dtype.newbyteorder(order)).tofile(folder / "values")
+    run(*start, folder / "vocabulary", folder / "values", folder / "results")
+    bits = np.fromfile(folder / "results", values.dtype.newbyteorder(order)).astype(values.dtype)
+    if element == "bf16":
+        bits[bits & 0x7FFF > 0x7F80] = 0xFFFF
+        return bits
+    results = bits.view(ELEMENTS[element])
+    bits[np.isnan(results)] = np.iinfo(bits.dtype).max
+    return bits
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_words(tmp_path, name, element):
+    target, size = TARGETS[name], np.dtype(ELEMENTS[element]).itemsize
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 1 << 8 * size, 3 * COUNT, np.dtype(f"u{size}"), endpoint=False)
+    if size == 2:
+        values[:COUNT] = np.arange(COUNT)  # all there are
+    else:  # half of them of a size that does not overflow, and what is special
+        values[::2] = rng.standard_normal(values[::2].size).astype(ELEMENTS[element]).view(values.dtype)
+        special = [0.0, 1.0, 6.0, np.finfo(ELEMENTS[element]).smallest_subnormal, np.inf, np.nan]
+        special = np.array(special + [-v for v in special], ELEMENTS[element]).view(values.dtype)
+        values[rng.integers(0, values.size, 20000)] = rng.choice(special, 20000)
+    emulator = [target.emulator] if target.emulator else []
+    for isa, same in target.same_as.items():
+        flags = [*target.flags.split(), *([] if target.emulator else HERE[isa])]
+        there = vocabulary(element, target.compiler, flags, emulator, target.order, values, tmp_path)
+        here = vocabulary(element, "cc", HERE[same], [], "=", values, tmp_path)
+        assert there.size == here.size
+        words = sorted({int(i) // COUNT for i in np.flatnonzero(there != here)})
+        assert not words, f"with {isa} these words of vocabulary.c differ, counted from 0: {words}"
