@@ -47,6 +47,7 @@
 #include "kernels/masked.inc.h"
 #include "kernels/masked_planes.inc.h"
 #include "kernels/masked_rows.inc.h"
+#include "kernels/masked_rows_apply.inc.h"
 /* clang-format on */
 
 #define JOIN_(a, b) a##b

@@ -66,7 +66,7 @@ def masks(draw, positions, rng):
     if share is None:
         return None
     shape = [draw(st.sampled_from([n, n, n, 1])) for n in positions]
-    mask = rng.random(shape[draw(st.sampled_from([0, 0, 0, len(shape)])) :]) < share
+    mask = np.asarray(rng.random(shape[draw(st.sampled_from([0, 0, 0, len(shape)])) :]) < share)
     return draw(st.sampled_from([mask, np.asfortranarray(mask), mask[..., ::-1] if mask.ndim else mask]))
 
 
