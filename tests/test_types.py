@@ -28,9 +28,10 @@ def test_arrays_are_of_numpy():
 def test_signature_of_the_call_of_a_frozen_layer():
     frozen = fastbn.BatchNorm(2).freeze()
     of_class = inspect.signature(fastbn.FrozenBatchNorm.__call__)
-    assert str(of_class) == "(self, /, x, residual=None, out=None, *, num_threads=None)"
+    arguments = "x, residual=None, out=None, *, mask=None, mask_output=False, num_threads=None)"
+    assert str(of_class) == f"(self, /, {arguments}"
     assert list(inspect.signature(frozen).parameters) == list(of_class.parameters)[1:]
-    assert str(inspect.signature(frozen)) == "(x, residual=None, out=None, *, num_threads=None)"
+    assert str(inspect.signature(frozen)) == f"({arguments}"
     assert inspect.getdoc(fastbn.FrozenBatchNorm.__call__).startswith("Normalize `x`.\n\nParameters\n")
 
 
