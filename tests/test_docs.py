@@ -140,7 +140,7 @@ def test_paths_that_pages_name_are_there():
 def test_make_targets_that_pages_name_are_there():
     makefile = (ROOT / "Makefile").read_text()
     for page, text in TEXTS.items():
-        for target in re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE):
+        for target in re.findall(r"(?:`|^    )make ([a-z0-9-]+)", text, re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page} names make {target}"
 
 

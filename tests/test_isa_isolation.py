@@ -118,7 +118,8 @@ def ways_in(objects):
         if isa_of(file) not in MAY_HAVE:
             continue
         for s in symbols(file):
-            is_table = (s.name, s.kind, s.binding) == (f"bn_{file.stem}", "OBJECT", "GLOBAL")
+            tables = f"bn_{file.stem}", f"bn_masked_{file.stem}"
+            is_table = s.name in tables and (s.kind, s.binding) == ("OBJECT", "GLOBAL")
             if s.binding != "LOCAL" and s.section != "UND" and not is_table:
                 found.append((file.stem, s.name))
         sections = output_of("readelf", "--wide", "--sections", file)

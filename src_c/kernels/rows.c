@@ -15,6 +15,7 @@
 #include "kernels/sums_rows.inc.h"
 #include "kernels/masked.inc.h"
 #include "kernels/masked_rows.inc.h"
+#include "kernels/masked_rows_apply.inc.h"
 /* clang-format on */
 
 const bn_loops TABLE(bn_rows_) = {

@@ -1,0 +1,137 @@
+/* masked_rows_apply.inc.h: sums for the backward pass and elementwise passes, of rows where some positions are not
+ * real. */
+
+/* Of rows of the kernel's width which positions are real: folded ones have a byte a column, others are so or not. */
+typedef struct {
+    vm whole[4];
+    unsigned char bytes[4 * WIDE];
+} row_masks;
+
+INLINE void mask_row(const bn_problem *p, ptrdiff_t row, int j, row_masks *to) {
+    const unsigned char *const m = p->mask + row * p->fold;
+    if (p->fold > 1)
+        spread(m, min_z(p->fold, p->N * p->S - row * p->fold), p->C, to->bytes + j * WIDE);
+    else
+        to->whole[j] = vle(vset1(*m ? 0 : 1), vset1(0));
+}
+
+INLINE void masks_of_columns(const row_masks *from, int rows, int folded, ptrdiff_t c, vm *m) {
+    UNROLLED for (int j = 0; j < rows; j++) m[j] = folded ? vmask(from->bytes + j * WIDE + c) : from->whole[j];
+}
+
+/* As sum_some_rows, of columns [c, c + cols). */
+INLINE void sum_masked_rows(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a,
+                            const row_masks *of, int rows, int folded, ptrdiff_t c, ptrdiff_t cols, real *sum,
+                            real *sq) {
+    vm m[4];
+    for (ptrdiff_t i = 0; i < cols; i += VL) {
+        const int whole = i + VL <= cols;
+        const vcoef k = coef_of_columns(coef, c + i, vtail(cols - i), whole, BACKWARD);
+        vf s = vload(sum + i), q = vload(sq + i);
+        masks_of_columns(of, rows, folded, c + i, m);
+        if (whole)
+            real_sums_at(p, act, &k, a, c + i, whole_vectors(rows, 0), ACROSS, m, &s, &q);
+        else
+            for (int j = 0; j < rows; j++)
+                real_sums_at(p, act, &k, a + j, c + i, part_of_vector(vtail(cols - i)), ACROSS, m + j, &s, &q);
+        vstore(sum + i, s);
+        vstore(sq + i, q);
+    }
+}
+
+INLINE void sum_listed(const bn_problem *p, const vact *act, const coefs *coef, const row_list *list, int folded,
+                       ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, double *g, double *gx) {
+    row_masks masks;
+    cursor a[4];
+    memset(g, 0, (size_t)cols * sizeof *g);
+    memset(gx, 0, (size_t)cols * sizeof *gx);
+    for (ptrdiff_t r = 0; r < list->n;) {
+        const int rows = list->n - r >= SUMS_ROWS ? SUMS_ROWS : 1;
+        for (int j = 0; j < rows; j++) {
+            a[j] = row_cursor(p, list->row[r + j], BACKWARD);
+            mask_row(p, list->row[r + j], j, &masks);
+        }
+        if (rows == SUMS_ROWS)
+            sum_masked_rows(p, act, coef, a, &masks, SUMS_ROWS, folded, c, cols, sum, sq);
+        else
+            sum_masked_rows(p, act, coef, a, &masks, 1, folded, c, cols, sum, sq);
+        r += rows;
+        if (r % CHAIN == 0 || r == list->n)
+            carry(cols, sum, sq, g, gx);
+    }
+}
+
+static void sums_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how,
+                             const bn_tiles *to) {
+    const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
+    const vact act = activation_of(p);
+    real *const sum = (real *)to->room, *const sq = sum + PANEL;
+    row_list list;
+    for (ptrdiff_t t = to->t0; t < to->t1; t++) {
+        ptrdiff_t first;
+        const ptrdiff_t all = row_positions(p, t, &first), at = (t - to->t0) * to->ld;
+        if (p->real[t] == all) {
+            const bn_tiles one = {t, t + 1, to->c0, to->c1, to->ld, to->a + at, to->b + at, to->room};
+            sums_rows(p, coefficients, how, &one);
+            continue;
+        }
+        list_rows(p, t, !p->mask_output, &list);
+        clear(PANEL, sum, sq);
+        const ptrdiff_t end = list.reps < p->fold ? min_z(to->c1, list.reps * p->C) : to->c1;
+        for (ptrdiff_t c = to->c0; c < end; c += PANEL) {
+            const ptrdiff_t cols = min_z(PANEL, end - c);
+            double *const g = to->a + at + (c - to->c0), *const gx = to->b + at + (c - to->c0);
+            if (p->fold > 1)
+                sum_listed(p, &act, coef, &list, 1, c, cols, sum, sq, g, gx);
+            else
+                sum_listed(p, &act, coef, &list, 0, c, cols, sum, sq, g, gx);
+        }
+    }
+}
+
+/* Columns [c, end) of several rows at one distance in every operand, or of one. */
+INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coefs *coef, ptrdiff_t row, int rows,
+                                 ptrdiff_t c, ptrdiff_t end, instance of) {
+    const ptrdiff_t distance = p->pitch * p->fold;
+    const cursor a = row_cursor(p, row, of.direction);
+    row_masks masks;
+    vm m[4];
+    for (int j = 0; j < rows; j++)
+        mask_row(p, row + j, j, &masks);
+    while (c < end) {
+        const ptrdiff_t misfit = of.store == BN_STREAMED ? before_line(a.out + c) % VL : 0;
+        const ptrdiff_t n = misfit ? min_z(misfit, end - c) : min_z(VL, end - c);
+        const vcoef k = coef_of_columns(coef, c, vtail(VL), 1, of.direction); /* BN_LINE follow the last */
+        masks_of_columns(&masks, rows, p->fold > 1, c, m);
+        if (n == VL)
+            apply_masked_at(p, act, &k, &a, c, whole_vectors(rows, distance), m, of);
+        else
+            for (int j = 0; j < rows; j++)
+                apply_masked_at(p, act, &k, &a, c + j * distance, part_of_vector(vtail(n)), m + j, of);
+        c += n;
+    }
+}
+
+INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
+                              ptrdiff_t e1, instance of) {
+    const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
+    const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
+    const ptrdiff_t K = p->C * p->fold;
+    const int rows = of.store == BN_CACHED && p->pitch ? how->rows : 1;
+    const vact act = activation_of(p);
+    while (e0 < e1) {
+        const ptrdiff_t row = e0 / K, c = e0 % K;
+        if (rows == 4 && c == 0 && e1 - e0 >= 4 * K) {
+            apply_masked_columns(p, &act, coef, row, 4, 0, K, of);
+            e0 += 4 * K;
+        } else {
+            const ptrdiff_t end = min_z(K, c + e1 - e0);
+            apply_masked_columns(p, &act, coef, row, 1, c, end, of);
+            e0 += end - c;
+        }
+    }
+}
+
+APPLY_MASKED(rows, FORWARD, forward_masked_rows, forward_rows)
+APPLY_MASKED(rows, BACKWARD, backward_masked_rows, backward_rows)
