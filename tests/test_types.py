@@ -4,7 +4,6 @@ import inspect
 import re
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 
 import fastbn
