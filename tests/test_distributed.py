@@ -181,7 +181,8 @@ def trained(layer, p, add, steps, shard=slice(None)):
     found = []
     for step in range(steps):
         x = (p.x + np.float32(step))[shard]
-        y = layer(x, p.residual[shard] if add else None)
+        mask = {} if p.mask is None else {"mask": p.mask[shard], "mask_output": p.mask_output}
+        y = layer(x, p.residual[shard] if add else None, **mask)
         found.append((y, layer.backward(p.grad_output[shard])))
     return found
 
@@ -204,9 +205,14 @@ def randomize(layer, p):
 @pytest.mark.parametrize("sizes", SHARDS, ids=str)
 @both_axes
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("offset", [0, 1e4])
-def test_shards_are_the_whole(sizes, axis, options, offset):
+@pytest.mark.parametrize(("offset", "masked"), [(0, False), (1e4, False), (0, True)])
+def test_shards_are_the_whole(sizes, axis, options, offset, masked):
     p = problem((12, 5, 3), axis, offset)
+    if masked:  # of two samples nothing is real, and NaN where nothing is real reaches no other rank
+        mask = np.random.default_rng(0).random((12, 3)) < 0.7
+        mask[-2:] = False
+        p = p._replace(mask=mask, mask_output=True)
+        np.moveaxis(p.x, axis, -1)[~mask] = np.nan
     add = options.get("activation") == "relu"
     whole = randomize(BatchNorm(5, axis=axis, **options), p)
     expected = trained(whole, p, add, 3)
