@@ -230,7 +230,7 @@ class SyncBatchNorm(BatchNorm):
 
         Parameters
         ----------
-        grad_output : float32 ndarray of the shape of the call's `x`
+        grad_output : ndarray of the shape and dtype of the call's `x`
         sums : GradSums, optional
             Those of the whole batch, if you have merged them: then there is no communication.
         output, needs, num_threads
@@ -269,7 +269,7 @@ class SyncBatchNorm(BatchNorm):
         grads = super().backward(grad_output, sums=total, output=output, needs=needs, num_threads=num_threads)
         if self.reduce_parameters:
             return grads
-        weight, bias = cast("GradSums", own).parameter_grads(stats, self.eps)
+        weight, bias = cast("GradSums", own).parameter_grads(stats, self.eps, dtype=self.dtype)
         return grads._replace(
             grad_weight=None if grads.grad_weight is None else weight,
             grad_bias=None if grads.grad_bias is None else bias,

@@ -102,6 +102,12 @@ class _Waiting:
         return norm._normalize(x, residual, None, activation, negative_slope)
 
 
+def _has_kernel(module: Any, dtype: torch.dtype) -> bool:
+    """Whether the kernels take an input of that dtype with the parameters and averages of a layer."""
+    vector = module.running_mean if module.weight is None else module.weight
+    return dtype in _KERNEL_DTYPES if vector is None else (dtype, vector.dtype) in _DTYPES
+
+
 def _defer(module: Any, x: Any) -> Any:
     """``module(x)``, in which the last batch norm waits if it may."""
     if is_compiling():  # spares the compiler what follows, which would come to the same
@@ -112,7 +118,7 @@ def _defer(module: Any, x: Any) -> Any:
         if (
             type(x) in _TENSORS
             and x.is_cpu
-            and x.dtype in _KERNEL_DTYPES
+            and _has_kernel(module, x.dtype)
             and module.activation is None
             and seen is None
             and _watched() is None

@@ -313,7 +313,8 @@ class _Fused(torch.autograd.Function):
             dy, x, stats, w, b, eps, output=output, activation=activation, negative_slope=negative_slope,
             num_threads=threads,
         )  # fmt: skip
-        grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, eps))
+        dtype = "float64" if input.dtype == torch.float64 else "float32"
+        grad_weight, grad_bias = map(torch.from_numpy, sums.parameter_grads(stats, eps, dtype=dtype))
         pooled = ranks.merge(lambda: sums, 0) if of_input else None
         through_activation = of_residual and y is not None  # else it is grad_output itself
         grads = fastbn.batch_norm_backward(
