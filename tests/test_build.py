@@ -247,7 +247,7 @@ def test_sdist_holds_the_sources(packages):
 
 @pytest.mark.slow
 def test_wheel_is_small_and_needs_numpy_only(packages):
-    assert packages[1].stat().st_size < 1_000_000
+    assert packages[1].stat().st_size < 3_000_000
     with zipfile.ZipFile(packages[1]) as wheel:
         names = wheel.namelist()
         [metadata] = [name for name in names if name.endswith("METADATA")]
