@@ -271,7 +271,7 @@ def assert_same(ours, theirs):
             continue
         expected = theirs[name]
         assert actual.size == expected.size, name
-        bits = np.uint32 if actual.dtype == np.float32 else np.uint64
+        bits = f"u{actual.dtype.itemsize}"
         differ = (actual.view(bits) != expected.view(bits)) & ~(np.isnan(actual) & np.isnan(expected))
         if differ.any():
             i = np.argmax(differ)
