@@ -26,11 +26,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
 # Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
-KERNELS = {
-    "planes": ("f32", "f64", "f16", "bf16"),
-    "rows": ("f32", "f64", "f16", "bf16"),
-    "terms": ("f32", "f64"),
-}
+ELEMENTS = ("f32", "f64", "f16", "bf16")
+KERNELS = {"planes": ELEMENTS, "rows": ELEMENTS, "terms": ("f32", "f64")}
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
 # Not c11: with that gcc for s390x computes float in double.

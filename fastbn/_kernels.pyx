@@ -556,7 +556,7 @@ cdef bint is_half(cnp.ndarray a) noexcept:
     return bn_element_bytes(element_of(a)) == 2
 
 
-cpdef cnp.ndarray parameter(a, str name, int element):
+cdef cnp.ndarray parameter(a, str name, int element):
     """`a` as a vector of parameters or statistics beside such elements: float64 for float64, else float32; halves are
     widened, in a copy."""
     cdef int real = cnp.NPY_FLOAT64 if element == BN_f64 else cnp.NPY_FLOAT32
@@ -574,7 +574,7 @@ cpdef cnp.ndarray parameter(a, str name, int element):
     return b
 
 
-cpdef cnp.ndarray running(a, str name, int element, bint moved):
+cdef cnp.ndarray running(a, str name, int element, bint moved):
     """`a` as running averages beside such elements: as a parameter, or float64 beside any. Those that are moved are the
     caller's own, for which a widened copy will not do."""
     cdef cnp.ndarray b
@@ -592,7 +592,7 @@ cpdef cnp.ndarray running(a, str name, int element, bint moved):
     return parameter(b, name, element)
 
 
-cpdef cnp.ndarray vector32(a, str name):
+cdef cnp.ndarray vector32(a, str name):
     """`a` as an array of float32, or a widened copy of halves."""
     return parameter(a, name, BN_f32)
 
@@ -1739,7 +1739,7 @@ def real_dtype(dtype, weight=None, bias=None):
     )
 
 
-cpdef int check_layer_dtype(cnp.ndarray x, bint float64) except -1:
+cdef int check_layer_dtype(cnp.ndarray x, bint float64) except -1:
     """That x is what a layer of float64, or one of float32, takes."""
     if float64 != (cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT64):
         takes = "float64" if float64 else "float32, float16 or bfloat16"

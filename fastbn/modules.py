@@ -325,9 +325,8 @@ class BatchNorm:
         momentum = 0.0
         if running_mean is not None:
             exact, counter = self._exact, self.num_batches_tracked
-            if (
-                exact is None and self.dtype is _FLOAT32
-            ):  # zeros do as well as any others that do not round to the averages
+            if exact is None and self.dtype is _FLOAT32:
+                # Zeros do as well as any others that do not round to the averages.
                 exact = self._exact = (np.zeros(self.num_features), np.zeros(self.num_features))
             given = self.momentum
             if given is not None:

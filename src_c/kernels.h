@@ -67,7 +67,7 @@ enum { BN_CACHED, BN_STREAMED };
 #define BN_LINE        16             /* float32 values of a cache line, and how many coefficients follow the last */
 #define BN_SHORT_PLANE 256            /* values up to which a plane is summed in fewer lanes */
 #define BN_PANEL       2048           /* columns at a time in sums over rows */
-#define BN_ROOM        (5 * BN_PANEL) /* values: their shifts and sums */
+#define BN_ROOM        (6 * BN_PANEL) /* values: their shifts and sums, and with a mask those of channels */
 
 typedef struct {
     void *data; /* NULL: absent */

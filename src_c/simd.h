@@ -21,7 +21,8 @@
  *   vscale(a, m)    a * 2^k, where the low bits of m as an integer are those of k, and the result is a normal number
  *   vexp(a)         e^a within 2 ulp, from -87 to 88.25, or -708 to 708; a NaN gives anything
  *   vh, vi          in float32: VL halves as they lie in memory; VL integers of 32 bits
- *   vhload ... vhstream   as vload ... vstream, of halves
+ *   vhload ... vhstream   as vload ... vstream, of halves; those of tails by
+ *   vcount(t)       how many lanes t has, unless TAILS_OF_HALVES tells of better ones
  *   vhwiden, vhnarrow     from halves to integers and back, which are below 2^16
  *   vfloat, vbits   the same bits as floats and as integers, which viadd, viand, vior, vishl and vishr work on
  *   vf16, vto_f16   from float16 and, to nearest even, to it: where F16_HARDWARE is defined

@@ -1,6 +1,7 @@
 """Each operation beside what the oracle says of it, and proof that a call leaves its inputs alone."""
 
 import os
+import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 SMOOTH = ("hardswish", "silu")  # that round on their way
 SLOPE = 0.25
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]  # a program, as two ranks
+TORCHRUN += ["--standalone", "--nproc-per-node", "2"]
 
 # How far from the oracle the library may be. Outputs and variances: what it promises.
 OUTPUT = 2e-6  # of max(1, |output|), and of what `bias` and residual may have cancelled in it

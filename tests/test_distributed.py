@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from operations import ACTIVATIONS, SMOOTH, assert_within, near, problem
+from operations import ACTIVATIONS, SMOOTH, TORCHRUN, assert_within, near, problem
 from test_forward import both_axes
 
 import fastbn
@@ -542,8 +542,7 @@ def test_gloo_of_the_guide(tmp_path):
     (program,) = (program for program in programs if "torch" in program)
     path = tmp_path / "program.py"
     path.write_text(program + 'assert stats.count == 200\nprint(f"rank {rank}: {abs(y.mean()) < 0.2}")\n')
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path]
     environment = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).resolve().parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*TORCHRUN, path], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rank \d: True", done.stdout)) == ["rank 0: True", "rank 1: True"]

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from operations import not_sanitized
+from operations import DTYPES, not_sanitized
 
 import fastbn
 from fastbn import _kernels
@@ -114,18 +114,29 @@ def test_many_channels_of_the_shortest_planes(isa, streamed, shape, seeds):
 
 
 @not_sanitized
-def test_threads_of_small_stacks(isa):
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_of_small_stacks(isa, dtype, masked):
     """Every operation over every layout in a thread whose stack is as small as musl's once were."""
-    values = np.random.default_rng(0).standard_normal((6 * 300, 2100)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((6 * 300, 2100)).astype(DTYPES[dtype])
     problems = [in_layout(layout, values) for layout in LAYOUTS]
-    problems += [(np.ones((4, 70, 7, 7), np.float32) * values[:4, :70, None, None], 1)]
+    problems += [(values[:4, :70, None, None] * np.ones((4, 70, 7, 7), values.dtype), 1)]
+    problems += [
+        in_layout("channels-last", values[:, :3]),
+        in_layout("rows", values[:, :40] * 0),
+    ]  # folded; flat
     failed = []
 
     def call_everything():
         how = {"num_threads": 1, "activation": "relu"}
+        real = np.float64 if dtype == "float64" else np.float32
         try:
             for x, axis in problems:
-                mean, var = np.zeros(x.shape[axis], np.float32), np.ones(x.shape[axis], np.float32)
+                if masked:
+                    positions = [n for i, n in enumerate(x.shape) if i != axis % x.ndim]
+                    how |= {"mask": rng.random(positions) < 0.5, "mask_output": True}
+                mean, var = np.zeros(x.shape[axis], real), np.ones(x.shape[axis], real)
                 y, stats = fastbn.batch_norm_forward(x, axis=axis, residual=x, **how)
                 fastbn.batch_norm_backward(y, x, stats, axis=axis, residual=x, **how)
                 fastbn.batch_norm(x, mean, var, axis=axis, **how)

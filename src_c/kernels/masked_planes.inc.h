@@ -48,21 +48,51 @@ INLINE void short_real_sums(const bn_problem *p, const tile *a, const elem *cons
     add_kept(cols, sq);
 }
 
-/* Where a plane's sums tell too little: its n real values, side by side, are a tile of their own. */
-static void settle_real_again(const bn_problem *p, const tile *a, const unsigned char *m, const elem *x, double *mean,
-                              double *m2) {
-    elem v[PLANE_TILE];
-    tile gathered = {0, 0, 1, 0};
+/* Of the real values of a plane's tile: in float64, some at a time. All are alike if they are the first. */
+static void exact_real_plane(const bn_problem *p, const tile *a, const unsigned char *m, const elem *x, double *mean,
+                             double *m2) {
+    elem v[PIECE];
+    double done = 0.0;
+    ptrdiff_t k = 0;
+    for (ptrdiff_t r = 0; r < a->runs; r++)
+        for (ptrdiff_t i = 0; i < a->len; i++) {
+            if (m[r * mask_pitch(p) + i])
+                v[k++] = x[r * p->x.outer + i];
+            if (k == PIECE || (k && r + 1 == a->runs && i + 1 == a->len)) {
+                double more, more_m2;
+                exact_stats(v, 0, 1, k, &more, &more_m2);
+                pool_more(1, done, (double)k, &more, &more_m2, mean, m2);
+                done += (double)k;
+                k = 0;
+            }
+        }
+}
+
+static int real_alike(const bn_problem *p, const tile *a, const unsigned char *m, const elem *x, real first) {
+    int differ = 0;
     for (ptrdiff_t r = 0; r < a->runs; r++)
         for (ptrdiff_t i = 0; i < a->len; i++)
-            if (m[r * mask_pitch(p) + i])
-                v[gathered.len++] = x[r * p->x.outer + i];
-    if (*m2 == UNSOUND)
-        settle_again(p, &gathered, v, mean, m2);
-    else if (alike(v, 0, 1, gathered.len))
+            differ |= m[r * mask_pitch(p) + i] && widen(x[r * p->x.outer + i]) != first;
+    return !differ;
+}
+
+/* Where the sums of a plane's n real values about `shift`, one of them, tell too little: as settle_planes. */
+static void settle_real_again(const bn_problem *p, const tile *a, const unsigned char *m, double n, const elem *x,
+                              real shift, double *mean, double *m2) {
+    if (*m2 == UNSOUND) {
+        const real told = (real)*mean;
+        vf s[VL], q[VL];
+        real sum32[VL], sq32[VL];
+        real_sums(p, a, x, m, vset1(told), s, q);
+        add_lanes(1, s, sum32);
+        add_lanes(1, q, sq32);
+        const double sum = sum32[0], sq = sq32[0];
+        if (settle(n, PLANES_OFF, 1, &told, &sum, &sq, mean, m2))
+            exact_real_plane(p, a, m, x, mean, m2);
+    } else if (real_alike(p, a, m, x, shift))
         *m2 = 0.0;
     else
-        exact_stats(v, 0, 1, gathered.len, mean, m2);
+        exact_real_plane(p, a, m, x, mean, m2);
 }
 
 INLINE void settle_real(const bn_problem *p, const tile *a, const unsigned char *m, double n, const elem *const *x,
@@ -78,7 +108,7 @@ INLINE void settle_real(const bn_problem *p, const tile *a, const unsigned char 
     if (settle(n, PLANES_OFF, cols, shift, sum, sq, mean, m2))
         for (ptrdiff_t j = 0; j < cols; j++)
             if (m2[j] == UNSOUND || m2[j] == FLAT)
-                settle_real_again(p, a, m, x[j], &mean[j], &m2[j]);
+                settle_real_again(p, a, m, n, x[j], shift[j], &mean[j], &m2[j]);
 }
 
 static void stats_masked_planes(const bn_problem *p, const bn_pass *how, const bn_tiles *to) {

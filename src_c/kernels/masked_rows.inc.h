@@ -3,7 +3,8 @@
  * Of folded rows, a tile that is not real throughout has for all columns of a channel one shift, and the sums of all of
  * them in the first. */
 
-#define WIDE (32 * FOLDED + 64) /* bytes: a column each of the widest folded row, and what goes beyond */
+#define WINDOW 256           /* columns of folded rows whose masks are spread at a time */
+#define BYTES  (WINDOW + 64) /* a byte each, the vector that begins in the last, and what spread() writes beyond */
 
 /* Rows of a tile that are to be looked at, of the kernel's width. */
 typedef struct {
@@ -26,23 +27,27 @@ static void list_rows(const bn_problem *p, ptrdiff_t t, int all, row_list *list)
     }
 }
 
-/* A byte a column from a byte a row of memory, eight at a time, and so beyond the last. */
-static void spread(const unsigned char *m, ptrdiff_t reps, ptrdiff_t C, unsigned char *to) {
-    if (!memcmp(m, m + 1, (size_t)reps - 1)) {
-        memset(to, *m, (size_t)(reps * C));
+/* A byte a column from a byte a row of memory, of up to WINDOW + VL columns from c on: eight at a time, and so beyond
+ * the last. */
+static void spread(const unsigned char *m, ptrdiff_t reps, ptrdiff_t C, ptrdiff_t c, unsigned char *to) {
+    const ptrdiff_t n = min_z(WINDOW + VL, reps * C - c), first = c / C, last = (c + n - 1) / C;
+    if (!memcmp(m + first, m + first + 1, (size_t)(last - first))) {
+        memset(to, m[first], (size_t)n);
         return;
     }
-    for (ptrdiff_t f = 0; f < reps; f++) {
+    for (ptrdiff_t f = first, i = 0; f <= last; f++) {
+        const ptrdiff_t end = min_z(n, (f + 1) * C - c);
         const uint64_t eight = m[f] * UINT64_C(0x0101010101010101);
-        for (ptrdiff_t c = 0; c < C; c += 8)
-            memcpy(to + f * C + c, &eight, 8);
+        for (; i < end; i += 8)
+            memcpy(to + i, &eight, 8);
+        i = end;
     }
 }
 
 enum { SUMS, RANGE };
 
-/* Vectors of columns from c on, of `rows` rows: adds their shifted values and the squares to what s and q of `a` hold;
- * or takes the least and the largest to what group and group_sq do. */
+/* A vector of columns from c on, of `rows` rows with their masks from there on: adds their shifted values and the
+ * squares to what s and q of `a` hold; or takes the least and the largest to what group and group_sq do. */
 INLINE void add_columns(const elem *const *x, const unsigned char *m, int rows, int masked, int what, ptrdiff_t c, vt t,
                         int whole, const row_sums *a) {
     const vf k = vload(a->shift + c), none = vset1(0);
@@ -50,11 +55,11 @@ INLINE void add_columns(const elem *const *x, const unsigned char *m, int rows, 
     for (int r = 0; r < rows; r++) {
         const vf v = element_at(x[r] + c, t, whole);
         if (what == RANGE) {
-            const vf u = masked ? vselect(vmask(m + r * WIDE + c), v, k) : v;
+            const vf u = masked ? vselect(vmask(m + r * BYTES), v, k) : v;
             s = vmin(u, s);
             q = vmax(u, q);
         } else {
-            const vf d = masked ? vselect(vmask(m + r * WIDE + c), vsub(v, k), none) : vsub(v, k);
+            const vf d = masked ? vselect(vmask(m + r * BYTES), vsub(v, k), none) : vsub(v, k);
             s = vadd(s, d);
             q = vfma(d, d, q);
         }
@@ -63,19 +68,20 @@ INLINE void add_columns(const elem *const *x, const unsigned char *m, int rows, 
     vstore((what == RANGE ? a->group_sq : a->q) + c, what == RANGE ? q : vadd(vload(a->q + c), q));
 }
 
-INLINE void add_some_rows(const elem *const *x, const unsigned char *m, int rows, int masked, int what, ptrdiff_t cols,
-                          const row_sums *a) {
-    ptrdiff_t c = 0;
-    for (; c + VL <= cols; c += VL)
-        add_columns(x, m, rows, masked, what, c, vtail(VL), 1, a);
-    if (c < cols)
-        add_columns(x, m, rows, masked, what, c, vtail(cols - c), 0, a);
+/* Columns [from, end). */
+INLINE void add_some_rows(const elem *const *x, const unsigned char *m, int rows, int masked, int what, ptrdiff_t from,
+                          ptrdiff_t end, const row_sums *a) {
+    ptrdiff_t c = from;
+    for (; c + VL <= end; c += VL)
+        add_columns(x, m + (c - from), rows, masked, what, c, vtail(VL), 1, a);
+    if (c < end)
+        add_columns(x, m + (c - from), rows, masked, what, c, vtail(end - c), 0, a);
 }
 
 /* Columns [c, c + cols) of the listed rows, a group after the other. */
 INLINE void add_listed(const bn_problem *p, const row_list *list, int what, ptrdiff_t c, ptrdiff_t cols,
                        const row_sums *a, double *sum, double *sq) {
-    unsigned char bytes[STATS_ROWS * WIDE];
+    unsigned char bytes[STATS_ROWS * BYTES];
     const elem *x[STATS_ROWS];
     for (ptrdiff_t r = 0; r < list->n; r += STATS_ROWS) {
         const int rows = (int)min_z(STATS_ROWS, list->n - r);
@@ -84,14 +90,15 @@ INLINE void add_listed(const bn_problem *p, const row_list *list, int what, ptrd
             x[j] = row_at(p, list->row[r + j]) + c;
             masked |= !list->whole[r + j];
         }
-        for (int j = 0; masked && j < rows; j++)
-            spread(p->mask + list->row[r + j] * p->fold, list->reps, p->C, bytes + j * WIDE);
-        if (masked)
-            add_some_rows(x, bytes + c, rows, 1, what, cols, a);
-        else if (rows == STATS_ROWS)
-            add_some_rows(x, bytes, STATS_ROWS, 0, what, cols, a);
-        else
-            add_some_rows(x, bytes, rows, 0, what, cols, a);
+        for (ptrdiff_t i = 0; masked && i < cols; i += WINDOW) {
+            for (int j = 0; j < rows; j++)
+                spread(p->mask + list->row[r + j] * p->fold, list->reps, p->C, c + i, bytes + j * BYTES);
+            add_some_rows(x, bytes, rows, 1, what, i, min_z(i + WINDOW, cols), a);
+        }
+        if (!masked && rows == STATS_ROWS)
+            add_some_rows(x, bytes, STATS_ROWS, 0, what, 0, cols, a);
+        else if (!masked)
+            add_some_rows(x, bytes, rows, 0, what, 0, cols, a);
         if (what == SUMS && ((r + STATS_ROWS) % CHAIN == 0 || r + STATS_ROWS >= list->n))
             carry(cols, a->s, a->q, sum, sq);
     }
@@ -164,7 +171,7 @@ static void settle_real_rows(const bn_problem *p, ptrdiff_t t, const row_list *l
 }
 
 static void stats_masked_rows(const bn_problem *p, const bn_pass *how, const bn_tiles *to) {
-    real *const room = (real *)to->room, shift[PANEL];
+    real *const room = (real *)to->room, *const shift = room + 5 * PANEL;
     const row_sums a = {room, room + PANEL, room + 2 * PANEL, room + 3 * PANEL, room + 4 * PANEL};
     const ptrdiff_t end = p->fold > 1 ? p->C : to->c1; /* folded: all columns at once */
     row_list list;

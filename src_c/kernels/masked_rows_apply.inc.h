@@ -1,39 +1,44 @@
 /* masked_rows_apply.inc.h: sums for the backward pass and elementwise passes, of rows where some positions are not
  * real. */
 
-/* Of rows of the kernel's width which positions are real: folded ones have a byte a column, others are so or not. */
+/* Of rows of the kernel's width which positions are real: others than folded ones are so or not, folded ones have a
+ * byte a column, of a window from some column on. */
 typedef struct {
+    ptrdiff_t from;
     vm whole[4];
-    unsigned char bytes[4 * WIDE];
+    unsigned char bytes[4 * BYTES];
 } row_masks;
 
-INLINE void mask_row(const bn_problem *p, ptrdiff_t row, int j, row_masks *to) {
+/* Of row j of those that masks are of, from column c on. */
+INLINE void mask_row(const bn_problem *p, ptrdiff_t row, int j, ptrdiff_t c, row_masks *to) {
     const unsigned char *const m = p->mask + row * p->fold;
+    to->from = c;
     if (p->fold > 1)
-        spread(m, min_z(p->fold, p->N * p->S - row * p->fold), p->C, to->bytes + j * WIDE);
+        spread(m, min_z(p->fold, p->N * p->S - row * p->fold), p->C, c, to->bytes + j * BYTES);
     else
         to->whole[j] = vle(vset1(*m ? 0 : 1), vset1(0));
 }
 
-INLINE void masks_of_columns(const row_masks *from, int rows, int folded, ptrdiff_t c, vm *m) {
-    UNROLLED for (int j = 0; j < rows; j++) m[j] = folded ? vmask(from->bytes + j * WIDE + c) : from->whole[j];
+INLINE void masks_of_columns(const row_masks *of, int rows, int folded, ptrdiff_t c, vm *m) {
+    UNROLLED for (int j = 0; j < rows; j++) m[j] =
+        folded ? vmask(of->bytes + j * BYTES + (c - of->from)) : of->whole[j];
 }
 
-/* As sum_some_rows, of columns [c, c + cols). */
+/* As sum_some_rows, of columns [c + from, c + end). */
 INLINE void sum_masked_rows(const bn_problem *p, const vact *act, const coefs *coef, const cursor *a,
-                            const row_masks *of, int rows, int folded, ptrdiff_t c, ptrdiff_t cols, real *sum,
-                            real *sq) {
+                            const row_masks *of, int rows, int folded, ptrdiff_t c, ptrdiff_t from, ptrdiff_t end,
+                            real *sum, real *sq) {
     vm m[4];
-    for (ptrdiff_t i = 0; i < cols; i += VL) {
-        const int whole = i + VL <= cols;
-        const vcoef k = coef_of_columns(coef, c + i, vtail(cols - i), whole, BACKWARD);
+    for (ptrdiff_t i = from; i < end; i += VL) {
+        const int whole = i + VL <= end;
+        const vcoef k = coef_of_columns(coef, c + i, vtail(end - i), whole, BACKWARD);
         vf s = vload(sum + i), q = vload(sq + i);
         masks_of_columns(of, rows, folded, c + i, m);
         if (whole)
             real_sums_at(p, act, &k, a, c + i, whole_vectors(rows, 0), ACROSS, m, &s, &q);
         else
             for (int j = 0; j < rows; j++)
-                real_sums_at(p, act, &k, a + j, c + i, part_of_vector(vtail(cols - i)), ACROSS, m + j, &s, &q);
+                real_sums_at(p, act, &k, a + j, c + i, part_of_vector(vtail(end - i)), ACROSS, m + j, &s, &q);
         vstore(sum + i, s);
         vstore(sq + i, q);
     }
@@ -47,14 +52,17 @@ INLINE void sum_listed(const bn_problem *p, const vact *act, const coefs *coef, 
     memset(gx, 0, (size_t)cols * sizeof *gx);
     for (ptrdiff_t r = 0; r < list->n;) {
         const int rows = list->n - r >= SUMS_ROWS ? SUMS_ROWS : 1;
-        for (int j = 0; j < rows; j++) {
+        for (int j = 0; j < rows; j++)
             a[j] = row_cursor(p, list->row[r + j], BACKWARD);
-            mask_row(p, list->row[r + j], j, &masks);
+        for (ptrdiff_t i = 0, end; i < cols; i = end) {
+            end = folded ? min_z(i + WINDOW, cols) : cols;
+            for (int j = 0; j < rows; j++)
+                mask_row(p, list->row[r + j], j, c + i, &masks);
+            if (rows == SUMS_ROWS)
+                sum_masked_rows(p, act, coef, a, &masks, SUMS_ROWS, folded, c, i, end, sum, sq);
+            else
+                sum_masked_rows(p, act, coef, a, &masks, 1, folded, c, i, end, sum, sq);
         }
-        if (rows == SUMS_ROWS)
-            sum_masked_rows(p, act, coef, a, &masks, SUMS_ROWS, folded, c, cols, sum, sq);
-        else
-            sum_masked_rows(p, act, coef, a, &masks, 1, folded, c, cols, sum, sq);
         r += rows;
         if (r % CHAIN == 0 || r == list->n)
             carry(cols, sum, sq, g, gx);
@@ -97,9 +105,11 @@ INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coe
     const cursor a = row_cursor(p, row, of.direction);
     row_masks masks;
     vm m[4];
-    for (int j = 0; j < rows; j++)
-        mask_row(p, row + j, j, &masks);
+    masks.from = -WINDOW;
     while (c < end) {
+        if (c >= masks.from + WINDOW)
+            for (int j = 0; j < rows; j++)
+                mask_row(p, row + j, j, c, &masks);
         const ptrdiff_t misfit = of.store == BN_STREAMED ? before_line(a.out + c) % VL : 0;
         const ptrdiff_t n = misfit ? min_z(misfit, end - c) : min_z(VL, end - c);
         const vcoef k = coef_of_columns(coef, c, vtail(VL), 1, of.direction); /* BN_LINE follow the last */

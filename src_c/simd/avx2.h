@@ -54,21 +54,14 @@ INLINE vf vsums(const vf *v) {
 
 typedef __m128i vh;
 typedef __m256i vi;
-INLINE int vbit(vt t, int i) { return _mm256_movemask_ps(_mm256_castsi256_ps(t)) >> i & 1; }
+INLINE int vcount(vt t) {
+    int n = 0;
+    for (int lanes = _mm256_movemask_ps(_mm256_castsi256_ps(t)); lanes; lanes >>= 1)
+        n++;
+    return n;
+}
 INLINE vh vhload(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
-INLINE vh vhload_tail(const uint16_t *p, vt t) {
-    uint16_t b[VL] = {0};
-    for (int i = 0; vbit(t, i); i++)
-        b[i] = p[i];
-    return vhload(b);
-}
 INLINE void vhstore(uint16_t *p, vh a) { _mm_storeu_si128((__m128i *)p, a); }
-INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
-    uint16_t b[VL];
-    vhstore(b, a);
-    for (int i = 0; vbit(t, i); i++)
-        p[i] = b[i];
-}
 INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si128((__m128i *)p, a); }
 INLINE vi vhwiden(vh a) { return _mm256_cvtepu16_epi32(a); }
 INLINE vh vhnarrow(vi a) { return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }

@@ -55,6 +55,7 @@ INLINE vf vsums(const vf *v) {
 typedef __m256i vh;
 typedef __m512i vi;
 INLINE vh vhload(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+#define TAILS_OF_HALVES
 INLINE vh vhload_tail(const uint16_t *p, vt t) { return _mm256_maskz_loadu_epi16(t, p); }
 INLINE void vhstore(uint16_t *p, vh a) { _mm256_storeu_si256((__m256i *)p, a); }
 INLINE void vhstore_tail(uint16_t *p, vh a, vt t) { _mm256_mask_storeu_epi16(p, t, a); }

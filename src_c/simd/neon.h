@@ -74,19 +74,8 @@ INLINE vf vsums(const vf *v) {
 typedef uint16x4_t vh;
 typedef uint32x4_t vi;
 INLINE vh vhload(const uint16_t *p) { return vld1_u16(p); }
-INLINE vh vhload_tail(const uint16_t *p, vt t) {
-    uint16_t b[VL] = {0};
-    for (int i = 0; i < t; i++)
-        b[i] = p[i];
-    return vhload(b);
-}
+INLINE int vcount(vt t) { return t; }
 INLINE void vhstore(uint16_t *p, vh a) { vst1_u16(p, a); }
-INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
-    uint16_t b[VL];
-    vhstore(b, a);
-    for (int i = 0; i < t; i++)
-        p[i] = b[i];
-}
 INLINE void vhstream(uint16_t *p, vh a) { vhstore(p, a); }
 INLINE vi vhwiden(vh a) { return vmovl_u16(a); }
 INLINE vh vhnarrow(vi a) { return vmovn_u32(a); }

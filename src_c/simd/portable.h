@@ -145,13 +145,8 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef uint32_t vi __attribute__((vector_size(4 * VL)));
 typedef vh vh_anywhere __attribute__((aligned(2), may_alias));
 INLINE vh vhload(const uint16_t *p) { return *(const vh_anywhere *)p; }
-INLINE vh vhload_tail(const uint16_t *p, vt t) {
-    vh a = {0};
-    UNROLLED for (int i = 0; i < VL; i++) if (i < t) a[i] = p[i];
-    return a;
-}
+INLINE int vcount(vt t) { return t; }
 INLINE void vhstore(uint16_t *p, vh a) { *(vh_anywhere *)p = a; }
-INLINE void vhstore_tail(uint16_t *p, vh a, vt t) { UNROLLED for (int i = 0; i < VL; i++) if (i < t) p[i] = a[i]; }
 INLINE void vhstream(uint16_t *p, vh a) { vhstore(p, a); }
 INLINE vi vhwiden(vh a) { return __builtin_convertvector(a, vi); }
 INLINE vh vhnarrow(vi a) { return __builtin_convertvector(a, vh); }

@@ -71,19 +71,8 @@ INLINE vf vsums(const vf *v) {
 typedef __m128i vh; /* its lower half */
 typedef __m128i vi;
 INLINE vh vhload(const uint16_t *p) { return _mm_loadl_epi64((const __m128i *)p); }
-INLINE vh vhload_tail(const uint16_t *p, vt t) {
-    uint16_t b[VL] = {0};
-    for (int i = 0; i < t; i++)
-        b[i] = p[i];
-    return vhload(b);
-}
+INLINE int vcount(vt t) { return t; }
 INLINE void vhstore(uint16_t *p, vh a) { _mm_storel_epi64((__m128i *)p, a); }
-INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
-    uint16_t b[VL];
-    vhstore(b, a);
-    for (int i = 0; i < t; i++)
-        p[i] = b[i];
-}
 INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si64((long long *)p, _mm_cvtsi128_si64(a)); }
 INLINE vi vhwiden(vh a) { return _mm_unpacklo_epi16(a, _mm_setzero_si128()); }
 INLINE vh vhnarrow(vi a) { /* the pack there is saturates signed values */

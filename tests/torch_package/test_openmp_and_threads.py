@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from operations import TORCHRUN
 
 torch = pytest.importorskip("torch")
 
@@ -97,17 +98,8 @@ def test_ranks_of_torchrun_have_one_thread(tmp_path):
     """It sets OMP_NUM_THREADS=1 for each process, and the kernels have as many threads as PyTorch."""
     program = tmp_path / "program.py"
     program.write_text(UNDER_TORCHRUN, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        program,
-    ]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*TORCHRUN, program], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("threads 1;") == 2, done.stdout
 

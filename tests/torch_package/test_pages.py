@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from operations import TORCHRUN
 
 torch = pytest.importorskip("torch")
 
@@ -34,16 +35,9 @@ def test_program(program, tmp_path, monkeypatch):
     if "init_process_group" in program:
         train = tmp_path / "train.py"
         train.write_text(program, encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            train,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+        done = subprocess.run(
+            [*TORCHRUN, train], capture_output=True, text=True, encoding="utf-8", timeout=300
+        )
         assert done.returncode == 0, done.stderr
         means = re.findall(r"rank [01]: (\[.*?\])", done.stdout)
         assert len(means) == 2
