@@ -114,7 +114,7 @@ INLINE void real_shifts(const bn_problem *p, const ptrdiff_t *sample, ptrdiff_t 
     for (ptrdiff_t i = 0; i < w; i += VL) {
         vf v[SAMPLES];
         for (int j = 0; j < SAMPLES; j++)
-            v[j] = xload_tail(position_at(p, sample[j]) + c + i, vtail(w - i));
+            v[j] = element_at(position_at(p, sample[j]) + c + i, vtail(w - i), i + VL <= w);
         for (int j = 0; j < 3; j++)
             v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
         vstore(shift + i, vmedian3(v[0], v[1], v[2]));
