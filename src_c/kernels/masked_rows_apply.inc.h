@@ -171,7 +171,7 @@ INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coeffici
 APPLY_MIXED(rows, FORWARD, forward_mixed_rows)
 APPLY_MIXED(rows, BACKWARD, backward_mixed_rows)
 
-#define ALIKE 512 /* values from which on it pays to go through positions that are alike without looking at each */
+#define ALIKE 256 /* values from which on it pays to go through positions that are alike without looking at each */
 
 /* Elements that are not real put out 0. */
 static void put_nothing(const bn_problem *p, ptrdiff_t e0, ptrdiff_t e1, int direction) {
@@ -193,22 +193,30 @@ static void apply_by_runs(const bn_problem *p, const bn_coef *k, const bn_pass *
                           int direction) {
     apply_kernel *const unmasked = direction == FORWARD ? forward_rows : backward_rows;
     apply_kernel *const mixed = direction == FORWARD ? forward_mixed_rows : backward_mixed_rows;
+    const unsigned char *const m = p->mask;
+    const ptrdiff_t many = (ALIKE + p->C - 1) / p->C, end = (e1 - 1) / p->C + 1;
     bn_problem fixed = *p;
     fixed.fixed = 1;
     ptrdiff_t mixed_from = e0;
-    for (ptrdiff_t e = e0, end; e < e1; e = end) {
-        const ptrdiff_t row = e / p->C, most = (e1 - 1) / p->C - row + 1;
-        const unsigned char *const m = p->mask + row, *const other = memchr(m, !*m, (size_t)most);
-        end = other ? (row + (other - m)) * p->C : e1;
-        if (end - e < ALIKE)
+    for (ptrdiff_t i = e0 / p->C; i + many <= end;) {
+        ptrdiff_t first = i + many - 1; /* back from there, so that most of a mixture is never looked at */
+        while (first > i && m[first - 1] == m[i + many - 1])
+            first--;
+        if (first > i) {
+            i = first;
             continue;
-        if (mixed_from < e)
-            mixed(p, k, how, mixed_from, e);
-        if (!*m && p->mask_output)
-            put_nothing(p, e, end, direction);
+        }
+        const unsigned char *const other = memchr(m + i, !m[i], (size_t)(end - i));
+        const ptrdiff_t next = other ? other - m : end;
+        const ptrdiff_t from = max_z(e0, i * p->C), to = min_z(e1, next * p->C);
+        if (mixed_from < from)
+            mixed(p, k, how, mixed_from, from);
+        if (!m[i] && p->mask_output)
+            put_nothing(p, from, to, direction);
         else
-            unmasked(*m ? p : &fixed, k, how, e, end);
-        mixed_from = end;
+            unmasked(m[i] ? p : &fixed, k, how, from, to);
+        mixed_from = to;
+        i = next;
     }
     if (mixed_from < e1)
         mixed(p, k, how, mixed_from, e1);
