@@ -72,7 +72,7 @@ static void place_data(bn_plan *plan, const bn_problem *p, const bn_machine *m, 
  * rows share it; but the hardware prefetches one row after the other best. Two at a time are nearer to memory's order.
  */
 static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, const bn_tuning *t) {
-    const ptrdiff_t K = plan->width, line = line_of(p);
+    const ptrdiff_t K = plan->width, line = line_of(p), bytes = bn_element_bytes(p->element);
     const int lanes = lanes_of(p, m);
     const int backward = bn_second_pass(plan->op) == BN_PASS_BACKWARD;
     const int far = p->packed && p->N * p->S * p->C >= t->far, whole = K <= BN_PANEL && !plan->by_columns;
@@ -82,8 +82,10 @@ static void plan_rows(bn_plan *plan, const bn_problem *p, const bn_machine *m, c
 
     plan->sums.rows = 1;
     if (bn_first_pass(plan->op) == BN_PASS_STATS) {
-        plan->sums.ahead = !memory ? 0 : whole ? t->stats_ahead : K;
-        if (several && !(wide_vectors && memory)) { /* their sums hold narrower vectors up more than memory */
+        plan->sums.ahead = !memory ? 0 : whole ? t->stats_ahead / bytes : K;
+        /* sums of one row at a time hold narrower vectors up more than memory does; and those of halves, which memory
+         * brings twice as many of */
+        if (bytes == 2 ? p->packed : several && !(wide_vectors && memory)) {
             plan->sums.rows = far && whole && wide_vectors && 2 * K <= 2 * t->wide ? 4 : 8;
             plan->sums.ahead = far && whole ? plan->sums.rows * K : 0;
         }
@@ -130,7 +132,7 @@ static void plan_planes(bn_plan *plan, const bn_problem *p, const bn_machine *m,
     plan->sums.by_batch = is_short && past;
     plan->sums.ahead = past ? p->x.inner : 0;
     plan->overlap = plan->apply;
-    plan->overlap.ahead = m->lanes == BN_LINE ? t->overlap_ahead : 0;
+    plan->overlap.ahead = m->lanes == BN_LINE ? t->overlap_ahead / bn_element_bytes(p->element) : 0;
     plan->why_rows = is_short ? "short planes: vectors go across them" : "each plane has its coefficients in registers";
 }
 

@@ -19,13 +19,14 @@
  *   STREAMS         whether vstream passes the caches by: 0 saves the code that would be for it
  *   vdiv(a, b)      a / b
  *   vscale(a, m)    a * 2^k, where the low bits of m as an integer are those of k, and the result is a normal number
- *   vexp(a)         e^a within 2 ulp, from -87 to 88.25, or -708 to 708; a NaN gives anything
+ *   vexp_minus(a)   e^-a within 1 ulp, from -88.25 to 87, or -708 to 708; a NaN gives anything
  *   vh, vi          in float32: VL halves as they lie in memory; VL integers of 32 bits
  *   vhload ... vhstream   as vload ... vstream, of halves; those of tails by
  *   vcount(t)       how many lanes t has, unless TAILS_OF_HALVES tells of better ones
- *   vhwiden, vhnarrow     from halves to integers and back, which are below 2^16
+ *   vhraise, vhupper      halves as the upper ones of integers whose lower are 0; and the upper ones of integers
+ *   vhwiden, vhnarrow     from halves to integers and back, which are below 2^16: where F16_HARDWARE is not defined
  *   vfloat, vbits   the same bits as floats and as integers, which viadd, viand, vior, vishl and vishr work on
- *   vf16, vto_f16   from float16 and, to nearest even, to it: where F16_HARDWARE is defined
+ *   vf16, vf16_one, vto_f16   from float16, of one of them, and, to nearest even, to it: where F16_HARDWARE is defined
  *   vhold(a)        a in a register: where a value from memory has two uses, compilers load it twice
  *   vaddress(p)     p in a register: not to be computed anew, nor from what is near it
  *   vprefetch(p, cache)   the line of p to that cache, and no fault wherever p points
@@ -86,32 +87,34 @@ enum { TO_L1, TO_L2 };
 #endif
 #endif
 
+/* e^-a: r = a + k * ln 2, whose e^-r is a polynomial, times 2^k. The sum that rounds to k has its bits at its low end.
+ */
 #ifdef REAL_IS_FLOAT64
-/* a = k * ln 2 + r, and the Taylor series of r, whose next term is 4e-18 at most. */
-INLINE vf vexp(vf a) {
+/* The Taylor series, whose next term is 4e-18 at most. */
+INLINE vf vexp_minus(vf a) {
     const vf rounding = vset1(6755399441055744.0); /* 1.5 * 2^52 */
-    const vf m = vfma(a, vset1(1.4426950408889634), rounding), k = vsub(m, rounding);
-    const vf r = vfnma(k, vset1(1.90821492927058770e-10), vfnma(k, vset1(6.93147180369123816490e-01), a));
-    static const double factorials[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                                        1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
-                                        1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
-    vf p = vset1(factorials[0]);
+    const vf m = vfma(a, vset1(-1.4426950408889634), rounding), k = vsub(m, rounding);
+    const vf r = vfma(k, vset1(1.90821492927058770e-10), vfma(k, vset1(6.93147180369123816490e-01), a));
+    static const double series[] = {-1.0 / 6227020800, 1.0 / 479001600, -1.0 / 39916800, 1.0 / 3628800,
+                                    -1.0 / 362880,     1.0 / 40320,     -1.0 / 5040,     1.0 / 720,
+                                    -1.0 / 120,        1.0 / 24,        -1.0 / 6,        1.0 / 2};
+    vf p = vset1(series[0]);
     for (int i = 1; i < 12; i++)
-        p = vfma(p, r, vset1(factorials[i]));
-    return vscale(vadd(vfma(p, vmul(r, r), r), vset1(1.0)), m);
+        p = vfma(p, r, vset1(series[i]));
+    return vscale(vadd(vfma(p, vmul(r, r), vsub(vset1(0), r)), vset1(1.0)), m);
 }
 #else
-/* As Cephes does: a = k * ln 2 + r, and a polynomial of r. The sum that rounds to k has its bits at its low end. */
-INLINE vf vexp(vf a) {
+/* The polynomial of this degree that begins with 1 - r and is nearest: 3e-9. Halves of ln 2 are those of Cephes. */
+INLINE vf vexp_minus(vf a) {
     const vf rounding = vset1(12582912.0f); /* 1.5 * 2^23 */
-    const vf m = vfma(a, vset1(1.44269504088896341f), rounding), k = vsub(m, rounding);
-    const vf r = vfnma(k, vset1(-2.12194440e-4f), vfnma(k, vset1(0.693359375f), a));
-    vf p = vfma(vset1(1.9875691500e-4f), r, vset1(1.3981999507e-3f));
-    p = vfma(p, r, vset1(8.3334519073e-3f));
-    p = vfma(p, r, vset1(4.1665795894e-2f));
-    p = vfma(p, r, vset1(1.6666665459e-1f));
-    p = vfma(p, r, vset1(5.0000001201e-1f));
-    return vscale(vadd(vfma(p, vmul(r, r), r), vset1(1.0f)), m);
+    const vf m = vfma(a, vset1(-1.44269504088896341f), rounding), k = vsub(m, rounding);
+    const vf r = vfma(k, vset1(-2.12194440e-4f), vfma(k, vset1(0.693359375f), a));
+    vf p = vfma(vset1(1.3814584e-3f), r, vset1(-8.368724e-3f));
+    p = vfma(p, r, vset1(4.166839e-2f));
+    p = vfma(p, r, vset1(-0.16666521f));
+    p = vfma(p, r, vset1(0.49999994f));
+    p = vfma(p, r, vset1(-1.0f));
+    return vscale(vfma(p, r, vset1(1.0f)), m);
 }
 #endif
 

@@ -24,7 +24,7 @@ typedef struct {
     ptrdiff_t few;           /* elements below which it costs more than it brings to look where things lie best */
     ptrdiff_t far;           /* elements of packed rows from which on what comes next is prefetched */
     ptrdiff_t wide;          /* columns whose coefficients and sums crowd L1 */
-    ptrdiff_t stats_ahead;   /* elements that statistics of rows from memory prefetch ahead */
+    ptrdiff_t stats_ahead;   /* bytes that statistics of rows from memory prefetch ahead */
     ptrdiff_t overlap_ahead; /* the same of overlapped planes; more is slower in short runs */
     ptrdiff_t cache, group;  /* bytes in place of the machine's caches, and of a group of channels; 0: as above */
 } bn_tuning;
@@ -32,7 +32,7 @@ typedef struct {
 #define BN_ROW_OF_CORES                                                                                                \
     .serial = 65536, .serial_pool = 4096, .write_64ths = 48, .read_64ths = 64, .alone_64ths = 32, .held = 1 << 19,     \
     .run = 12 << 10, .overlap_run = 48 << 10, .group_of_cache = 4, .overlap_of_cache = 10, .sample_of_l2 = 4,          \
-    .block = 16384, .few = 1 << 13, .far = 1 << 18, .wide = 1024, .stats_ahead = 2048, .overlap_ahead = 512
+    .block = 16384, .few = 1 << 13, .far = 1 << 18, .wide = 1024, .stats_ahead = 8192, .overlap_ahead = 2048
 
 static const bn_tuning bn_tunings[BN_N_CLASSES] = {
     [BN_CORES] = {BN_ROW_OF_CORES},
@@ -53,8 +53,8 @@ static const bn_tuning bn_tunings[BN_N_CLASSES] = {
                    .few = 1 << 13,
                    .far = 1 << 18,
                    .wide = 1024,
-                   .stats_ahead = 2048,
-                   .overlap_ahead = 512},
+                   .stats_ahead = 8192,
+                   .overlap_ahead = 2048},
     [BN_BOARD] = {BN_ROW_OF_CORES}, /* not measured on a board */
 };
 

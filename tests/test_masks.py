@@ -100,10 +100,11 @@ def test_activations_and_residual(operation, activation, axis, mask_output):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, axis, mask_output):
     options = dict.fromkeys(("x", "grad_output", "residual"), layout)
-    p = masked((4, 6, 9, 10), axis, "most", mask_output, **options)
-    for operation in OPERATIONS:
-        activation = None if operation in UNFUSED else "relu"
-        check(operation, p, activation, activation is not None)
+    for shape, kind in ((4, 6, 9, 10), "most"), ((4, 6, 19, 20), "beginning"):
+        p = masked(shape, axis, kind, mask_output, **options)
+        for operation in OPERATIONS:
+            activation = None if operation in UNFUSED else "relu"
+            check(operation, p, activation, activation is not None)
 
 
 @both_axes

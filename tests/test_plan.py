@@ -11,12 +11,14 @@ AVX2 = {"lanes": 8, "held": 0, "overlaps": 1}
 BIG, MIDDLE, SMALL = (32, 256, 56, 56), (8, 64, 28, 28), (1, 16, 8, 8)
 
 
-def plan(shape, operation, layout="planes", threads=2, machine="zen5", **facts):
+def plan(shape, operation, layout="planes", threads=2, machine="zen5", dtype="float32", **facts):
     """Of a shape as (N, C, ...), its memory laid out as told."""
     n, c, *spatial = shape
     axis = 1 if layout == "planes" or not spatial else -1
     order = (n, c, *spatial) if axis == 1 else (n, *spatial, c)
-    return _kernels.plan(order, operation, axis=axis, threads=threads, machine=machine, facts=facts or None)
+    return _kernels.plan(
+        order, operation, axis=axis, dtype=dtype, threads=threads, machine=machine, facts=facts or None
+    )
 
 
 # machine, threads, shape, operation, layout: way, stores, and some of the rest
@@ -88,6 +90,17 @@ def test_few_channels_stay_in_registers():
     assert plan((32, 64, 56, 56), "backward", "rows", **AVX512)["apply"]["period"] == 4
     assert plan((32, 96, 56, 56), "inference", "rows", **AVX512)["apply"]["period"] == 6
     assert plan((32, 64, 56, 56), "inference", "rows", **AVX2)["apply"]["period"] == 0
+
+
+def test_prefetches_are_so_many_bytes_ahead():
+    for dtype, size in ("float32", 4), ("float16", 2), ("float64", 8):
+        assert plan(BIG, "training", dtype=dtype, **AVX512)["overlap"]["ahead"] * size == 2048
+
+
+def test_statistics_of_halves_take_several_rows_from_memory_too():
+    for machine, rows in (AVX512, 4), (AVX2, 8):
+        assert plan(BIG, "training", "rows", dtype="bfloat16", **machine)["sums"]["rows"] == rows
+        assert plan(BIG, "training", "rows", **machine)["sums"]["rows"] == 1
 
 
 def test_unknown_names_are_refused():

@@ -9,6 +9,7 @@ typedef float real;
 #ifdef F16_HARDWARE
 INLINE vf from_halves(vh a) { return vf16(a); }
 INLINE vh to_halves(vf a) { return vto_f16(a); }
+INLINE real widen(elem a) { return vf16_one(a); }
 #else
 /* Not inlined: of a few dozen instructions each, a third of a megabyte in all. */
 #if defined(_MSC_VER) && !defined(__clang__)
@@ -40,12 +41,16 @@ APART vh to_halves(vf a) {
     r = vselect(vle(a, a), r, vfloat(nan));
     return vhnarrow(vior(vbits(r), viand(vishr(bits, 16), viset1(0x8000))));
 }
-#endif
 INLINE real widen(elem a) {
-    real v[VL];
-    uint16_t h[VL] = {a};
-    vstore(v, from_halves(vhload(h)));
-    return v[0];
+    const uint32_t move = 112u << 23, least = 113u << 23, magnitude = (a & 0x7fffu) << 13;
+    uint32_t bits = magnitude + (magnitude < 1u << 23 ? least : magnitude < 31u << 23 ? move : 2 * move);
+    real v, denormal;
+    memcpy(&v, &bits, sizeof v);
+    memcpy(&denormal, &least, sizeof denormal);
+    if (magnitude < 1u << 23)
+        v -= denormal;
+    return a & 0x8000 ? -v : v;
 }
+#endif
 
 #include "elements/halves.h"

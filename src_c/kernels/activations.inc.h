@@ -53,18 +53,19 @@ INLINE vf gradient_HARDSWISH(vf dy, vf z, const vact *a) {
 INLINE vf forward_SILU(vf z, const vact *a) {
     (void)a;
     const vf low = vmax(vset1(SILU_LOW), z);
-    return vdiv(low, vadd(vset1(1), vexp(vsub(vset1(0), vmin(vset1(SILU_HIGH), low)))));
+    return vdiv(low, vadd(vset1(1), vexp_minus(vmin(vset1(SILU_HIGH), low))));
 }
 INLINE vf gradient_SILU(vf dy, vf z, const vact *a) {
     (void)a;
     const vf one = vset1(1), inside = vmin(vset1(SILU_HIGH), vmax(vset1(SILU_LOW), z));
-    const vf s = vdiv(one, vadd(one, vexp(vsub(vset1(0), inside))));
+    const vf s = vdiv(one, vadd(one, vexp_minus(inside)));
     return vmul(dy, vmul(s, vfma(inside, vsub(one, s), one)));
 }
 
 /* In an instance of a kernel an activation is PLAIN (none), CLIPPED (forward: relu and relu6), RECTIFIED (backward:
- * relu alone, as a second comparison costs an eighth of the pass) or looked up for each few vectors. */
-enum { PLAIN, CLIPPED, RECTIFIED, ANY };
+ * relu alone, as a second comparison costs an eighth of the pass), SILU (forward), or looked up for each few vectors.
+ * The last two want registers. */
+enum { PLAIN, CLIPPED, RECTIFIED, SILU, ANY };
 
 INLINE int forward_kind(const bn_problem *p) {
     return p->activation == BN_IDENTITY ? PLAIN : p->activation == BN_RELU || p->activation == BN_RELU6 ? CLIPPED : ANY;
@@ -82,6 +83,8 @@ INLINE vact activation_of(const bn_problem *p) {
 INLINE void activate(const bn_problem *p, const vact *a, int act, int n, vf *z) {
     if (act == CLIPPED)
         UNROLLED for (int j = 0; j < n; j++) z[j] = forward_clipped(z[j], a);
+    if (act == SILU)
+        UNROLLED for (int j = 0; j < n; j++) z[j] = forward_SILU(z[j], a);
     if (act != ANY)
         return;
 #define CASE(code, name)                                                                                               \
@@ -106,6 +109,7 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
  * 1, or MAYBE, which looks at each vector anew. What is rarer than PLAIN and `often` is looked up. */
 #define MAYBE 2
 #ifdef FEW_INSTANCES /* of all elements but float32 */
+#define SILU_APART 0
 #define SPECIALIZE_AS(kind, often, plain_has, often_has, present, body)                                                \
     if ((kind) == PLAIN && !(plain_has)) {                                                                             \
         body(PLAIN, 0);                                                                                                \
@@ -113,6 +117,7 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
         body(ANY, MAYBE);                                                                                              \
     }
 #else
+#define SILU_APART 1
 #define SPECIALIZE_AS(kind, often, plain_has, often_has, present, body)                                                \
     switch (kind) {                                                                                                    \
     case PLAIN:                                                                                                        \
@@ -132,8 +137,13 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
     default: body(ANY, MAYBE);                                                                                         \
     }
 #endif
-#define HAS(operand)        ((operand).data != NULL)
-#define SPECIALIZE(p, body) SPECIALIZE_AS(forward_kind(p), CLIPPED, HAS((p)->residual), HAS((p)->residual), 1, body)
+#define HAS(operand) ((operand).data != NULL)
+#define SPECIALIZE(p, body)                                                                                            \
+    if (SILU_APART && (p)->activation == BN_SILU) {                                                                    \
+        body(SILU, MAYBE);                                                                                             \
+    } else {                                                                                                           \
+        SPECIALIZE_AS(forward_kind(p), CLIPPED, HAS((p)->residual), HAS((p)->residual), 1, body)                       \
+    }
 /* Sums look at no residual where there is no activation. */
 #define SPECIALIZE_SUMS(p, body) SPECIALIZE_AS(backward_kind(p), RECTIFIED, 0, HAS((p)->residual), 1, body)
 /* The backward pass has a residual or its gradient, one of them or both. */

@@ -121,7 +121,7 @@ INLINE batch part_of_vector(vt t) {
 INLINE void values_at(const bn_problem *p, const vact *act, const vcoef *k, int step, const cursor *a, ptrdiff_t i,
                       batch b, instance of, vf *v, vf *g) {
     vf d[4];
-    const int at_once = of.act == ANY ? b.n : 1; /* one after the other takes fewer registers */
+    const int at_once = of.act >= SILU ? b.n : 1; /* one after the other takes fewer registers */
     UNROLLED for (int first = 0; first < b.n; first += at_once) {
         UNROLLED for (int j = first; j < first + at_once; j++) {
             const ptrdiff_t at = i + j * b.distance;

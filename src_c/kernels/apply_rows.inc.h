@@ -129,8 +129,8 @@ INLINE void apply_rows(const bn_problem *problem, const bn_coef *coefficients, c
     const ptrdiff_t K = p->C * p->fold;
     const int rotate = p->packed && K % LINE == 0;
     const elem *out = of.direction == FORWARD ? p->y.data : p->grad_input.data;
-    /* vectors whose coefficients registers hold; what is looked up would need these */
-    const int whole = of.act == ANY ? 0 : of.direction == FORWARD ? HELD : HELD / 2;
+    /* vectors whose coefficients registers hold; some activations would need these */
+    const int whole = of.act >= SILU ? 0 : of.direction == FORWARD ? HELD : HELD / 2;
     const vact act = activation_of(p);
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;

@@ -6,11 +6,10 @@
 #define WINDOW 256           /* columns of folded rows whose masks are spread at a time */
 #define BYTES  (WINDOW + 64) /* a byte each, the vector that begins in the last, and what spread() writes beyond */
 
-/* Rows of a tile that are to be looked at, of the kernel's width. */
+/* Rows of a tile that are to be looked at, of the kernel's width: first those that are real throughout. */
 typedef struct {
-    ptrdiff_t n, reps; /* rows of memory in each: `fold`, but where the last do not fill a wide one */
+    ptrdiff_t n, whole, reps; /* rows of memory in each: `fold`, but where the last do not fill a wide one */
     ptrdiff_t row[ROW_TILE];
-    unsigned char whole[ROW_TILE]; /* whether all of them are real */
 } row_list;
 
 /* All rows of tile t, or those of which something is real. */
@@ -18,12 +17,14 @@ static void list_rows(const bn_problem *p, ptrdiff_t t, int all, row_list *list)
     ptrdiff_t row0, rows = row_tile(p, t, &row0);
     list->reps = rows ? p->fold : p->N * p->S % p->fold;
     list->n = 0;
-    for (ptrdiff_t r = row0; r < row0 + max_z(1, rows); r++) {
-        const ptrdiff_t real = count_real(p->mask + r * p->fold, list->reps);
-        if (real || all) {
-            list->row[list->n] = r;
-            list->whole[list->n++] = real == list->reps;
+    for (int partly = 0; partly < 2; partly++) {
+        for (ptrdiff_t r = row0; r < row0 + max_z(1, rows); r++) {
+            const ptrdiff_t real = count_real(p->mask + r * p->fold, list->reps);
+            if (partly ? real < list->reps && (real || all) : real == list->reps)
+                list->row[list->n++] = r;
         }
+        if (!partly)
+            list->whole = list->n;
     }
 }
 
@@ -35,7 +36,14 @@ static void spread(const unsigned char *m, ptrdiff_t reps, ptrdiff_t C, ptrdiff_
         memset(to, m[first], (size_t)n);
         return;
     }
-    for (ptrdiff_t f = first, i = 0; f <= last; f++) {
+    ptrdiff_t f = first, i = 0;
+    if (C <= 8)
+        for (; f < last; f++) {
+            const uint64_t eight = m[f] * UINT64_C(0x0101010101010101);
+            memcpy(to + i, &eight, 8);
+            i += f == first ? (first + 1) * C - c : C;
+        }
+    for (; f <= last; f++) {
         const ptrdiff_t end = min_z(n, (f + 1) * C - c);
         const uint64_t eight = m[f] * UINT64_C(0x0101010101010101);
         for (; i < end; i += 8)
@@ -85,11 +93,9 @@ INLINE void add_listed(const bn_problem *p, const row_list *list, int what, ptrd
     const elem *x[STATS_ROWS];
     for (ptrdiff_t r = 0; r < list->n; r += STATS_ROWS) {
         const int rows = (int)min_z(STATS_ROWS, list->n - r);
-        int masked = 0;
-        for (int j = 0; j < rows; j++) {
+        const int masked = r + rows > list->whole;
+        for (int j = 0; j < rows; j++)
             x[j] = row_at(p, list->row[r + j]) + c;
-            masked |= !list->whole[r + j];
-        }
         for (ptrdiff_t i = 0; masked && i < cols; i += WINDOW) {
             for (int j = 0; j < rows; j++)
                 spread(p->mask + list->row[r + j] * p->fold, list->reps, p->C, c + i, bytes + j * BYTES);
@@ -114,7 +120,7 @@ INLINE void real_shifts(const bn_problem *p, const ptrdiff_t *sample, ptrdiff_t 
     for (ptrdiff_t i = 0; i < w; i += VL) {
         vf v[SAMPLES];
         for (int j = 0; j < SAMPLES; j++)
-            v[j] = xload_tail(position_at(p, sample[j]) + c + i, vtail(w - i));
+            v[j] = element_at(position_at(p, sample[j]) + c + i, vtail(w - i), i + VL <= w);
         for (int j = 0; j < 3; j++)
             v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
         vstore(shift + i, vmedian3(v[0], v[1], v[2]));

@@ -44,13 +44,30 @@ INLINE void sum_masked_rows(const bn_problem *p, const vact *act, const coefs *c
     }
 }
 
+/* Those of the listed rows that are real throughout, as without a mask. */
+static void sum_whole_rows(const bn_problem *p, const vact *act, const coefs *coef, const row_list *list, ptrdiff_t c,
+                           ptrdiff_t cols, real *sum, real *sq, double *g, double *gx) {
+    const instance of = masked(BACKWARD, BN_CACHED);
+    for (ptrdiff_t r = 0; r < list->whole;) {
+        const cursor a = row_cursor(p, list->row[r], BACKWARD);
+        const ptrdiff_t left = min_z(list->whole, r / CHAIN * CHAIN + CHAIN) - r;
+        if (p->packed && left >= SUMS_ROWS && list->row[r + SUMS_ROWS - 1] == list->row[r] + SUMS_ROWS - 1) {
+            sum_some_rows(p, act, coef, &a, SUMS_ROWS, 0, c, cols, sum, sq, of);
+            r += SUMS_ROWS;
+        } else {
+            sum_some_rows(p, act, coef, &a, 1, 0, c, cols, sum, sq, of);
+            r++;
+        }
+        if (r % CHAIN == 0 || r == list->whole)
+            carry(cols, sum, sq, g, gx);
+    }
+}
+
 INLINE void sum_listed(const bn_problem *p, const vact *act, const coefs *coef, const row_list *list, int folded,
                        ptrdiff_t c, ptrdiff_t cols, real *sum, real *sq, double *g, double *gx) {
     row_masks masks;
     cursor a[4];
-    memset(g, 0, (size_t)cols * sizeof *g);
-    memset(gx, 0, (size_t)cols * sizeof *gx);
-    for (ptrdiff_t r = 0; r < list->n;) {
+    for (ptrdiff_t r = list->whole; r < list->n;) {
         const int rows = list->n - r >= SUMS_ROWS ? SUMS_ROWS : 1;
         for (int j = 0; j < rows; j++)
             a[j] = row_cursor(p, list->row[r + j], BACKWARD);
@@ -64,7 +81,7 @@ INLINE void sum_listed(const bn_problem *p, const vact *act, const coefs *coef, 
                 sum_masked_rows(p, act, coef, a, &masks, 1, folded, c, i, end, sum, sq);
         }
         r += rows;
-        if (r % CHAIN == 0 || r == list->n)
+        if ((r - list->whole) % CHAIN == 0 || r == list->n)
             carry(cols, sum, sq, g, gx);
     }
 }
@@ -90,6 +107,9 @@ static void sums_masked_rows(const bn_problem *problem, const bn_coef *coefficie
         for (ptrdiff_t c = to->c0; c < end; c += PANEL) {
             const ptrdiff_t cols = min_z(PANEL, end - c);
             double *const g = to->a + at + (c - to->c0), *const gx = to->b + at + (c - to->c0);
+            memset(g, 0, (size_t)cols * sizeof *g);
+            memset(gx, 0, (size_t)cols * sizeof *gx);
+            sum_whole_rows(p, &act, coef, &list, c, cols, sum, sq, g, gx);
             if (p->fold > 1)
                 sum_listed(p, &act, coef, &list, 1, c, cols, sum, sq, g, gx);
             else
@@ -123,12 +143,17 @@ INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coe
     }
 }
 
+#define ALONE 32 /* channels from which on rows are full enough without being folded: a row is then real or not */
+
 INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
                               ptrdiff_t e1, instance of) {
-    const bn_problem local = *problem, *const p = &local; /* as in apply_rows */
+    bn_problem local = *problem; /* as in apply_rows */
+    const bn_problem *const p = &local;
     const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
+    if (p->C >= ALONE)
+        local.fold = 1;
     const ptrdiff_t K = p->C * p->fold;
-    const int rows = of.store == BN_CACHED && p->pitch ? how->rows : 1;
+    const int rows = of.store == BN_CACHED && p->pitch && how->rows > 1 ? 4 : 1;
     const vact act = activation_of(p);
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;
@@ -143,5 +168,66 @@ INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coeffici
     }
 }
 
-APPLY_MASKED(rows, FORWARD, forward_masked_rows, forward_rows)
-APPLY_MASKED(rows, BACKWARD, backward_masked_rows, backward_rows)
+APPLY_MIXED(rows, FORWARD, forward_mixed_rows)
+APPLY_MIXED(rows, BACKWARD, backward_mixed_rows)
+
+#define ALIKE 256 /* values from which on it pays to go through positions that are alike without looking at each */
+
+/* Elements that are not real put out 0. */
+static void put_nothing(const bn_problem *p, ptrdiff_t e0, ptrdiff_t e1, int direction) {
+    for (ptrdiff_t n; e0 < e1; e0 += n) {
+        const ptrdiff_t row = e0 / p->C, c = e0 % p->C;
+        n = p->packed ? e1 - e0 : min_z(p->C - c, e1 - e0);
+        const cursor a = cursor_at(p, row / p->S, row % p->S, c, direction);
+        memset(a.out, 0, (size_t)n * sizeof *a.out);
+        if (a.gr)
+            memset(a.gr, 0, (size_t)n * sizeof *a.gr);
+    }
+}
+
+typedef void apply_kernel(const bn_problem *, const bn_coef *, const bn_pass *, ptrdiff_t, ptrdiff_t);
+
+/* Many positions that are alike go as without a mask, put out nothing, or have a gradient that does not go through the
+ * statistics, as if those were fixed. */
+static void apply_by_runs(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1,
+                          int direction) {
+    apply_kernel *const unmasked = direction == FORWARD ? forward_rows : backward_rows;
+    apply_kernel *const mixed = direction == FORWARD ? forward_mixed_rows : backward_mixed_rows;
+    const unsigned char *const m = p->mask;
+    const ptrdiff_t many = (ALIKE + p->C - 1) / p->C, end = (e1 - 1) / p->C + 1;
+    bn_problem fixed = *p;
+    fixed.fixed = 1;
+    ptrdiff_t mixed_from = e0;
+    for (ptrdiff_t i = e0 / p->C; i + many <= end;) {
+        ptrdiff_t first = i + many - 1; /* back from there, so that most of a mixture is never looked at */
+        while (first > i && m[first - 1] == m[i + many - 1])
+            first--;
+        if (first > i) {
+            i = first;
+            continue;
+        }
+        const unsigned char *const other = memchr(m + i, !m[i], (size_t)(end - i));
+        const ptrdiff_t next = other ? other - m : end;
+        const ptrdiff_t from = max_z(e0, i * p->C), to = min_z(e1, next * p->C);
+        if (mixed_from < from)
+            mixed(p, k, how, mixed_from, from);
+        if (!m[i] && p->mask_output)
+            put_nothing(p, from, to, direction);
+        else
+            unmasked(m[i] ? p : &fixed, k, how, from, to);
+        mixed_from = to;
+        i = next;
+    }
+    if (mixed_from < e1)
+        mixed(p, k, how, mixed_from, e1);
+}
+
+INLINE void forward_by_runs(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
+    apply_by_runs(p, k, how, e0, e1, FORWARD);
+}
+INLINE void backward_by_runs(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
+    apply_by_runs(p, k, how, e0, e1, BACKWARD);
+}
+
+APPLY_MASKED(FORWARD, forward_masked_rows, forward_by_runs, forward_rows)
+APPLY_MASKED(BACKWARD, backward_masked_rows, backward_by_runs, backward_rows)

@@ -110,7 +110,7 @@ INLINE void row_shifts(const bn_problem *p, ptrdiff_t row0, ptrdiff_t rows, ptrd
     for (ptrdiff_t i = 0; i < cols; i += VL) {
         vf v[SAMPLES];
         for (int j = 0; j < SAMPLES; j++)
-            v[j] = xload_tail(x[j] + i, vtail(cols - i));
+            v[j] = element_at(x[j] + i, vtail(cols - i), i + VL <= cols);
         for (int j = 0; j < 3; j++)
             v[j] = vmedian3(v[j], v[j + 3], v[j + 6]);
         vstore(shift + i, vmedian3(v[0], v[1], v[2]));

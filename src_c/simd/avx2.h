@@ -54,17 +54,39 @@ INLINE vf vsums(const vf *v) {
 
 typedef __m128i vh;
 typedef __m256i vi;
-INLINE int vcount(vt t) {
-    int n = 0;
-    for (int lanes = _mm256_movemask_ps(_mm256_castsi256_ps(t)); lanes; lanes >>= 1)
-        n++;
-    return n;
-}
 INLINE vh vhload(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p); }
 INLINE void vhstore(uint16_t *p, vh a) { _mm_storeu_si128((__m128i *)p, a); }
+/* There are masks of 32 bits: pairs go by them, and what is left over by itself. */
+#define TAILS_OF_HALVES
+INLINE vh lanes_of_halves(vt t) { return _mm_packs_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)); }
+INLINE vh vhload_tail(const uint16_t *p, vt t) {
+    const int n = (int)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(t)));
+    const vh lanes = lanes_of_halves(t), pairs = _mm_srai_epi32(lanes, 16),
+             v = _mm_maskload_epi32((const int *)p, pairs);
+    if (n % 2 == 0)
+        return v;
+    return _mm_or_si128(v, _mm_and_si128(_mm_andnot_si128(pairs, lanes), _mm_set1_epi16((short)p[n - 1])));
+}
+INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
+    const int n = (int)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(t)));
+    uint16_t b[VL];
+    _mm_maskstore_epi32((int *)p, _mm_srai_epi32(lanes_of_halves(t), 16), a);
+    if (n % 2 == 1) {
+        vhstore(b, a);
+        p[n - 1] = b[n - 1];
+    }
+}
 INLINE void vhstream(uint16_t *p, vh a) { _mm_stream_si128((__m128i *)p, a); }
-INLINE vi vhwiden(vh a) { return _mm256_cvtepu16_epi32(a); }
-INLINE vh vhnarrow(vi a) { return _mm_packus_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)); }
+INLINE vi vhraise(vh a) { /* both halves of a vector have all of them: a load brings that */
+    const vi from = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
+                                     11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(a), from);
+}
+INLINE vh vhupper(vi a) {
+    const vi from = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10, 11, 14,
+                                     15, -1, -1, -1, -1, -1, -1, -1, -1);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8(a, from), 0x08));
+}
 INLINE vf vfloat(vi a) { return _mm256_castsi256_ps(a); }
 INLINE vi vbits(vf a) { return _mm256_castps_si256(a); }
 INLINE vi viset1(uint32_t a) { return _mm256_set1_epi32((int)a); }
@@ -74,5 +96,6 @@ INLINE vi vior(vi a, vi b) { return _mm256_or_si256(a, b); }
 INLINE vi vishl(vi a, int n) { return _mm256_slli_epi32(a, n); }
 INLINE vi vishr(vi a, int n) { return _mm256_srli_epi32(a, n); }
 #define F16_HARDWARE 1
+INLINE float vf16_one(uint16_t a) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a))); }
 INLINE vf vf16(vh a) { return _mm256_cvtph_ps(a); }
 INLINE vh vto_f16(vf a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }

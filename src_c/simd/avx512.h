@@ -60,8 +60,17 @@ INLINE vh vhload_tail(const uint16_t *p, vt t) { return _mm256_maskz_loadu_epi16
 INLINE void vhstore(uint16_t *p, vh a) { _mm256_storeu_si256((__m256i *)p, a); }
 INLINE void vhstore_tail(uint16_t *p, vh a, vt t) { _mm256_mask_storeu_epi16(p, t, a); }
 INLINE void vhstream(uint16_t *p, vh a) { _mm256_stream_si256((__m256i *)p, a); }
-INLINE vi vhwiden(vh a) { return _mm512_cvtepu16_epi32(a); }
-INLINE vh vhnarrow(vi a) { return _mm512_cvtepi32_epi16(a); }
+/* By one permutation each, where shifts and conversions would be three instructions. */
+#define ODD(i)   2 * (i) + 1, 2 * (i) + 3, 2 * (i) + 5, 2 * (i) + 7
+#define TWICE(i) (i), (i), (i) + 1, (i) + 1, (i) + 2, (i) + 2, (i) + 3, (i) + 3
+INLINE vi vhraise(vh a) {
+    static const uint16_t from[32] = {TWICE(0), TWICE(4), TWICE(8), TWICE(12)};
+    return _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_loadu_si512(from), _mm512_castsi256_si512(a));
+}
+INLINE vh vhupper(vi a) {
+    static const uint16_t from[32] = {ODD(0), ODD(4), ODD(8), ODD(12)}; /* of the others 0 */
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_loadu_si512(from), a));
+}
 INLINE vf vfloat(vi a) { return _mm512_castsi512_ps(a); }
 INLINE vi vbits(vf a) { return _mm512_castps_si512(a); }
 INLINE vi viset1(uint32_t a) { return _mm512_set1_epi32((int)a); }
@@ -71,5 +80,6 @@ INLINE vi vior(vi a, vi b) { return _mm512_or_si512(a, b); }
 INLINE vi vishl(vi a, int n) { return _mm512_slli_epi32(a, (unsigned)n); }
 INLINE vi vishr(vi a, int n) { return _mm512_srli_epi32(a, (unsigned)n); }
 #define F16_HARDWARE 1
+INLINE float vf16_one(uint16_t a) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(a))); }
 INLINE vf vf16(vh a) { return _mm512_cvtph_ps(a); }
 INLINE vh vto_f16(vf a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }

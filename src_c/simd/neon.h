@@ -77,8 +77,8 @@ INLINE vh vhload(const uint16_t *p) { return vld1_u16(p); }
 INLINE int vcount(vt t) { return t; }
 INLINE void vhstore(uint16_t *p, vh a) { vst1_u16(p, a); }
 INLINE void vhstream(uint16_t *p, vh a) { vhstore(p, a); }
-INLINE vi vhwiden(vh a) { return vmovl_u16(a); }
-INLINE vh vhnarrow(vi a) { return vmovn_u32(a); }
+INLINE vi vhraise(vh a) { return vshll_n_u16(a, 16); }
+INLINE vh vhupper(vi a) { return vshrn_n_u32(a, 16); }
 INLINE vf vfloat(vi a) { return vreinterpretq_f32_u32(a); }
 INLINE vi vbits(vf a) { return vreinterpretq_u32_f32(a); }
 INLINE vi viset1(uint32_t a) { return vdupq_n_u32(a); }
@@ -88,5 +88,6 @@ INLINE vi vior(vi a, vi b) { return vorrq_u32(a, b); }
 INLINE vi vishl(vi a, int n) { return vshlq_u32(a, vdupq_n_s32(n)); }
 INLINE vi vishr(vi a, int n) { return vshlq_u32(a, vdupq_n_s32(-n)); }
 #define F16_HARDWARE 1
+INLINE float vf16_one(uint16_t a) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(a))), 0); }
 INLINE vf vf16(vh a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
 INLINE vh vto_f16(vf a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }

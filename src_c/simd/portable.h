@@ -150,6 +150,8 @@ INLINE void vhstore(uint16_t *p, vh a) { *(vh_anywhere *)p = a; }
 INLINE void vhstream(uint16_t *p, vh a) { vhstore(p, a); }
 INLINE vi vhwiden(vh a) { return __builtin_convertvector(a, vi); }
 INLINE vh vhnarrow(vi a) { return __builtin_convertvector(a, vh); }
+INLINE vi vhraise(vh a) { return vhwiden(a) << 16; }
+INLINE vh vhupper(vi a) { return vhnarrow(a >> 16); }
 INLINE vf vfloat(vi a) { return (vf)a; }
 INLINE vi vbits(vf a) { return (vi)a; }
 INLINE vi viset1(uint32_t a) { return a + (vi){0}; }

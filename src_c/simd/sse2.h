@@ -78,6 +78,8 @@ INLINE vi vhwiden(vh a) { return _mm_unpacklo_epi16(a, _mm_setzero_si128()); }
 INLINE vh vhnarrow(vi a) { /* the pack there is saturates signed values */
     return _mm_packs_epi32(_mm_srai_epi32(_mm_slli_epi32(a, 16), 16), _mm_setzero_si128());
 }
+INLINE vi vhraise(vh a) { return _mm_unpacklo_epi16(_mm_setzero_si128(), a); }
+INLINE vh vhupper(vi a) { return _mm_packs_epi32(_mm_srai_epi32(a, 16), _mm_setzero_si128()); }
 INLINE vf vfloat(vi a) { return _mm_castsi128_ps(a); }
 INLINE vi vbits(vf a) { return _mm_castps_si128(a); }
 INLINE vi viset1(uint32_t a) { return _mm_set1_epi32((int)a); }
