@@ -138,7 +138,7 @@ docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and b
 
 # The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one.
 wheel: $(VENV)/release.stamp ## build sdist and wheel as they are published, into dist/, and check them
-	rm -rf dist build/dist build/wheel
+	rm -rf dist build/dist build/wheel && mkdir -p build
 	$(PY) -m build --sdist --no-isolation --outdir dist >build/sdist.log
 	$(PIP) wheel --no-build-isolation --no-index --no-deps --wheel-dir build/dist dist/*.tar.gz
 	@if [ "$$(uname)" = Linux ]; then $(PY) .ci/repair_wheel build/dist/*.whl dist && \
