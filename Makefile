@@ -21,10 +21,12 @@ PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# Where nothing is built yet it is compiled for this CPU alone, in two thirds of the time; make test adds the rest. The
-# examples multiply small matrices, for which threads of OpenBLAS only wait.
+# Where nothing is built yet, what the examples need is compiled: float32 on this CPU. make test adds the rest. They
+# multiply small matrices, for which threads of OpenBLAS only wait.
 CPU = $(shell uname -m | grep -q x86_64 && { grep -qsw avx512vl /proc/cpuinfo && echo avx512 || grep -osw -m1 avx2 /proc/cpuinfo; } | head -1)
-demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(wildcard fastbn/_kernels*.so),,$(CPU)))
+QUICK = $(if $(wildcard fastbn/_kernels*.so),$(shell grep -ls FASTBN_FLOAT32_ALONE build/objects/*/extension.flags),yes)
+demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(QUICK),$(CPU)))
+demo: export FASTBN_BUILD_ELEMENTS := $(or $(FASTBN_BUILD_ELEMENTS),$(if $(QUICK),f32))
 demo: export OPENBLAS_NUM_THREADS = 1
 demo: export PYTHONPATH = $(CURDIR)
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo

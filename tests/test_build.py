@@ -33,7 +33,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scri
 
 def run(*command, cwd, **environment):
     """Run a command that must succeed; its output is shown if the test fails."""
-    environment = os.environ | {"FASTBN_NO_OPENMP": "0"} | environment
+    whole = {"FASTBN_NO_OPENMP": "0", "FASTBN_BUILD_ISAS": "", "FASTBN_BUILD_ELEMENTS": ""}
+    environment = os.environ | whole | environment
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     assert done.returncode == 0
@@ -125,6 +126,22 @@ def test_what_is_built_again_when(recorder):
         recorder.touch(f"fastbn/{source}")
         assert set(recorder.build()) == EXTENSION, source
     assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
+
+
+@pytest.mark.skipif(not X86_64, reason="has a single instruction set")
+def test_a_quick_build_is_a_part_of_the_whole(recorder):
+    """Of one instruction set and float32; what it has compiled is not compiled again for the rest."""
+    recorder.touch("setup.py")
+    quick = recorder.build(FASTBN_BUILD_ISAS="avx2", FASTBN_BUILD_ELEMENTS="f32")
+    assert set(quick) == SOURCES - KERNELS_OF["avx512"] | EXTENSION
+    assert "-DFASTBN_FLOAT32_ALONE=1" in quick[f"{OBJECTS}/fastbn/_kernels.c"]
+    text = {name: (recorder.checkout / name).read_text() for name in KERNELS & set(quick)}
+    whole = {name for name in text if "kernels/" in text[name]}
+    assert whole == {name for name in text if re.search("_f32|terms_", name)}
+    rest = recorder.build()
+    assert set(rest) == SOURCES - whole - (SOURCES - KERNELS - {"src_c/dispatch.c"}) | EXTENSION
+    assert "FASTBN_FLOAT32_ALONE" not in str(rest)
+    assert set(recorder.build(FASTBN_BUILD_ISAS="avx2")) == {"src_c/dispatch.c"} | EXTENSION
 
 
 @pytest.mark.parametrize(
