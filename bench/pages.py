@@ -128,7 +128,7 @@ def draw(summary, about, path):
     """An operation a panel, a number of threads a line of panels, a library a bar."""
     plt = pyplot()
     threads = sorted({line.threads for line in summary})
-    size = 7.2, 0.8 + 1.5 * len(threads)
+    size = 5.4, 0.8 + 1.4 * len(threads)  # narrow, so that it can be read on a phone
     figure, axes = plt.subplots(
         len(threads), len(CHARTED), figsize=size, sharex=True, layout="constrained", squeeze=False
     )
@@ -145,7 +145,7 @@ def draw(summary, about, path):
             for i, (bar, length) in enumerate(bars):
                 axis.barh(i, length, color=BLUE if bar == OURS else GREY, height=0.75)
                 axis.text(length, i, f" {length:.1f}" if length else " has none", va="center", fontsize=9)
-            names = ["oneDNN, blocked" if bar == "oneDNN" else bar for bar, _ in bars]
+            names = ["oneDNN,\nblocked" if bar == "oneDNN" else bar for bar, _ in bars]
             axis.set_yticks(range(len(bars)), names if axis is panels[0] else [], fontsize=9)
             axis.tick_params(length=0)
             axis.set_xticks([])
@@ -156,8 +156,8 @@ def draw(summary, about, path):
         panels[0].set_ylabel(threads_of(number), fontsize=10)
     axes[0, 0].set_xlim(0, 1.15 * axes[0, 0].get_xlim()[1])
     figure.suptitle(
-        f"Time of a call on {machine(about)}, fastbn = 1: shorter is better\n"
-        "Geometric means over shapes from 4 KB to 103 MB; oneDNN has its own layout, NumPy one thread",
+        f"Time of a call on {machine(about)}, fastbn = 1: shorter is better. Geometric means over\n"
+        "shapes from 4 KB to 103 MB; oneDNN has its own layout, NumPy one thread",
         fontsize=9,
     )
     figure.savefig(path, dpi=160)

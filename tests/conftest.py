@@ -15,6 +15,19 @@ from fastbn import _kernels
 THREADS = (1, 2, 3, 7, 64)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Of a test that is marked `one_in(n)`, only each n-th combination of its parameters stays quick.
+
+    These are the ones whose places in the lists of parameters add up to a multiple of n: so every value meets
+    every other of another list, if a third list has n values. The rest is slow.
+    """
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark and sum(item.callspec.indices.values()) % mark.args[0]:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=_kernels.supported_isas())
 def isa(request):
     """Each instruction set that this CPU supports."""

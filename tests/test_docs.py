@@ -230,6 +230,8 @@ def test_tables_of_the_benchmarks_are_those_of_the_measurement(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     pages = importlib.import_module("pages")
     assert "\n".join(pages.tables(*pages.read(DOCS / "performance"))) == PAGES["performance/by_peer.md"]
+    busy = pages.busy_table(pages.lines_of(DOCS / "performance" / "busy.csv"))
+    assert "\n".join(busy) + "\n" == PAGES["performance/busy.md"]
 
 
 # ---- the files of "Docker, systemd, Kubernetes"
