@@ -28,7 +28,10 @@ KERNELS = set().union(*KERNELS_OF.values())
 SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} | KERNELS
 EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers"),
+    pytest.mark.slow,
+]
 
 
 def run(*command, cwd, **environment):
@@ -252,7 +255,6 @@ def packages(tmp_path_factory):
     return sdist, wheel
 
 
-@pytest.mark.slow
 def test_sdist_holds_the_sources(packages):
     with tarfile.open(packages[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -262,7 +264,6 @@ def test_sdist_holds_the_sources(packages):
     assert not {name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))}
 
 
-@pytest.mark.slow
 def test_wheel_is_small_and_needs_numpy_only(packages):
     assert packages[1].stat().st_size < 3_000_000
     with zipfile.ZipFile(packages[1]) as wheel:
@@ -280,7 +281,6 @@ def test_wheel_is_small_and_needs_numpy_only(packages):
     assert all(link.startswith("https://") for link in links)
 
 
-@pytest.mark.slow
 def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_path):
     # A new environment that has NumPy and nothing else; --no-deps, so that no network is needed.
     venv.create(tmp_path / "venv")
