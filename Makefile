@@ -31,8 +31,8 @@ demo: export OPENBLAS_NUM_THREADS = 1
 demo: export PYTHONPATH = $(CURDIR)
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
 	$(PY) examples/first_layer.py
-	$(PY) examples/digits_mlp.py
-	$(PY) examples/claims.py --short depth dropout
+	@$(PY) examples/claims.py --short depth dropout >build/claims.txt & \
+	    $(PY) examples/digits_mlp.py; status=$$?; wait $$! && cat build/claims.txt && exit $$status
 
 serve: $(VENV)/service.stamp build ## start the reference service: draw a digit at http://127.0.0.1:8000
 	cd examples/service && exec gunicorn
@@ -138,7 +138,8 @@ docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and b
 	$(PY) -m sphinx --quiet --fail-on-warning --builder doctest --doctree-dir build/doctrees docs build/doctest
 	@echo "Open build/docs/index.html"
 
-# The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one.
+# The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one. That for
+# AArch64 is built the same way by make test-aarch64.
 wheel: $(VENV)/release.stamp ## build sdist and wheel as they are published, into dist/, and check them
 	rm -rf dist build/dist build/wheel && mkdir -p build
 	$(PY) -m build --sdist --no-isolation --outdir dist >build/sdist.log

@@ -19,6 +19,8 @@ import numpy
 import pytest
 from test_isa_isolation import PARTS, extensions, strangers
 
+from fastbn import _kernels
+
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
@@ -311,6 +313,31 @@ def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_p
     assert serial == installed
 
 
+def test_a_build_of_float32_alone_refuses_the_rest(tmp_path):
+    tree = checkout(tmp_path / "quick")
+    if (ROOT / OBJECTS).is_dir():  # its objects are some of the whole build's
+        shutil.copytree(ROOT / OBJECTS, tree / OBJECTS)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    isas = "avx2" if X86_64 else "none"
+    run(*build, cwd=tree, FASTBN_BUILD_ISAS=isas, FASTBN_BUILD_ELEMENTS="f32")
+    program = f"""{PROGRAM}
+for name in "float64", "float16":
+    try:
+        fastbn.batch_stats(np.ones((2, 3), name))
+    except TypeError as error:
+        print(error)
+"""
+    digest, *refused = run(sys.executable, "-c", program, cwd=tree).stdout.splitlines()
+    assert Path(digest.partition("|")[0]).is_relative_to(tree)
+    if _kernels.get_isa() != "baseline":
+        here = run(sys.executable, "-c", PROGRAM, cwd=ROOT).stdout
+        assert digest.rpartition("|")[2] == here.strip().rpartition("|")[2]
+    for text, name in zip(refused, ("float64", "float16"), strict=True):
+        assert text.startswith(f"x must have dtype float32 in native byte order, got ndarray of {name}")
+    with pytest.raises(AssertionError):
+        run(*build, cwd=tree, FASTBN_BUILD_ELEMENTS="f64")
+
+
 # Prints the OpenMP runtimes of a process with these libraries, imported in this order.
 POOLS = """
 import sys
@@ -324,7 +351,6 @@ print(*(pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["us
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of wheels for Linux")
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="the tests were copied without .ci/")
 def test_published_wheel_shares_one_openmp_runtime_and_brings_one_where_there_is_none(packages, tmp_path):
