@@ -88,10 +88,12 @@ lint: $(VENV)/lint.stamp ## check style, types, and C warnings (gcc and clang)
 	done
 	@if command -v clang >/dev/null; then \
 	    CC=clang LDSHARED=true CFLAGS="-Werror -fsyntax-only" \
-	    $(PY) setup.py --quiet build_ext -t build/lint-clang -b build/lint-clang >build/lint-clang.log; fi
+	    $(PY) setup.py --quiet build_ext -t build/lint-clang -b build/lint-clang >build/lint-clang.log 2>&1 || \
+	    { cat build/lint-clang.log; exit 1; }; fi
 	@if command -v gcc >/dev/null; then \
 	    CC=gcc CFLAGS=-Werror \
-	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log && \
+	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log 2>&1 || \
+	    { cat build/lint-gcc.log; exit 1; }; \
 	    cd build/lint && echo "fastbn._kernels.(Operands|__(test|.*_cython)__)" | \
 	    $(PY) -m mypy.stubtest --mypy-config-file ../../pyproject.toml --allowlist /dev/stdin fastbn._kernels; \
 	else echo "== Without gcc the stub of the kernels was NOT checked"; fi
