@@ -165,6 +165,7 @@ def draw(summary, about, path):
 
 
 # Of busy.csv: its contestants, and what a reader is told of them.
+SLASH = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}"
 BUSY = {"default": OURS, "one thread": "one thread", "always shared": "always shared out"}
 
 
@@ -192,7 +193,7 @@ def busy_table(lines):
     for operation in KINDS:
         for (busy, every), by_contestant in situations(lines, operation).items():
             cells = [
-                " / ".join(by_contestant[name][figure] for figure in ("p50", "p99", "cpu_time"))
+                SLASH.join(by_contestant[name][figure] for figure in ("p50", "p99", "cpu_time"))
                 for name in BUSY
             ]
             rows.append([operation, str(busy), "back to back" if every == "0" else f"{every} ms", *cells])

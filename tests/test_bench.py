@@ -244,7 +244,7 @@ def test_pictures_of_the_figures_that_are_there(bench, report, tmp_path, monkeyp
         "AMD EPYC 9,2,8,112,resnet18,NCHW,float32,evaluation,50.0,100.0,0.500\n"
     )
     pages.main()
-    table = (tmp_path / "busy.md").read_text().splitlines()
+    table = (tmp_path / "busy.md").read_text().replace("\N{NO-BREAK SPACE}", " ").splitlines()
     assert table[0] == "| operation | busy | every | fastbn | one thread | always shared out |"
     assert table[-1] == "| backward | 2 | 10 ms | 10 / 20 / 30 | 10 / 20 / 30 | 10 / 20 / 30 |"
     assert len(table) == 2 + len(rows)
