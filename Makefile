@@ -21,16 +21,18 @@ PYTHON_INCLUDE = $(shell $(PY) -c 'import sysconfig; print("-I" + sysconfig.get_
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-# Where nothing is built yet it is compiled for this CPU alone, in two thirds of the time; make test adds the rest. The
-# examples multiply small matrices, for which threads of OpenBLAS only wait.
+# Where nothing is built yet, what the examples need is compiled: float32 on this CPU. make test adds the rest. They
+# multiply small matrices, for which threads of OpenBLAS only wait.
 CPU = $(shell uname -m | grep -q x86_64 && { grep -qsw avx512vl /proc/cpuinfo && echo avx512 || grep -osw -m1 avx2 /proc/cpuinfo; } | head -1)
-demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(wildcard fastbn/_kernels*.so),,$(CPU)))
+QUICK = $(if $(wildcard fastbn/_kernels*.so),$(shell grep -ls FASTBN_FLOAT32_ALONE build/objects/*/extension.flags),yes)
+demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(QUICK),$(CPU)))
+demo: export FASTBN_BUILD_ELEMENTS := $(or $(FASTBN_BUILD_ELEMENTS),$(if $(QUICK),f32))
 demo: export OPENBLAS_NUM_THREADS = 1
 demo: export PYTHONPATH = $(CURDIR)
 demo: $(VENV)/demo.stamp build ## run the example programs: tables here, pictures in build/demo
 	$(PY) examples/first_layer.py
-	$(PY) examples/digits_mlp.py
-	$(PY) examples/claims.py --short depth dropout
+	@$(PY) examples/claims.py --short depth dropout >build/claims.txt & \
+	    $(PY) examples/digits_mlp.py; status=$$?; wait $$! && cat build/claims.txt && exit $$status
 
 serve: $(VENV)/service.stamp build ## start the reference service: draw a digit at http://127.0.0.1:8000
 	cd examples/service && exec gunicorn
@@ -86,10 +88,12 @@ lint: $(VENV)/lint.stamp ## check style, types, and C warnings (gcc and clang)
 	done
 	@if command -v clang >/dev/null; then \
 	    CC=clang LDSHARED=true CFLAGS="-Werror -fsyntax-only" \
-	    $(PY) setup.py --quiet build_ext -t build/lint-clang -b build/lint-clang >build/lint-clang.log; fi
+	    $(PY) setup.py --quiet build_ext -t build/lint-clang -b build/lint-clang >build/lint-clang.log 2>&1 || \
+	    { cat build/lint-clang.log; exit 1; }; fi
 	@if command -v gcc >/dev/null; then \
 	    CC=gcc CFLAGS=-Werror \
-	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log && \
+	    $(PY) setup.py --quiet build_py -d build/lint build_ext -t build/lint-gcc -b build/lint >build/lint-gcc.log 2>&1 || \
+	    { cat build/lint-gcc.log; exit 1; }; \
 	    cd build/lint && echo "fastbn._kernels.(Operands|__(test|.*_cython)__)" | \
 	    $(PY) -m mypy.stubtest --mypy-config-file ../../pyproject.toml --allowlist /dev/stdin fastbn._kernels; \
 	else echo "== Without gcc the stub of the kernels was NOT checked"; fi
@@ -136,9 +140,10 @@ docs: $(VENV)/docs.stamp build ## build the site into build/docs: warnings and b
 	$(PY) -m sphinx --quiet --fail-on-warning --builder doctest --doctree-dir build/doctrees docs build/doctest
 	@echo "Open build/docs/index.html"
 
-# The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one.
+# The wheel is built from the sdist, without network, and on Linux is then made to run on others than this one. That for
+# AArch64 is built the same way by make test-aarch64.
 wheel: $(VENV)/release.stamp ## build sdist and wheel as they are published, into dist/, and check them
-	rm -rf dist build/dist build/wheel
+	rm -rf dist build/dist build/wheel && mkdir -p build
 	$(PY) -m build --sdist --no-isolation --outdir dist >build/sdist.log
 	$(PIP) wheel --no-build-isolation --no-index --no-deps --wheel-dir build/dist dist/*.tar.gz
 	@if [ "$$(uname)" = Linux ]; then $(PY) .ci/repair_wheel build/dist/*.whl dist && \

@@ -4,9 +4,8 @@ import os
 import re
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from glob import glob
-from itertools import repeat
 from pathlib import Path
 
 import numpy
@@ -28,6 +27,10 @@ X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
 # Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
 ELEMENTS = ("f32", "f64", "f16", "bf16")
 KERNELS = {"planes": ELEMENTS, "rows": ELEMENTS, "terms": ("f32", "f64")}
+ABSENT = """#include "kernels.h"
+extern const bn_loops bn_{name}, bn_masked_{name};
+const bn_loops bn_{name} = {{0}}, bn_masked_{name} = {{0}};
+"""  # of an element that is not built, and that _kernels.pyx then refuses
 
 # -ffp-contract=off: the kernels say where a multiply-add is fused, so that every compiler gives equal bits.
 # Not c11: with that gcc for s390x computes float in double.
@@ -57,6 +60,9 @@ IGNORED = re.compile(
     r"|m(no-)?(avx|sse|ssse|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|xop|aes|vaes|sha|gfni|vpclmul|pclmul|amx).*)"
 )
 
+DISPATCH = os.path.join(
+    "src_c", "dispatch.c"
+)  # the one file that has to know which instruction sets are built
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
 PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
 DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
@@ -108,24 +114,38 @@ class BuildKernels(build_ext):
         openmp_compile, openmp_link = self.find_openmp(MSVC_OPENMP if msvc else GNU_OPENMP)
         isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
 
+        float32_alone = self.float32_alone()
+        if float32_alone:
+            ext.define_macros.append(("FASTBN_FLOAT32_ALONE", "1"))
         own_flags = flags if msvc else flags + GNU_WARNINGS
         if not msvc and self.builds("int probe;\n", ["-Werror", *FRUGAL]):
             own_flags = own_flags + FRUGAL
         sources = dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
-        sources |= dict.fromkeys(self.kernels_for("baseline"), own_flags)
+        sources |= dict.fromkeys(self.kernels_for("baseline", float32_alone), own_flags)
         for isa in self.chosen(isas):
             gnu, visual = isas[isa]
-            sources |= dict.fromkeys(self.kernels_for(isa), own_flags + (visual if msvc else gnu))
-            ext.define_macros.append((f"FASTBN_HAVE_{isa.upper()}", "1"))
+            own = own_flags + (visual if msvc else gnu)
+            sources |= dict.fromkeys(self.kernels_for(isa, float32_alone), own)
+            sources[DISPATCH] = [*sources[DISPATCH], f"-DFASTBN_HAVE_{isa.upper()}=1"]
 
         ext.extra_compile_args = flags + openmp_compile
         ext.extra_link_args = openmp_link
-        remembered = self.remember("extension", ext.extra_compile_args)
+        remembered = self.remember("extension", ext.extra_compile_args, ext.define_macros, sources)
         ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
         with ThreadPoolExecutor(compilers_at_once()) as pool:
-            objects = pool.map(self.compile_own, sources, sources.values(), repeat(ext))
-            ext.extra_objects = list(objects)
-        super().build_extension(ext)
+            compiled = [pool.submit(self.compile_own, *own, ext) for own in sources.items()]
+            ext.extra_objects = list(map(self.object_of, sources))
+            if compilers_at_once() == 1:  # no memory for the extension's own compiler beside it
+                wait(compiled)
+            link = self.compiler.link_shared_object
+
+            def link_when_compiled(*args, **kwargs):
+                for one in compiled:
+                    one.result()
+                link(*args, **kwargs)
+
+            self.compiler.link_shared_object = link_when_compiled
+            super().build_extension(ext)
 
     def find_openmp(self, candidates):
         if os.environ.get("FASTBN_NO_OPENMP", "0") in ("", "0"):
@@ -164,27 +184,40 @@ class BuildKernels(build_ext):
             )
         return names or list(isas)
 
-    def kernels_for(self, isa):
+    def float32_alone(self):
+        """Whether the kernels of other elements are left out, to be quick."""
+        names = os.environ.get("FASTBN_BUILD_ELEMENTS", "").split()
+        if names not in ([], ["f32"]):
+            raise OptionError(f"FASTBN_BUILD_ELEMENTS must be f32 or unset, got {' '.join(names)}")
+        return names == ["f32"]
+
+    def kernels_for(self, isa, float32_alone):
         """Files that make the kernels' sources those of one instruction set and element, with own symbols."""
-        return [
-            self.write(
-                f"{part}_{isa}_{element}.c",
+        files = []
+        for part, element in ((part, element) for part, elements in KERNELS.items() for element in elements):
+            text = (
                 f"#define FASTBN_ISA {isa}\n#define FASTBN_ELEMENT {element}\n"
-                f'#define FASTBN_ELEMENT_FILE "elements/{element}.h"\n#include "kernels/{part}.c"\n',
+                f'#define FASTBN_ELEMENT_FILE "elements/{element}.h"\n#include "kernels/{part}.c"\n'
             )
-            for part, elements in KERNELS.items()
-            for element in elements
-        ]
+            if float32_alone and element != "f32" and part != "terms":  # float64 is what others merge in
+                text = ABSENT.format(name=f"{part}_{isa}_{element}")
+            files.append(self.write(f"{part}_{isa}_{element}.c", text))
+        return files
 
     def compile_own(self, source, flags, ext):
         """Compile one of our C files, unless its object is newer than all it is made from."""
-        folder = "" if source.startswith(self.build_temp) else self.build_temp
-        [target] = self.compiler.object_filenames([source], output_dir=folder)
-        flags_file = self.remember(Path(source).stem, flags, ext.define_macros)
+        flags_file = self.remember(Path(source).stem, flags)
+        folder = self.folder_of(source)
         made_from = [source, *HEADERS, flags_file, *([] if folder else PARTS)]
-        if self.force or newer_group(made_from, target):
-            self.compiler.compile([source], folder, ext.define_macros, ext.include_dirs, extra_postargs=flags)
-        return target
+        if self.force or newer_group(made_from, self.object_of(source)):
+            self.compiler.compile([source], folder, None, ext.include_dirs, extra_postargs=flags)
+
+    def folder_of(self, source):
+        """Where the paths of objects begin: sources that are written by us lie in the folder of objects."""
+        return "" if source.startswith(self.build_temp) else self.build_temp
+
+    def object_of(self, source):
+        return self.compiler.object_filenames([source], output_dir=self.folder_of(source))[0]
 
     def remember(self, name, *flags):
         """Write flags and compiler to a file, if they changed: what depends on it is then built again."""

@@ -1,16 +1,20 @@
 """Latency and CPU time of calls while other processes keep the CPUs busy, and of calls now and then.
 
 Each contestant is a process of its own; they take turns, so that a slow moment of the machine hits them
-alike. `--before PATH` adds the default of another checkout, built in place. Bounds are printed where they are
+alike. "always shared" has a thread on each CPU whatever happens, and they wait as GNU OpenMP lets them wait.
+`--before PATH` adds the default of another checkout, built in place. Bounds are printed where they are
 missed: with other work around, p50 1.5 times, p99 3 times and CPU time 2 times that of one thread; on a quiet
 machine with calls every 10 ms, p50 1.15 times the better of one thread and of all that wait passively, CPU
 time 2 times. `--quiet --before PATH` compares, over all of the bench's shapes, calls back to back on a quiet
 machine with those of the other checkout.
+
+`--csv PATH` keeps the figures and `--plot PATH` draws them; `bench/pages.py` does so later, for the site.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -23,10 +27,11 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-SHAPES = [(8, 64, 28, 28), (1, 256, 56, 56), (32, 256, 56, 56)]
+SHAPES = ["8x64x28x28", "1x256x56x56", "32x256x56x56"]
 OPERATIONS = ["inference", "training", "backward"]
 ROUNDS = 5
 PAUSE = 0.01
+GNU_SPINS = "300000"  # of a thread of GNU OpenMP before it sleeps, where nothing is set
 ROOT = Path(__file__).parents[1]
 
 Row = dict[str, Any]
@@ -105,9 +110,9 @@ def quantile(times: list[float], q: float) -> float:
     return sorted(times)[min(len(times) - 1, int(q * len(times)))]
 
 
-def measure(contestants: dict[str, Contestant], seconds: float) -> Iterator[Row]:
+def measure(contestants: dict[str, Contestant], shapes: list[str], seconds: float) -> Iterator[Row]:
     cpus = len(os.sched_getaffinity(0))
-    for shape in SHAPES:
+    for shape in ([*map(int, name.split("x"))] for name in shapes):
         for operation in OPERATIONS:
             for n in (0, cpus, 2 * cpus):
                 for pause in 0.0, PAUSE:
@@ -146,6 +151,24 @@ def missed(row: Row) -> list[str]:
     return [f"{name} {ratio:.2f} > {bound}" for name, (ratio, bound) in found.items() if ratio > bound]
 
 
+def write_csv(path: Path, rows: list[Row], contestants: dict[str, Contestant]) -> None:
+    """A line for each row and contestant, in microseconds."""
+    from compare import machine
+
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["cpu", "shape", "operation", "busy", "every_ms", "contestant", "p50", "p99", "cpu_time"]
+        )
+        for row in rows:
+            place = [
+                machine()["Model name"], "x".join(map(str, row["shape"])), row["operation"], row["busy"],
+                f"{1e3 * row['pause']:g}",
+            ]  # fmt: skip
+            for name in contestants:
+                writer.writerow([*place, name, *(f"{value:.0f}" for value in row[name])])
+
+
 def compare_quiet(contestants: dict[str, Contestant], seconds: float) -> None:
     """How long the default takes beside that of before, back to back, with nothing else at work."""
     from shapes import SHAPES, label
@@ -179,37 +202,51 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="of calls for each cell (default: %(default)s)"
     )
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxCx...", help="default: three")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="keep the figures")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw those of --csv")
     parser.add_argument("--quiet", action="store_true", help="compare calls back to back; needs --before")
     parser.add_argument("--contestant", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contestant is not None:
         contestant(args.contestant or None)
         return
+    if args.plot and not args.csv:
+        parser.error("--plot draws what --csv keeps: give both")
     if args.quiet:
         compare_quiet(
             {"default": Contestant(None), "before": Contestant(None, args.before.resolve())}, args.seconds
         )
         return
+    cpus = len(os.sched_getaffinity(0))
     contestants = {
         "default": Contestant(None),
         "one thread": Contestant(1),
-        "passive": Contestant(len(os.sched_getaffinity(0)), OMP_WAIT_POLICY="passive"),
+        "passive": Contestant(cpus, OMP_WAIT_POLICY="passive"),
+        "always shared": Contestant(cpus, GOMP_SPINCOUNT=GNU_SPINS),
     }
     if args.before:
         contestants["before"] = Contestant(None, args.before.resolve())
     print("microseconds: p50 / p99 / CPU time a call")
     print("| shape | operation | busy | every | " + " | ".join(contestants) + " | missed |")
     print("|---" * (len(contestants) + 5) + "|")
-    misses = 0
-    for row in measure(contestants, args.seconds):
+    rows: list[Row] = []
+    for row in measure(contestants, args.shapes, args.seconds):
         cells = [" / ".join(f"{value:.0f}" for value in row[name]) for name in contestants]
         shape, every = "x".join(map(str, row["shape"])), f"{1e3 * row['pause']:g} ms" if row["pause"] else "-"
-        misses += bool(missed(row))
+        rows.append(row)
         print("|", " | ".join([shape, row["operation"], str(row["busy"]), every, *cells]), "|",
               ", ".join(missed(row)), "|", flush=True)  # fmt: skip
+    misses = sum(bool(missed(row)) for row in rows)
     print(f"{misses} rows miss a bound" if misses else "all bounds are kept")
     for one in contestants.values():
         one.process.kill()
+    if args.csv:
+        write_csv(args.csv, rows, contestants)
+    if args.plot:
+        from pages import draw_busy, lines_of
+
+        draw_busy(lines_of(args.csv), args.plot)
 
 
 if __name__ == "__main__":

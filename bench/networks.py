@@ -12,6 +12,7 @@ What can be set for a whole process, for both alike, is kept with the results; b
 import argparse
 import contextlib
 import copy
+import csv
 import gc
 import json
 import os
@@ -25,8 +26,10 @@ from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, mean, median
 
+import pages
 import torch
 import torch.nn.functional as F
+from compare import machine
 from report import markdown_table
 from rich.console import Console
 from rich.progress import track
@@ -72,8 +75,12 @@ def parse():
     parser.add_argument("--results", type=Path, metavar="JSON", help="show those of an earlier run")
     parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--markdown", type=Path, metavar="PATH")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="keep the times alone, as the site has them")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw those of --csv")
     parser.add_argument("--peak-of", choices=CONTESTANTS, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
+    if args.plot and not args.csv:
+        parser.error("--plot draws what --csv keeps: give both")
     if args.quick:
         args.size, args.rounds = 32, 1
     return args
@@ -250,6 +257,7 @@ def run(args, console):
     results = {
         "command": " ".join(["networks.py", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": machine()["Model name"],
         "threads": threads,
         "batch": args.batch,
         "size": args.size,
@@ -307,6 +315,31 @@ def conclusion(results):
             yield f"below {SLOWER}: {place}: {row['ratio']:.3f}"
 
 
+def write_csv(path, results):
+    """A line for each row: where, and milliseconds of both."""
+    settings = [results["cpu"], *(results[name] for name in ("threads", "batch", "size"))]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            [
+                "cpu",
+                "threads",
+                "batch",
+                "size",
+                "network",
+                "layout",
+                "precision",
+                "mode",
+                *CONTESTANTS,
+                "ratio",
+            ]
+        )
+        for row in results["rows"]:
+            place = [row[name] for name in ("network", "layout", "precision", "mode")]
+            times = [f"{row['milliseconds'][who]:.1f}" for who in CONTESTANTS]
+            writer.writerow([*settings, *place, *times, f"{row['ratio']:.3f}"])
+
+
 def header(results):
     yield f"batch {results['batch']}, {results['size']} pixels a side, {results['threads']} threads"
     yield ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -338,6 +371,10 @@ def main():
         text = ["# Networks, plain and accelerated", "", *(f"{line}\n" for line in header(results))]
         text += [*(f"- {line}" for line in lines), "", *markdown_table(HEADINGS, map(cells, results["rows"]))]
         args.markdown.write_text("\n".join(text) + "\n")
+    if args.csv:
+        write_csv(args.csv, results)
+    if args.plot:
+        pages.draw_networks(pages.lines_of(args.csv), args.plot)
 
 
 if __name__ == "__main__":

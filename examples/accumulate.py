@@ -13,31 +13,42 @@ are from those of the whole batch, and what training comes to.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import fastbn
+from fastbn.typing import Array
 
 WIDTHS = (64, 128, 64, 10)
 BATCH, PART = 256, 32
 RATE = np.float32(0.5)
 
+Labels = NDArray[np.int64]
+Part = tuple[Array, Labels]  # images and labels
+Steps = list[tuple[Array, Array]]
+Stats = list[fastbn.BatchStats]
+OfBatch = tuple[float, list[Array], Stats]  # loss, gradients, statistics
+How = Callable[["Network", list[Part]], OfBatch]
+
 
 class Network:
     """Linear layers, and behind each but the last one batch norm and ReLU."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self.weights = [rng.normal(0, np.sqrt(2 / n), (n, m)).astype(np.float32) for n, m in pairwise(WIDTHS)]
         self.norms = [fastbn.BatchNorm1d(width) for width in WIDTHS[1:-1]]
 
-    def parameters(self):
+    def parameters(self) -> list[Array]:
         return [*self.weights, *(vector for bn in self.norms for vector in (bn.weight, bn.bias))]
 
-    def forward(self, x, stats):
+    def forward(self, x: Array, stats: Stats) -> Steps:
         """Input and output of each linear layer, as far as the statistics of batch norms reach."""
         steps = [(x, x @ self.weights[0])]
         for bn, of_batch, weight in zip(self.norms, stats, self.weights[1:], strict=False):
@@ -47,7 +58,7 @@ class Network:
             steps.append((x, x @ weight))
         return steps
 
-    def backward(self, x, labels, stats, sums):
+    def backward(self, x: Array, labels: Labels, stats: Stats, sums: Sequence[fastbn.GradSums | None]) -> Any:
         """Summed loss and gradients of the linear layers, of a part of a batch.
 
         Where the sums of a batch norm are missing, those of this part are returned instead.
@@ -65,13 +76,13 @@ class Network:
             gradients.append(x.T @ grad)
         return loss, gradients[::-1]
 
-    def accuracy(self, x, labels):
+    def accuracy(self, x: Array, labels: Labels) -> float:
         """By the running averages."""
         averages = [fastbn.BatchStats(bn.running_mean, bn.running_var, 1) for bn in self.norms]
-        return (self.forward(x, averages)[-1][1].argmax(1) == labels).mean()
+        return float((self.forward(x, averages)[-1][1].argmax(1) == labels).mean())
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(logits: Array, labels: Labels) -> tuple[float, Array]:
     """Summed over the rows, and its gradient with respect to `logits`."""
     rows = np.arange(len(labels))
     shifted = logits - logits.max(1, keepdims=True)
@@ -82,26 +93,26 @@ def cross_entropy(logits, labels):
     return float((np.log(sums[:, 0]) - shifted[rows, labels]).sum()), grad
 
 
-def gradients_of_batch(network, parts):
+def gradients_of_batch(network: Network, parts: list[Part]) -> OfBatch:
     """Mean loss of the batch that the parts make up, gradients as parameters() has them, and statistics."""
     count = len(network.norms)
-    stats = []
+    stats: Stats = []
     while len(stats) < count:
         first, *others = (fastbn.batch_stats(network.forward(x, stats)[-1][1]) for x, _ in parts)
         stats.append(first.merge(*others))
-    sums = [None] * count
+    sums: list[Any] = [None] * count
     for k in reversed(range(count)):
-        first, *others = (network.backward(x, labels, stats, sums) for x, labels in parts)
-        sums[k] = first.merge(*others)
+        of_parts = [network.backward(x, labels, stats, sums) for x, labels in parts]
+        sums[k] = of_parts[0].merge(*of_parts[1:])
     losses, gradients = zip(*(network.backward(x, labels, stats, sums) for x, labels in parts), strict=True)
-    total = [sum(of_parts) for of_parts in zip(*gradients, strict=True)]
+    total = [sum(each) for each in zip(*gradients, strict=True)]
     for bn, of_batch, of_gradient in zip(network.norms, stats, sums, strict=True):
         total += of_gradient.parameter_grads(of_batch, bn.eps)
     rows = np.float32(sum(len(x) for x, _ in parts))
     return sum(losses) / rows, [gradient / rows for gradient in total], stats
 
 
-def gradients_of_parts(network, parts):
+def gradients_of_parts(network: Network, parts: list[Part]) -> OfBatch:
     """What adding up comes to where each part is normalized by itself."""
     each = [gradients_of_batch(network, [part]) for part in parts]
     gradients = [
@@ -110,11 +121,11 @@ def gradients_of_parts(network, parts):
     return sum(loss for loss, _, _ in each) / len(parts), gradients, each[0][2]
 
 
-def cut(x, labels, size=PART):
+def cut(x: Array, labels: Labels, size: int = PART) -> list[Part]:
     return [(x[start : start + size], labels[start : start + size]) for start in range(0, len(x), size)]
 
 
-def train(data, epochs, how, size=PART):
+def train(data: list[Array], epochs: int, how: How, size: int = PART) -> tuple[Network, list[float], float]:
     """A network trained on parts of that size; its loss in each step, and its accuracy on the test images."""
     x, x_test, labels, labels_test = data
     network, rng, losses = Network(), np.random.default_rng(1), []
@@ -131,15 +142,15 @@ def train(data, epochs, how, size=PART):
     return network, losses, network.accuracy(x_test, labels_test)
 
 
-def distance(gradients, expected):
+def distance(gradients: list[Array], expected: list[Array]) -> float:
     """The largest share of its length by which one of the gradients is off."""
     return max(
-        np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
         for ours, theirs in zip(gradients, expected, strict=True)
     )
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()

@@ -10,11 +10,11 @@ docs/claims.md tells what came out.
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -22,8 +22,8 @@ matplotlib.use("Agg")  # draws into files, needs no screen
 
 import matplotlib.pyplot as plt
 import numpy as np
-from digits_mlp import Linear, ReLU, cross_entropy, load_data
-from layers import BatchNorm, Chain, Dropout, LayerNorm, Skip
+from digits_mlp import Data, Labels, Linear, ReLU, cross_entropy, load_data
+from layers import BatchNorm, Chain, Dropout, Layer, LayerNorm, Skip
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.progress import track
@@ -31,12 +31,18 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 import fastbn
+from fastbn.typing import Array
+
+Norm = Callable[[int], Layer] | None
+Hidden = Callable[[int], list[Layer]]  # the layers behind a linear one of so many features
+Measurements = Iterator[tuple[str, str, float, float]]  # (diagram, curve, x, y)
+Curves = dict[str, dict[float, list[float]]]  # by name and x the y of each seed
 
 SEEDS = range(5)
 WIDTHS = (64, 128, 128, 128, 10)
 BATCH = 64
 RATE = 0.1
-NORMS = {"plain": None, "batch norm": BatchNorm, "layer norm": LayerNorm}
+NORMS: dict[str, Norm] = {"plain": None, "batch norm": BatchNorm, "layer norm": LayerNorm}
 COLOURS = {"plain": "tab:orange", "batch norm": "tab:blue", "layer norm": "tab:green"}
 GUESSING = 0.9  # the error of guessing one of ten digits
 
@@ -44,28 +50,36 @@ GUESSING = 0.9  # the error of guessing one of ten digits
 # ---- networks
 
 
-def perceptron(hidden, rng, scale=1):
+def perceptron(hidden: Hidden, rng: np.random.Generator, scale: float = 1) -> Chain:
     """Linear layers, and behind each but the last the layers that `hidden(features)` makes."""
-    layers = []
+    layers: list[Layer] = []
     for inputs, outputs in pairwise(WIDTHS[:-1]):
         layers += [Linear(inputs, outputs, scale, rng), *hidden(outputs)]
     return Chain(*layers, Linear(*WIDTHS[-2:], scale, rng))
 
 
-def before(norm):
+def before(norm: Norm) -> Hidden:
     """What is hidden: a norm and then the ReLU, or the ReLU alone."""
     return lambda features: [norm(features), ReLU()] if norm else [ReLU()]
 
 
-def after(norm):
+def after(norm: Callable[[int], Layer]) -> Hidden:
     return lambda features: [ReLU(), norm(features)]
 
 
-def complete_batches(order, size):
+def complete_batches(order: Labels, size: int) -> list[Labels]:
     return [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
 
 
-def train(network, data, rng, *, epochs, rate=RATE, batch=BATCH):
+def train(
+    network: Chain,
+    data: Data,
+    rng: np.random.Generator,
+    *,
+    epochs: int,
+    rate: float = RATE,
+    batch: int = BATCH,
+) -> Chain:
     """Stochastic gradient descent on the training images; returns the network, ready for evaluation."""
     x, _, labels, _ = data
     for _ in range(epochs):
@@ -78,13 +92,13 @@ def train(network, data, rng, *, epochs, rate=RATE, batch=BATCH):
     return network
 
 
-def error(network, data):
+def error(network: Chain, data: Data) -> float:
     """Share of wrong answers on the test images."""
     _, x, _, labels = data
-    return (network.forward(x).argmax(1) != labels).mean()
+    return float((network.forward(x).argmax(1) != labels).mean())
 
 
-def trained_error(hidden, data, seed, *, scale=1, **options):
+def trained_error(hidden: Hidden, data: Data, seed: int, *, scale: float = 1, **options: Any) -> float:
     rng = np.random.default_rng(seed)  # the same weights and batches for all that is compared
     return error(train(perceptron(hidden, rng, scale), data, rng, **options), data)
 
@@ -94,13 +108,21 @@ def trained_error(hidden, data, seed, *, scale=1, **options):
 # A diagram is named by its y axis and its title, with a colon between them.
 
 
-def try_rates(data, seed, *, rates, epochs):
+def try_rates(data: Data, seed: int, *, rates: tuple[float, ...], epochs: int) -> Measurements:
     for scale, rate, (name, norm) in product((0.1, 1, 10), rates, NORMS.items()):
         wrong = trained_error(before(norm), data, seed, scale=scale, rate=rate, epochs=epochs)
         yield f"test error: initial weights He x {scale:g}", name, rate, wrong
 
 
-def gradient_lengths(norm, block, scale, count, x, labels, rng):
+def gradient_lengths(
+    norm: Norm,
+    block: type[Chain],
+    scale: float,
+    count: int,
+    x: Array,
+    labels: Labels,
+    rng: np.random.Generator,
+) -> Array:
     """How long the loss's gradient is behind 0, 1, ... `count` blocks, relative to that behind the last.
 
     A block is [norm,] ReLU and linear layer, as a Chain or with a Skip. Nothing has been trained.
@@ -115,13 +137,13 @@ def gradient_lengths(norm, block, scale, count, x, labels, rng):
     for each in reversed(blocks):
         grad = each.backward(grad)
         lengths.append(np.linalg.norm(grad))
-    return np.array(lengths[::-1]) / lengths[0]
+    return np.asarray(np.array(lengths[::-1]) / lengths[0])
 
 
-def try_depth(data, seed, *, count, images):
+def try_depth(data: Data, seed: int, *, count: int, images: int) -> Measurements:
     x, _, labels, _ = data
     measured = "length of the gradient, 1 behind the last block"
-    stacks = {
+    stacks: dict[str, tuple[type[Chain], float]] = {
         f"{measured}: He weights": (Chain, 1),
         f"{measured}: He weights x 0.7": (Chain, 0.7),
         f"{measured}: He weights, skip connections": (Skip, 1),
@@ -134,16 +156,16 @@ def try_depth(data, seed, *, count, images):
             yield diagram, name, behind, length
 
 
-def try_order(data, seed, *, rates, epochs):
-    for rate, norm in product(rates, ("batch norm", "layer norm")):
-        make = NORMS[norm]
+def try_order(data: Data, seed: int, *, rates: tuple[float, ...], epochs: int) -> Measurements:
+    norms = {"batch norm": BatchNorm, "layer norm": LayerNorm}
+    for rate, (norm, make) in product(rates, norms.items()):
         places = {"plain": before(None), "before the ReLU": before(make), "after the ReLU": after(make)}
         for place, hidden in places.items():
             wrong = trained_error(hidden, data, seed, rate=rate, epochs=epochs)
             yield f"test error: {norm}", place, rate, wrong
 
 
-def recalibrated(network, x):
+def recalibrated(network: Chain, x: Array) -> Chain:
     """A copy whose batch norms have the statistics of all of `x` in evaluation, layer after layer."""
     network = copy.deepcopy(network)
     for layer in network.layers:
@@ -157,30 +179,35 @@ def recalibrated(network, x):
     return network
 
 
-def variance_shift(trained, calibrated, x):
+def variance_shift(trained: Chain, calibrated: Chain, x: Array) -> tuple[float, float]:
     """Variance in training over variance in evaluation, at the first batch norm behind a dropout.
 
     As measured, and as it must be: dropout adds share / (1 - share) of a value's mean square to its variance,
     each value for itself, and a linear layer adds up such variances with the squares of its weights.
     """
-    *first, linear, norm = calibrated.layers[:6]
-    in_training, in_evaluation = trained.layers[5].bn.running_var.sum(), norm.bn.running_var.sum()
+    layers: tuple[Any, ...] = calibrated.layers[:6]
+    *first, linear, norm = layers
+    norm_of_training: Any = trained.layers[5]
+    in_training, in_evaluation = norm_of_training.bn.running_var.sum(), norm.bn.running_var.sum()
     share = first[-1].share
     added = share / (1 - share) * np.square(Chain(*first).forward(x)).mean(0) @ np.square(linear.weight)
     return in_training / in_evaluation, 1 + added.sum() / in_evaluation
 
 
-def try_dropout(data, seed, *, shares, epochs):
-    def trained(hidden, *behind):
+def try_dropout(data: Data, seed: int, *, shares: tuple[float, ...], epochs: int) -> Measurements:
+    def with_dropout(dropout: Callable[[], Layer], norm: Norm = None) -> Hidden:
+        return lambda features: [*before(norm)(features), dropout()]
+
+    def trained(hidden: Hidden, *behind: Layer) -> Chain:
         rng = np.random.default_rng(seed)
         *layers, last = perceptron(hidden, rng).layers
         return train(Chain(*layers, *behind, last), data, rng, epochs=epochs)
 
     for share in shares:
         dropout = partial(Dropout, share, np.random.default_rng((seed, 1)))  # each with other draws
-        plain = trained(lambda features, dropout=dropout: [ReLU(), dropout()])
+        plain = trained(with_dropout(dropout))
         behind = trained(before(BatchNorm), dropout())
-        between = trained(lambda features, dropout=dropout: [BatchNorm(features), ReLU(), dropout()])
+        between = trained(with_dropout(dropout, BatchNorm))
         calibrated = recalibrated(between, data[0])
         wrong = {
             "dropout, no batch norm at all": plain,
@@ -195,7 +222,7 @@ def try_dropout(data, seed, *, shares, epochs):
             yield "variance in training / in evaluation: first batch norm behind dropout", name, share, ratio
 
 
-def statistics_error(x, order, size):
+def statistics_error(x: Array, order: Labels, size: int) -> tuple[float, ...]:
     """How far batches' means and variances are from those of all of `x`: root mean squares.
 
     Means in terms of the deviation, variances in terms of the variance.
@@ -209,16 +236,15 @@ def statistics_error(x, order, size):
     )
 
 
-def error_by_batches(network, x, labels, order, size):
+def error_by_batches(network: Chain, x: Array, labels: Labels, order: Labels, size: int) -> float:
     """Share of wrong answers where each batch is normalized by its own statistics, as in training."""
     network = copy.deepcopy(network)  # whose running averages go astray
     network.set_training(True)
-    return np.mean(
-        [network.forward(x[rows]).argmax(1) != labels[rows] for rows in complete_batches(order, size)]
-    )
+    wrong = [network.forward(x[rows]).argmax(1) != labels[rows] for rows in complete_batches(order, size)]
+    return float(np.mean(wrong))
 
 
-def try_batch_size(data, seed, *, sizes, epochs):
+def try_batch_size(data: Data, seed: int, *, sizes: tuple[int, ...], epochs: int) -> Measurements:
     x, x_test, _, labels_test = data
     rng = np.random.default_rng(seed)
     judge = train(perceptron(before(BatchNorm), rng), data, rng, epochs=epochs)
@@ -261,11 +287,11 @@ def try_batch_size(data, seed, *, sizes, epochs):
 
 class Experiment(NamedTuple):
     claim: str
-    measure: Callable
+    measure: Callable[..., Measurements]
     x: str
     x_scale: str
-    full: dict
-    short: dict
+    full: dict[str, Any]
+    short: dict[str, Any]
 
 
 EXPERIMENTS = {
@@ -312,19 +338,19 @@ EXPERIMENTS = {
 }
 
 
-def collect(measurements):
+def collect(measurements: Iterable[tuple[str, str, float, float]]) -> dict[str, Curves]:
     """{diagram: {curve: {x: [y of each seed]}}}"""
-    diagrams = {}
+    diagrams: dict[str, Curves] = {}
     for diagram, curve, x, y in measurements:
         diagrams.setdefault(diagram, {}).setdefault(curve, {}).setdefault(x, []).append(y)
     return diagrams
 
 
-def is_share(diagram):
+def is_share(diagram: str) -> bool:
     return diagram.startswith("test error")
 
 
-def make_table(title, x_name, curves):
+def make_table(title: str, x_name: str, curves: Curves) -> Table:
     """A row for each x, or for some where there are many."""
     table = Table(title=title)
     table.add_column(x_name, justify="right")
@@ -344,7 +370,7 @@ def make_table(title, x_name, curves):
     return table
 
 
-def draw(path, experiment, diagrams):
+def draw(path: Path, experiment: Experiment, diagrams: dict[str, Curves]) -> None:
     figure, panels = plt.subplots(1, len(diagrams), figsize=(6 * len(diagrams), 5.5), layout="constrained")
     for axes, (diagram, curves) in zip(panels, diagrams.items(), strict=True):
         others = iter(("tab:purple", "tab:red", "tab:olive", "tab:cyan"))
@@ -381,7 +407,7 @@ def draw(path, experiment, diagrams):
     plt.close(figure)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, "all"], default="all", help="what to try")
     parser.add_argument("--short", action="store_true", help="few epochs, few points")

@@ -12,6 +12,7 @@ import argparse
 import os
 import resource
 from time import perf_counter
+from typing import Any
 
 import dask
 import dask.array as da
@@ -19,11 +20,12 @@ import numpy as np
 from distributed import Client, LocalCluster
 
 import fastbn
+from fastbn.typing import Array
 
 CHANNELS, SIDE, IMAGES = 64, 56, 80  # of a chunk: 64 MB
 
 
-def make_chunk(number):
+def make_chunk(number: int) -> Array:
     """Images whose mean and deviation drift from chunk to chunk, and differ between channels."""
     x = np.random.default_rng([0, number]).random((IMAGES, CHANNELS, SIDE, SIDE), np.float32)
     x *= np.linspace(0.5, 2, CHANNELS, dtype=np.float32)[:, None, None] * np.float32(1 + number % 3)
@@ -31,10 +33,10 @@ def make_chunk(number):
     return x
 
 
-def make_array(chunks):
+def make_array(chunks: int) -> da.Array:
     """A Dask array of that many chunks along the first axis."""
 
-    def make(block_info=None):
+    def make(block_info: Any = None) -> Array:
         return make_chunk(block_info[None]["chunk-location"][0])
 
     sizes = ((IMAGES,) * chunks, (CHANNELS,), (SIDE,), (SIDE,))
@@ -42,11 +44,11 @@ def make_array(chunks):
 
 
 @dask.delayed
-def merge(first, *others):
+def merge(first: fastbn.BatchStats, *others: fastbn.BatchStats) -> fastbn.BatchStats:
     return first.merge(*others)
 
 
-def statistics(array):
+def statistics(array: da.Array) -> Any:
     """The BatchStats of a Dask array (N, C, ...), to be computed; each chunk must have all channels."""
     parts = [dask.delayed(fastbn.batch_stats)(block) for block in array.to_delayed().ravel()]
     while len(parts) > 1:
@@ -54,12 +56,12 @@ def statistics(array):
     return parts[0]
 
 
-def peak_memory():
+def peak_memory() -> tuple[int, int]:
     """Process id and largest resident memory, in bytes, of the process that this runs in."""
     return os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=8, help="size of the array")
     parser.add_argument("--workers", type=int, default=2, help="how many processes")

@@ -73,7 +73,7 @@ class BatchNormReLU:
     """Batch norm and ReLU, each way in one call of fastbn."""
 
     def __init__(self, features: int) -> None:
-        self.bn = fastbn.BatchNorm1d(features, activation="relu")
+        self.bn: fastbn.BatchNorm = fastbn.BatchNorm1d(features, activation="relu")
 
     def forward(self, x: Array) -> Array:
         return self.bn(x)

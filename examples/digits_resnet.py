@@ -30,11 +30,13 @@ import fastbn.torch
 BATCH = 64
 NAMES = ("PyTorch", "fastbn")
 
+Results = dict[str, list[tuple[list[float], float, float]]]  # losses, seconds, accuracy of each epoch
+
 
 class Block(nn.Module):
     """Two convolutions with a shortcut around them (He et al., 2016). Nothing in it knows of fastbn."""
 
-    def __init__(self, inputs, outputs, stride):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
@@ -47,7 +49,7 @@ class Block(nn.Module):
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv1(x)
         y = self.relu(self.bn1(y))
         y = self.bn2(self.conv2(y))
@@ -55,7 +57,7 @@ class Block(nn.Module):
         return self.relu(y)
 
 
-def make_network(width):
+def make_network(width: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
@@ -70,7 +72,7 @@ def make_network(width):
     )
 
 
-def load_data():
+def load_data() -> list[torch.Tensor]:
     """Training and test images, training and test labels; three digits of four are for training."""
     x, labels = load_digits(return_X_y=True)
     x = (x / 8 - 1).astype("float32").reshape(-1, 1, 8, 8)
@@ -78,7 +80,13 @@ def load_data():
     return [torch.from_numpy(each) for each in split]
 
 
-def train_epoch(network, optimizer, x, labels, order):
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    order: torch.Tensor,
+) -> tuple[list[float], float]:
     """Losses of the batches, and the seconds that they took."""
     network.train()
     losses = []
@@ -92,14 +100,14 @@ def train_epoch(network, optimizer, x, labels, order):
     return losses, time.perf_counter() - start
 
 
-def accuracy(network, x, labels):
+def accuracy(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
     network.eval()
     with torch.no_grad():
-        return (network(x).argmax(1) == labels).float().mean().item()
+        return float((network(x).argmax(1) == labels).float().mean())
 
 
-def train(width, epochs):
-    """{name: [(losses, seconds, accuracy) of each epoch]}"""
+def train(width: int, epochs: int) -> tuple[nn.Module, Results]:
+    """The network with fastbn, and what both came to."""
     x, x_test, labels, labels_test = load_data()
     plain = make_network(width)
     networks = {"PyTorch": plain, "fastbn": fastbn.torch.accelerate(copy.deepcopy(plain))}
@@ -109,7 +117,7 @@ def train(width, epochs):
     for network in networks.values():  # a first step takes longer; these are on copies
         again = copy.deepcopy(network)
         train_epoch(again, torch.optim.SGD(again.parameters()), x, labels, torch.arange(BATCH))
-    results = {name: [] for name in NAMES}
+    results: Results = {name: [] for name in NAMES}
     for epoch in track(range(epochs), "training"):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
         for name, network in networks.items():
@@ -118,7 +126,7 @@ def train(width, epochs):
     return networks["fastbn"], results
 
 
-def print_table(console, results):
+def print_table(console: Console, results: Results) -> None:
     table = Table(title="A ResNet on handwritten digits, with PyTorch's batch norm and with fastbn's")
     table.add_column("epoch", justify="right")
     for heading in ("mean loss", "test accuracy", "seconds"):
@@ -131,7 +139,7 @@ def print_table(console, results):
     console.print(table)
 
 
-def draw(path, results):
+def draw(path: Path, results: Results) -> None:
     """The losses over each other, and the time of each epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     styles = {
@@ -152,7 +160,7 @@ def draw(path, results):
     figure.savefig(path, dpi=100)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the picture")
     parser.add_argument("--quick", action="store_true", help="two epochs of a narrow network")

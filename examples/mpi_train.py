@@ -10,14 +10,16 @@ Without mpiexec it runs on one rank. It needs pip install mpi4py mpich.
 """
 
 import argparse
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
-from digits_mlp import BatchNormReLU, Linear, cross_entropy, load_data
+from digits_mlp import BatchNormReLU, Gradients, Labels, Linear, cross_entropy, load_data
 from mpi4py import MPI
 
 import fastbn
 from fastbn.distributed import SyncBatchNorm
+from fastbn.typing import Array
 
 BATCH, RATE, WIDTHS = 66, 0.3, (64, 128, 64, 10)
 
@@ -25,27 +27,28 @@ BATCH, RATE, WIDTHS = 66, 0.3, (64, 128, 64, 10)
 class Network:
     """Linear layers, each but the last with batch norm and ReLU behind it."""
 
-    def __init__(self, batch_norm):
+    def __init__(self, batch_norm: Callable[[int], fastbn.BatchNorm]) -> None:
         rng = np.random.default_rng(0)  # the same weights on every rank
-        self.layers = []
+        self.layers: list[Linear | BatchNormReLU] = []
         for inputs, outputs in pairwise(WIDTHS[:-1]):
             self.layers.append(Linear(inputs, outputs, 1, rng, bias=False))
-            self.layers.append(BatchNormReLU(outputs))
-            self.layers[-1].bn = batch_norm(outputs)
+            hidden = BatchNormReLU(outputs)
+            hidden.bn = batch_norm(outputs)
+            self.layers.append(hidden)
         self.layers.append(Linear(*WIDTHS[-2:], 1, rng))
 
-    def forward(self, x):
+    def forward(self, x: Array) -> Array:
         for layer in self.layers:
             x = layer.forward(x)
         return x
 
-    def backward(self, grad):
+    def backward(self, grad: Array) -> Gradients:
         for layer in reversed(self.layers):
             grad = layer.backward(grad)
         return [pair for layer in self.layers for pair in layer.gradients]
 
 
-def train(network, x, labels, epochs, comm):
+def train(network: Network, x: Array, labels: Labels, epochs: int, comm: MPI.Comm | None) -> None:
     """`comm` None: alone."""
     rng = np.random.default_rng(1)  # the same batches on every rank
     rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
@@ -54,7 +57,7 @@ def train(network, x, labels, epochs, comm):
         for first in range(0, len(x), BATCH):
             batch = order[first : first + BATCH]
             mine = batch[rank::size]
-            loss, grad = cross_entropy(network.forward(x[mine]), labels[mine])
+            _, grad = cross_entropy(network.forward(x[mine]), labels[mine])
             grad *= np.float32(len(mine) / len(batch))  # of the mean over the whole batch
             gradients = network.backward(grad)
             if comm is not None:  # in one message, in float64
@@ -66,18 +69,17 @@ def train(network, x, labels, epochs, comm):
                 ]
             for parameter, gradient in gradients:
                 parameter -= (RATE * gradient).astype(np.float32)
-    return loss
 
 
-def state(network):
+def state(network: Network) -> list[Array]:
     """Weights, and running averages of the batch norms."""
-    arrays = []
+    arrays: list[Array] = []
     for layer in network.layers:
         arrays += layer.bn.state_dict().values() if isinstance(layer, BatchNormReLU) else [layer.weight]
     return arrays
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=3, help="(default: %(default)s)")
     epochs = parser.parse_args().epochs

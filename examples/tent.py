@@ -35,7 +35,7 @@ SHIFTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WAYS = ("as it is", "adapt, prior 16", "adapt, prior 0", "TENT")
 
 
-def make_network():
+def make_network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False), BatchNorm2d(16, activation="relu"),
         nn.Conv2d(16, 32, 3, padding=1, bias=False), BatchNorm2d(32, activation="relu"), nn.MaxPool2d(2),
@@ -47,7 +47,7 @@ def make_network():
 class Tent:
     """What Wang et al. (2021), "Tent: fully test-time adaptation by entropy minimization", do."""
 
-    def __init__(self, network, rate=0.005):
+    def __init__(self, network: nn.Module, rate: float = 0.005) -> None:
         self.network = network.train().requires_grad_(False)
         parameters = []
         for module in self.network.modules():
@@ -59,7 +59,7 @@ class Tent:
                 parameters += [module.weight, module.bias]
         self.optimizer = torch.optim.Adam(parameters, rate)
 
-    def __call__(self, images):
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Answers of before the step, which is for the images to come."""
         outputs = self.network(images)
         entropy = -(outputs.softmax(1) * outputs.log_softmax(1)).sum(1).mean()
@@ -69,7 +69,7 @@ class Tent:
         return outputs.detach()
 
 
-def load_data():
+def load_data() -> list[torch.Tensor]:
     """Training and test images of (N, 1, 8, 8), training and test labels."""
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).reshape(-1, 1, 8, 8)
@@ -77,13 +77,13 @@ def load_data():
     return [torch.tensor(part, dtype=torch.float32 if part.ndim > 1 else torch.long) for part in parts]
 
 
-def shift(images, amount):
+def shift(images: torch.Tensor, amount: float) -> torch.Tensor:
     """From the images themselves at 0 to a bad scan at 1."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (1 - 0.6 * amount) * images + amount * (0.5 + 0.12 * noise)
 
 
-def train(images, labels, epochs):
+def train(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> nn.Module:
     torch.manual_seed(0)
     network = make_network()
     optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
@@ -96,7 +96,7 @@ def train(images, labels, epochs):
     return network.eval()
 
 
-def answer(network, images, way):
+def answer(network: nn.Module, images: torch.Tensor, way: str) -> torch.Tensor:
     """The classes that the network gives the batches, one after the other, in one of the WAYS."""
     network = copy.deepcopy(network)
     batches = images.split(BATCH)
@@ -113,7 +113,7 @@ def answer(network, images, way):
     return torch.cat(outputs).argmax(1)
 
 
-def draw(path, images, accuracies):
+def draw(path: Path, images: torch.Tensor, accuracies: dict[str, list[float]]) -> None:
     """Some digits as they get worse, and the share of right answers beside them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     framed = [nn.functional.pad(shift(images[:8], amount), (1, 1, 1, 1)) for amount in SHIFTS]
@@ -134,7 +134,7 @@ def draw(path, images, accuracies):
     figure.savefig(path, dpi=100)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the picture")
     parser.add_argument("--quick", action="store_true", help="one epoch of training")

@@ -429,10 +429,23 @@ cdef object FLOAT32 = np.dtype(np.float32), FLOAT64 = np.dtype(np.float64)
 cdef int BFLOAT16 = -16  # NumPy's number of ml_dtypes' bfloat16, once that is loaded; before one that nothing has
 
 
+cdef extern from *:
+    """
+    #ifndef FASTBN_FLOAT32_ALONE /* setup.py defines it, for quick builds */
+    #define FASTBN_FLOAT32_ALONE 0
+    #endif
+    """
+    bint FASTBN_FLOAT32_ALONE
+
+cdef str DTYPES = "float32" if FASTBN_FLOAT32_ALONE else "float32, float64, float16 or bfloat16"
+
+
 cdef int element_of_dtype(int dtype) noexcept:
     """The kernels' number of what NumPy has this number for; -1 where they have none."""
     if dtype == cnp.NPY_FLOAT32:
         return BN_f32
+    if FASTBN_FLOAT32_ALONE:
+        return -1
     if dtype == cnp.NPY_FLOAT64:
         return BN_f64
     if dtype == cnp.NPY_FLOAT16:
@@ -469,7 +482,7 @@ cpdef cnp.ndarray elements(a, str name):
         learn_bfloat16(b)
         if element_of(b) < 0:
             raise TypeError(
-                f"{name} must have dtype float32, float64, float16 or bfloat16 in native byte order, got "
+                f"{name} must have dtype {DTYPES} in native byte order, got "
                 f"{type(a).__name__} of {b.dtype!s} ({b.dtype.str}); convert it with "
                 f"numpy.asarray({name}, dtype=numpy.float32)"
             )
@@ -2204,7 +2217,7 @@ cdef int begin_tensors(bn_call *call, Tensor *x, a, activation, negative_slope, 
     threads = ask_threads(num_threads, values)
     look(x, a)  # Python code may have run
     if element_of_dtype(x.m.dtype) < 0:
-        raise TypeError("x must be of float32, float64, float16 or bfloat16")
+        raise TypeError(f"x must be of {DTYPES}")
     describe(&call.p, x.m, 1)
     call.p.activation = code
     call.p.negative_slope = slope if call.p.element == BN_f64 else <float> slope

@@ -11,6 +11,7 @@ import fastbn
 BACKWARDS = ("backward", "frozen_backward", "backward_by_sums")
 
 
+@pytest.mark.one_in(2)
 @both_axes
 @sizes
 def test_against_the_oracle(isa, streamed, size, axis):
@@ -20,6 +21,7 @@ def test_against_the_oracle(isa, streamed, size, axis):
         check(operation, p, "relu", add=True)
 
 
+@pytest.mark.one_in(3)
 @both_axes
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -22,13 +22,17 @@ def bench():
     """The modules of the bench, which find each other as its programs do."""
     sys.path.insert(0, str(BENCH))
     try:
+        import busy
         import compare
+        import pages
         import peers
         import report
         import tasks
     finally:
         sys.path.remove(str(BENCH))
-    return {"compare": compare, "peers": peers, "report": report, "tasks": tasks}
+    return {
+        "busy": busy, "compare": compare, "pages": pages, "peers": peers, "report": report, "tasks": tasks
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -214,6 +218,38 @@ def test_chain_rows_and_dtypes_have_summaries_of_their_own(report, tmp_path):
         "about-bfloat16-chain.csv",
         "summary-bfloat16-chain.csv",
     }
+
+
+def test_pictures_of_the_figures_that_are_there(bench, report, tmp_path, monkeypatch):
+    """The chart of any run; of a busy machine and of networks where their programs have left figures."""
+    pytest.importorskip("matplotlib")
+    pages = bench["pages"]
+    monkeypatch.setattr(sys, "argv", ["pages.py", str(tmp_path)])
+    report.write_csv(results(report), tmp_path)
+    pages.main()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".md", ".png"}
+    assert not (tmp_path / "busy.png").exists()
+
+    contestants = {name: [10.4, 20, 30] for name in ("default", "one thread", "passive", "always shared")}
+    rows = [
+        {"shape": [2, 3], "operation": operation, "busy": others, "pause": pause} | contestants
+        for operation in bench["busy"].OPERATIONS
+        for others in (0, 2)
+        for pause in (0, 0.01)
+    ]
+    bench["busy"].write_csv(tmp_path / "busy.csv", rows, contestants)
+    (tmp_path / "networks.csv").write_text(
+        "cpu,threads,batch,size,network,layout,precision,mode,plain,accelerated,ratio\n"
+        "AMD EPYC 9,2,8,112,resnet18,NCHW,float32,training,120.0,100.0,1.200\n"
+        "AMD EPYC 9,2,8,112,resnet18,NCHW,float32,evaluation,50.0,100.0,0.500\n"
+    )
+    pages.main()
+    table = (tmp_path / "busy.md").read_text().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert table[0] == "| operation | busy | every | fastbn | one thread | always shared out |"
+    assert table[-1] == "| backward | 2 | 10 ms | 10 / 20 / 30 | 10 / 20 / 30 | 10 / 20 / 30 |"
+    assert len(table) == 2 + len(rows)
+    for picture in "busy", "networks":
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_program(tmp_path):

@@ -19,6 +19,8 @@ import numpy
 import pytest
 from test_isa_isolation import PARTS, extensions, strangers
 
+from fastbn import _kernels
+
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
@@ -28,12 +30,16 @@ KERNELS = set().union(*KERNELS_OF.values())
 SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} | KERNELS
 EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers"),
+    pytest.mark.slow,
+]
 
 
 def run(*command, cwd, **environment):
     """Run a command that must succeed; its output is shown if the test fails."""
-    environment = os.environ | {"FASTBN_NO_OPENMP": "0"} | environment
+    whole = {"FASTBN_NO_OPENMP": "0", "FASTBN_BUILD_ISAS": "", "FASTBN_BUILD_ELEMENTS": ""}
+    environment = os.environ | whole | environment
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
     assert done.returncode == 0
@@ -125,6 +131,22 @@ def test_what_is_built_again_when(recorder):
         recorder.touch(f"fastbn/{source}")
         assert set(recorder.build()) == EXTENSION, source
     assert set(recorder.build(CFLAGS="-O1")) == SOURCES | EXTENSION
+
+
+@pytest.mark.skipif(not X86_64, reason="has a single instruction set")
+def test_a_quick_build_is_a_part_of_the_whole(recorder):
+    """Of one instruction set and float32; what it has compiled is not compiled again for the rest."""
+    recorder.touch("setup.py")
+    quick = recorder.build(FASTBN_BUILD_ISAS="avx2", FASTBN_BUILD_ELEMENTS="f32")
+    assert set(quick) == SOURCES - KERNELS_OF["avx512"] | EXTENSION
+    assert "-DFASTBN_FLOAT32_ALONE=1" in quick[f"{OBJECTS}/fastbn/_kernels.c"]
+    text = {name: (recorder.checkout / name).read_text() for name in KERNELS & set(quick)}
+    whole = {name for name in text if "kernels/" in text[name]}
+    assert whole == {name for name in text if re.search("_f32|terms_", name)}
+    rest = recorder.build()
+    assert set(rest) == SOURCES - whole - (SOURCES - KERNELS - {"src_c/dispatch.c"}) | EXTENSION
+    assert "FASTBN_FLOAT32_ALONE" not in str(rest)
+    assert set(recorder.build(FASTBN_BUILD_ISAS="avx2")) == {"src_c/dispatch.c"} | EXTENSION
 
 
 @pytest.mark.parametrize(
@@ -235,7 +257,6 @@ def packages(tmp_path_factory):
     return sdist, wheel
 
 
-@pytest.mark.slow
 def test_sdist_holds_the_sources(packages):
     with tarfile.open(packages[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
@@ -245,7 +266,6 @@ def test_sdist_holds_the_sources(packages):
     assert not {name for name in names if name.endswith((".so", ".pyc", "_kernels.c"))}
 
 
-@pytest.mark.slow
 def test_wheel_is_small_and_needs_numpy_only(packages):
     assert packages[1].stat().st_size < 3_000_000
     with zipfile.ZipFile(packages[1]) as wheel:
@@ -263,7 +283,6 @@ def test_wheel_is_small_and_needs_numpy_only(packages):
     assert all(link.startswith("https://") for link in links)
 
 
-@pytest.mark.slow
 def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_path):
     # A new environment that has NumPy and nothing else; --no-deps, so that no network is needed.
     venv.create(tmp_path / "venv")
@@ -294,6 +313,31 @@ def test_serial_build_gives_the_same_bits_as_the_installed_wheel(packages, tmp_p
     assert serial == installed
 
 
+def test_a_build_of_float32_alone_refuses_the_rest(tmp_path):
+    tree = checkout(tmp_path / "quick")
+    if (ROOT / OBJECTS).is_dir():  # its objects are some of the whole build's
+        shutil.copytree(ROOT / OBJECTS, tree / OBJECTS)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    isas = "avx2" if X86_64 else "none"
+    run(*build, cwd=tree, FASTBN_BUILD_ISAS=isas, FASTBN_BUILD_ELEMENTS="f32")
+    program = f"""{PROGRAM}
+for name in "float64", "float16":
+    try:
+        fastbn.batch_stats(np.ones((2, 3), name))
+    except TypeError as error:
+        print(error)
+"""
+    digest, *refused = run(sys.executable, "-c", program, cwd=tree).stdout.splitlines()
+    assert Path(digest.partition("|")[0]).is_relative_to(tree)
+    if _kernels.get_isa() != "baseline":
+        here = run(sys.executable, "-c", PROGRAM, cwd=ROOT).stdout
+        assert digest.rpartition("|")[2] == here.strip().rpartition("|")[2]
+    for text, name in zip(refused, ("float64", "float16"), strict=True):
+        assert text.startswith(f"x must have dtype float32 in native byte order, got ndarray of {name}")
+    with pytest.raises(AssertionError):
+        run(*build, cwd=tree, FASTBN_BUILD_ELEMENTS="f64")
+
+
 # Prints the OpenMP runtimes of a process with these libraries, imported in this order.
 POOLS = """
 import sys
@@ -307,7 +351,6 @@ print(*(pool["filepath"] for pool in threadpoolctl.threadpool_info() if pool["us
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of wheels for Linux")
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="the tests were copied without .ci/")
 def test_published_wheel_shares_one_openmp_runtime_and_brings_one_where_there_is_none(packages, tmp_path):

@@ -39,6 +39,7 @@ def fusing(operation):
     return () if operation in UNFUSED else ("leaky_relu", True)
 
 
+@pytest.mark.one_in(3)
 @shapes
 @both_axes
 @operations
@@ -51,6 +52,7 @@ def test_every_number_of_threads(isa, shared_out, shape, axis, operation):  # ca
         )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(32, 17, 13, 13), (4, 300, 30, 30)], ids=str)
 @both_axes
 @operations
@@ -64,6 +66,7 @@ def test_sizes_that_decide_what_is_shared_out(isa, shape, axis, operation):
         )
 
 
+@pytest.mark.one_in(3)
 @shapes
 @both_axes
 @operations

@@ -176,6 +176,36 @@ def test_commands_of_fastbn_do_something():
         assert done.stdout
 
 
+def labels(text):
+    """What stands in the left column, in front of the values of a machine."""
+    return [re.split(r"  +", line)[0] for line in text.splitlines() if "  " in line]
+
+
+@pytest.mark.parametrize(
+    ("page", "first", "command"),
+    [
+        ("deployment.md", "    fastbn  ", ["info"]),
+        ("performance.md", "    machine ", ["plan", "32x256x56x56", "--op", "training", "--layout", "nhwc"]),
+    ],
+    ids=["info", "plan"],
+)
+def test_what_fastbn_prints_has_the_lines_that_are_shown(page, first, command):
+    shown = re.search(rf"^{first}(?:.*\n)(?:    .*\n)*", PAGES[page], re.MULTILINE)[0]
+    command = [sys.executable, "-m", "fastbn", *command]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(labels(printed)) > 5
+    assert labels(re.sub("^    ", "", shown, flags=re.MULTILINE)) == labels(printed)
+
+
+def test_commands_of_timeit_time_something():
+    asked = [words for words in commands("python") if words[:2] == ["-m", "timeit"]]
+    assert asked
+    for words in asked:
+        command = [sys.executable, *words[:2], "-n", "1", *words[2:]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "best of" in done.stdout, done.stderr
+
+
 @whole
 @pytest.mark.slow
 def test_commands_run_programs_that_know_their_options():
@@ -230,6 +260,8 @@ def test_tables_of_the_benchmarks_are_those_of_the_measurement(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
     pages = importlib.import_module("pages")
     assert "\n".join(pages.tables(*pages.read(DOCS / "performance"))) == PAGES["performance/by_peer.md"]
+    busy = pages.busy_table(pages.lines_of(DOCS / "performance" / "busy.csv"))
+    assert "\n".join(busy) + "\n" == PAGES["performance/busy.md"]
 
 
 # ---- the files of "Docker, systemd, Kubernetes"

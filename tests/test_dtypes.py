@@ -35,6 +35,7 @@ def dtype(request):
     return request.param
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("axis", [1, -1])

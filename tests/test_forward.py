@@ -54,6 +54,7 @@ def test_against_the_oracle(isa, size, axis):
     check("inference", p, "relu", add=True)
 
 
+@pytest.mark.one_in(2)
 @both_axes
 @sizes
 def test_streamed_against_the_oracle(isa, streamed, size, axis):
@@ -62,6 +63,7 @@ def test_streamed_against_the_oracle(isa, streamed, size, axis):
     check("inference", p)
 
 
+@pytest.mark.one_in(3)
 @both_axes
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)

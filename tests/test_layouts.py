@@ -17,6 +17,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
+@pytest.mark.one_in(2)
 @both_axes
 @every_layout
 @shapes
@@ -72,6 +73,7 @@ def test_backward_of_mixed_memory_orders(isa, shape, axis, layout):  # case 10
             assert_same_bits(grads, run(operation, copies, "leaky_relu", True), x)
 
 
+@pytest.mark.one_in(3)
 @both_axes
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize(
@@ -85,6 +87,7 @@ def test_out_of_every_layout(isa, streamed, axis, layout, x):
             check(operation, p, "relu", True, out)
 
 
+@pytest.mark.one_in(2)
 @both_axes
 @pytest.mark.parametrize("layout", WRITABLE)
 @pytest.mark.parametrize("operation", ["training", "inference", "forward", "forward_given_stats"])

@@ -65,6 +65,7 @@ def affine(p):
 # Sums
 
 
+@pytest.mark.one_in(3)
 @shapes
 @both_axes
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -249,6 +250,7 @@ def assert_output_tells_the_mask(grad_output, x, stats, weight, bias, **options)
     assert call(fastbn.batch_norm_backward_sums, *given, **by_output) == expected
 
 
+@pytest.mark.one_in(3)
 @shapes
 @both_axes
 @pytest.mark.parametrize("activation", CUT)
@@ -314,6 +316,7 @@ def expected_passes(needs, training, activation, add, sums):
     return of_sums + ("input" in needs or (add and "residual" in needs))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("shape", [(40, 17), (4, 17, 9), (3, 3, 50, 41), (5, 2048)], ids=str)
 @both_axes
 @pytest.mark.parametrize("needs", SUBSETS, ids="-".join)
