@@ -6,8 +6,8 @@ The summaries are what is kept of a run, and what the site's figures are made fr
 each operation, layout and peer: the geometric mean of peer's time / fastbn's, over how many rows, and in how
 many of them fastbn is behind by more than 3 %; the peer "best" is the fastest one of each row in this layout,
 and the layout "blocked" is beside fastbn in NCHW. about.csv tells machine, versions, and what was left out.
-Chain rows and other dtypes have a summary of their own, such as summary-bfloat16.csv. Lines of other numbers of
-threads stay as they are.
+Chain rows and other dtypes have a summary of their own, such as summary-bfloat16.csv. Lines of other numbers
+of threads stay as they are.
 """
 
 import argparse
