@@ -5,9 +5,9 @@
 The summaries are what is kept of a run, and what the site's figures are made from. summary.csv has a line for
 each operation, layout and peer: the geometric mean of peer's time / fastbn's, over how many rows, and in how
 many of them fastbn is behind by more than 3 %; the peer "best" is the fastest one of each row in this layout,
-and the layout "blocked" is beside fastbn in NCHW. chart.csv has medians for the shapes of the chart, in NCHW
-or (N, C). about.csv tells machine, versions, and what was left out. Chain rows and other dtypes have a
-summary of their own, such as summary-bfloat16.csv. Lines of other numbers of threads stay as they are.
+and the layout "blocked" is beside fastbn in NCHW. about.csv tells machine, versions, and what was left out.
+Chain rows and other dtypes have a summary of their own, such as summary-bfloat16.csv. Lines of other numbers
+of threads stay as they are.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from shapes import CHART, label
+from shapes import label
 
 LEVEL = 1.03  # nobody is ahead within this ratio
 OURS = "fastbn"
@@ -348,16 +348,6 @@ def write_csv(results, directory):
     about += results["versions"].items()
     about += [("note", note) for note in results["notes"]]
     update_csv(directory / f"about{kind}.csv", ("what", "value"), threads, about)
-    if not kind:
-        lines = [
-            (row["op"], label(row["shape"]), entry["contestant"], digits(median(entry)))
-            for row in results["rows"]
-            if tuple(row["shape"]) in CHART
-            for entry in row["entries"]
-            if entry["layout"] in ("NCHW", "(N, C)") and entry["contestant"] not in LIMITS
-        ]
-        columns = "operation", "shape", "peer", "microseconds"
-        update_csv(directory / "chart.csv", columns, threads, lines)
 
 
 def show(results, console, csv_directory=None, markdown_path=None, plots_directory=None):

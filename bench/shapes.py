@@ -34,9 +34,6 @@ SHAPES = TABLE + ODD
 # For peers that take long.
 FEW = [(1, 256, 56, 56), (32, 256, 56, 56), (8, 96, 56, 56), (32, 2048, 7, 7), (32, 128, 100), (4096, 256)]
 
-# Of the chart: one image, a batch beyond every cache, a table of features.
-CHART = [(1, 256, 56, 56), (32, 256, 56, 56), (4096, 256)]
-
 # Layers of networks at batch 8: arrays of 0.5 to 13 MB.
 CHAIN = [
     (8, 64, 16, 16),

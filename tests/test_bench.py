@@ -186,12 +186,6 @@ def test_summaries(report, tmp_path):
         ["2", "training", "channels-last", "A", "0.950", "1", "1"],
         ["2", "training", "channels-last", "best", "0.950", "1", "1"],
     ]
-    assert read(tmp_path / "chart.csv") == [
-        ["threads", "operation", "shape", "peer", "microseconds"],
-        ["2", "training", "1x256x56x56", "A", "20"],
-        ["2", "training", "1x256x56x56", "B", "45"],
-        ["2", "training", "1x256x56x56", "fastbn", "10"],
-    ]
     assert ["2", "note", "B (x): wrong"] in read(tmp_path / "about.csv")
     found = report.summary(results(report))
     assert [b["row"] for b in found["behind"]] == [
