@@ -1,6 +1,7 @@
 /* outputs.c: memory of arrays that have been dropped, kept for the next ones.
  *
- * A fresh 100 MB array costs more in page faults than the kernel that fills it. */
+ * A fresh 100 MB array costs more in page faults than the kernel that fills it. From a megabyte on they begin at a huge
+ * page, where Linux grants such. */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -25,7 +26,8 @@ typedef struct {
     size_t capacity;
 } header;
 
-static void *kept[MAX_KEPT]; /* oldest first */
+static void *kept[MAX_KEPT];        /* oldest first */
+static size_t capacities[MAX_KEPT]; /* theirs: each header lies in memory that was not touched for long */
 static int n_kept;
 static size_t held, limit;
 
@@ -34,16 +36,25 @@ static header *header_of(void *memory) { return (header *)((char *)memory - HEAD
 static void *allocate(size_t size) {
     if (size > SIZE_MAX / 2)
         return NULL;
-    char *start = malloc(size + HEADER + ALIGNMENT);
-    if (!start)
-        return NULL;
-    char *memory = start + HEADER + ALIGNMENT - (uintptr_t)(start + HEADER) % ALIGNMENT;
+    char *start = NULL, *memory;
 #if defined(__linux__)
-    if (size >= 2 * HUGE_PAGE) { /* advice: that it is not taken does no harm */
-        const uintptr_t page = ((uintptr_t)memory + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1);
-        (void)madvise((void *)page, ((uintptr_t)memory + size - page) & ~(size_t)(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    if (size >= HUGE_PAGE / 2) {
+        size_t all = (size + ALIGNMENT + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
+        if (all - size > size / 4) /* too much for nothing: its end lies in small pages */
+            all = size + ALIGNMENT;
+        if (posix_memalign((void **)&start, HUGE_PAGE, all))
+            return NULL;
+        (void)madvise(start, all, MADV_HUGEPAGE); /* advice: that it is not taken does no harm */
+        memory = start + ALIGNMENT;
+        size = all - ALIGNMENT;
     }
 #endif
+    if (!start) {
+        start = malloc(size + HEADER + ALIGNMENT);
+        if (!start)
+            return NULL;
+        memory = start + HEADER + ALIGNMENT - (uintptr_t)(start + HEADER) % ALIGNMENT;
+    }
     header_of(memory)->start = start;
     header_of(memory)->capacity = size;
     return memory;
@@ -52,9 +63,10 @@ static void *allocate(size_t size) {
 /* Takes entry i out of the kept ones. */
 static void *take(int i) {
     void *memory = kept[i];
-    held -= header_of(memory)->capacity;
+    held -= capacities[i];
     n_kept--;
     memmove(kept + i, kept + i + 1, (size_t)(n_kept - i) * sizeof *kept);
+    memmove(capacities + i, capacities + i + 1, (size_t)(n_kept - i) * sizeof *capacities);
     return memory;
 }
 
@@ -73,10 +85,9 @@ static void *get(size_t size) {
     int best = -1;
     size_t best_capacity = size + size / 8; /* more would be wasted */
     for (int i = 0; i < n_kept; i++) {
-        const size_t capacity = header_of(kept[i])->capacity;
-        if (capacity >= size && capacity <= best_capacity) {
+        if (capacities[i] >= size && capacities[i] <= best_capacity) {
             best = i;
-            best_capacity = capacity;
+            best_capacity = capacities[i];
         }
     }
     if (best >= 0)
@@ -94,7 +105,8 @@ static void put(void *memory) {
         return;
     }
     trim(limit - capacity, MAX_KEPT - 1);
-    kept[n_kept++] = memory;
+    kept[n_kept] = memory;
+    capacities[n_kept++] = capacity;
     held += capacity;
 }
 

@@ -92,17 +92,17 @@ INLINE int looks_at_mask(const bn_problem *p, int direction) {
     return p->mask_output || (direction == BACKWARD && !p->fixed);
 }
 
-/* Defines a kernel from an inline function, streamed and not. */
-#define APPLY_MIXED(layout, direction, name)                                                                           \
+/* Defines a kernel of planes from an inline function, streamed and not. */
+#define APPLY_MIXED(direction, name)                                                                                   \
     static void name(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {          \
         if (how->store == BN_STREAMED) {                                                                               \
-            apply_masked_##layout(p, k, how, e0, e1, masked(direction, BN_STREAMED));                                  \
+            apply_masked_planes(p, k, how, e0, e1, masked(direction, BN_STREAMED));                                    \
             vfence();                                                                                                  \
         } else                                                                                                         \
-            apply_masked_##layout(p, k, how, e0, e1, masked(direction, BN_CACHED));                                    \
+            apply_masked_planes(p, k, how, e0, e1, masked(direction, BN_CACHED));                                      \
     }
 
-/* And one that leaves to another what has nothing to do with the mask. */
+/* Defines a kernel that leaves to another what has nothing to do with the mask. */
 #define APPLY_MASKED(direction, name, mixed, unmasked)                                                                 \
     static void name(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {          \
         if (looks_at_mask(p, direction))                                                                               \

@@ -290,7 +290,7 @@ INLINE void apply_masked_planes(const bn_problem *problem, const bn_coef *coeffi
     }
 }
 
-APPLY_MIXED(planes, FORWARD, forward_mixed_planes)
-APPLY_MIXED(planes, BACKWARD, backward_mixed_planes)
+APPLY_MIXED(FORWARD, forward_mixed_planes)
+APPLY_MIXED(BACKWARD, backward_mixed_planes)
 APPLY_MASKED(FORWARD, forward_masked_planes, forward_mixed_planes, forward_planes)
 APPLY_MASKED(BACKWARD, backward_masked_planes, backward_mixed_planes, backward_planes)

@@ -130,8 +130,7 @@ INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coe
         if (c >= masks.from + WINDOW)
             for (int j = 0; j < rows; j++)
                 mask_row(p, row + j, j, c, &masks);
-        const ptrdiff_t misfit = of.store == BN_STREAMED ? before_line(a.out + c) % VL : 0;
-        const ptrdiff_t n = misfit ? min_z(misfit, end - c) : min_z(VL, end - c);
+        const ptrdiff_t n = min_z(VL, end - c);
         const vcoef k = coef_of_columns(coef, c, vtail(VL), 1, of.direction); /* BN_LINE follow the last */
         masks_of_columns(&masks, rows, p->fold > 1, c, m);
         if (n == VL)
@@ -145,15 +144,17 @@ INLINE void apply_masked_columns(const bn_problem *p, const vact *act, const coe
 
 #define ALONE 32 /* channels from which on rows are full enough without being folded: a row is then real or not */
 
-INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
-                              ptrdiff_t e1, instance of) {
+/* Through the cache, wherever the rest is written. */
+INLINE void apply_mixed_rows(const bn_problem *problem, const bn_coef *coefficients, const bn_pass *how, ptrdiff_t e0,
+                             ptrdiff_t e1, int direction) {
+    const instance of = masked(direction, BN_CACHED);
     bn_problem local = *problem; /* as in apply_rows */
     const bn_problem *const p = &local;
     const coefs local_coef = coefs_of(coefficients), *const coef = &local_coef;
     if (p->C >= ALONE)
         local.fold = 1;
     const ptrdiff_t K = p->C * p->fold;
-    const int rows = of.store == BN_CACHED && p->pitch && how->rows > 1 ? 4 : 1;
+    const int rows = p->pitch && how->rows > 1 ? 4 : 1;
     const vact act = activation_of(p);
     while (e0 < e1) {
         const ptrdiff_t row = e0 / K, c = e0 % K;
@@ -168,8 +169,12 @@ INLINE void apply_masked_rows(const bn_problem *problem, const bn_coef *coeffici
     }
 }
 
-APPLY_MIXED(rows, FORWARD, forward_mixed_rows)
-APPLY_MIXED(rows, BACKWARD, backward_mixed_rows)
+static void forward_mixed_rows(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
+    apply_mixed_rows(p, k, how, e0, e1, FORWARD);
+}
+static void backward_mixed_rows(const bn_problem *p, const bn_coef *k, const bn_pass *how, ptrdiff_t e0, ptrdiff_t e1) {
+    apply_mixed_rows(p, k, how, e0, e1, BACKWARD);
+}
 
 #define ALIKE 256 /* values from which on it pays to go through positions that are alike without looking at each */
 
