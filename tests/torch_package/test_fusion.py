@@ -299,6 +299,7 @@ def hooks(model):
 @pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward pre"])
 @pytest.mark.parametrize("where", ["bn1", "relu", "down.1", "down"])
 def test_hooks_after_accelerate(kind, where):
+    """Trap 19: who watches a module sees what it computed before."""
     plain, x = lively(ResidualDown()), batch()
     for name, module in plain.named_modules():
         if name == "relu":
