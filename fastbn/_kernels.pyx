@@ -20,6 +20,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.ref cimport Py_DECREF
 
 from fastbn._c cimport *
 
@@ -2000,7 +2001,7 @@ cdef struct DLExchange:
     DLExchange *older
     void *allocate
     void *owned_from_object
-    void *object_from_owned
+    int (*object_from_owned)(void *owned, void **tensor) except -1
     int (*look)(void *tensor, DLTensor *told) except -1
     void *stream
 
@@ -2218,10 +2219,10 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
     with. What the kernels cannot walk goes by arrays, with the same results and errors."""
     if y is None:
         raise TypeError("y must be a tensor for the result, got None")
-    if not forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training, momentum,
-                            eps, activation, negative_slope, num_threads):
-        forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training, momentum,
-                          eps, activation, negative_slope, num_threads)
+    if not forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                            momentum, eps, activation, negative_slope, num_threads):
+        forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                          momentum, eps, activation, negative_slope, num_threads)
 
 
 cdef bint forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, bint training,
@@ -2344,14 +2345,15 @@ def tensor_backward(grad_output, x, mean, var, weight, bias, residual, output, g
     """Gradients by statistics of the whole of x, into the tensors that are given for them: of None there is no need."""
     if grad_output is None or mean is None or var is None:
         raise TypeError("grad_output, mean and var must be tensors, got None")
-    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
-                             grad_residual, training, eps, activation, negative_slope, num_threads):
-        backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
-                           grad_residual, training, eps, activation, negative_slope, num_threads)
+    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                             grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads):
+        backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                           grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads)
 
 
-cdef bint backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
-                            grad_residual, bint training, eps, activation, negative_slope, num_threads) except -1:
+cdef bint backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                            grad_bias, grad_residual, bint training, eps, activation, negative_slope,
+                            num_threads) except -1:
     """tensor_backward of what the kernels can walk where it lies; False, and nothing done, where they cannot."""
     cdef bn_call call
     cdef Tensor like
@@ -2398,8 +2400,9 @@ cdef bint backward_in_place(grad_output, x, mean, var, weight, bias, residual, o
     return True
 
 
-cdef int backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
-                            grad_residual, training, eps, activation, negative_slope, num_threads) except -1:
+cdef int backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                            grad_bias, grad_residual, training, eps, activation, negative_slope,
+                            num_threads) except -1:
     global BY_ARRAYS
     BY_ARRAYS += 1
     cdef list arrays = [as_array(a) for a in (grad_output, x, mean, var, weight, bias, residual, output)]
@@ -2417,12 +2420,13 @@ cdef int backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, o
 
 # ---- calls of PyTorch's -------------------------------------------------------------------------------------------
 
-# All of a call of fastbn.torch between Python's frames and the kernel: in a network a call finds no cache warm, and each
-# bytecode and each attribute on the way is one more place in memory to wait for.
+# All of a call of fastbn.torch between Python's frames and the kernel: in a network a call finds no cache warm, and
+# each bytecode and each attribute on the way is one more place in memory to wait for.
 
 cdef tuple TENSOR_TYPES = ()
 cdef object DISPATCH_KEYS, RAW_KEYS, IS_TRACING, ARE_TRANSFORMS_ACTIVE, COUNT_DISPATCH_MODES, COUNT_FUNCTION_MODES
-cdef object FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, FROM_NUMPY, MEMORY_FORMAT
+cdef object FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, MEMORY_FORMAT
+cdef DLExchange *EXCHANGE = NULL
 cdef tuple MEMORY_FORMATS = ()  # contiguous, channels-last of 4 and of 5 dimensions
 cdef unsigned long long PLAIN = 0, PLAIN_IN_INFERENCE = 0
 
@@ -2430,17 +2434,18 @@ cdef unsigned long long PLAIN = 0, PLAIN_IN_INFERENCE = 0
 def learn_torch(torch, memory_format, plain_keys, plain_keys_in_inference):
     """What calls need of PyTorch."""
     global TENSOR_TYPES, DISPATCH_KEYS, RAW_KEYS, IS_TRACING, ARE_TRANSFORMS_ACTIVE, COUNT_DISPATCH_MODES
-    global COUNT_FUNCTION_MODES, FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, FROM_NUMPY, MEMORY_FORMAT, MEMORY_FORMATS
-    global PLAIN, PLAIN_IN_INFERENCE
+    global COUNT_FUNCTION_MODES, FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, MEMORY_FORMAT, MEMORY_FORMATS
+    global PLAIN, PLAIN_IN_INFERENCE, EXCHANGE
     TENSOR_TYPES = torch.Tensor, torch.nn.Parameter
     DISPATCH_KEYS, RAW_KEYS = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
     IS_TRACING, ARE_TRANSFORMS_ACTIVE = torch._C._is_tracing, torch._C._are_functorch_transforms_active
     COUNT_DISPATCH_MODES = torch._C._len_torch_dispatch_stack
     COUNT_FUNCTION_MODES = torch._C._len_torch_function_stack
     FORWARD_AD, IS_GRAD_ENABLED = torch.autograd.forward_ad, torch.is_grad_enabled
-    TORCH_EMPTY_LIKE, FROM_NUMPY, MEMORY_FORMAT = torch.empty_like, torch.from_numpy, memory_format
+    TORCH_EMPTY_LIKE, MEMORY_FORMAT = torch.empty_like, memory_format
     MEMORY_FORMATS = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
     PLAIN, PLAIN_IN_INFERENCE = plain_keys, plain_keys_in_inference
+    EXCHANGE = exchange_of(<type> torch.Tensor)
 
 
 cdef bint is_watched() except -1:
@@ -2474,36 +2479,79 @@ cdef bint lies_as(const Memory *m, int *order, int n) noexcept:
     return True
 
 
+cdef struct OwnedTensor:  # DLPack's, and behind it the sizes that it points to
+    uint32_t major, minor
+    void *manager
+    void (*deleter)(OwnedTensor *) noexcept nogil
+    uint64_t flags
+    DLTensor tensor
+    int64_t shape[MOST_DIMENSIONS]
+    int64_t strides[MOST_DIMENSIONS]
+
+
+cdef void drop(OwnedTensor *owned) noexcept nogil:
+    bn_output_free(NULL, owned.tensor.data, 0)
+    free(owned)
+
+
+cdef object kept_tensor(const Memory *m, const int *order):
+    """A tensor of that shape and dtype in memory that is kept, with the dimensions in this order, the fastest first;
+    None where there is no such memory."""
+    cdef OwnedTensor *owned = NULL
+    cdef int64_t step = 1
+    cdef int i
+    cdef void *made = NULL
+    if EXCHANGE != NULL and EXCHANGE.object_from_owned != NULL:
+        owned = <OwnedTensor *> malloc(sizeof(OwnedTensor))
+    if owned == NULL:
+        return None
+    for i in range(m.nd):
+        owned.shape[order[i]], owned.strides[order[i]] = m.shape[order[i]], step
+        step *= m.shape[order[i]]
+    owned.major, owned.minor, owned.manager, owned.deleter, owned.flags = 1, 0, NULL, drop, 0
+    owned.tensor.data = bn_output_malloc(NULL, <size_t> (step * bytes_of(m.dtype)))
+    owned.tensor.device, owned.tensor.device_id, owned.tensor.nd = 1, 0, m.nd  # kDLCPU
+    owned.tensor.code, owned.tensor.bits = 4 if m.dtype == BFLOAT16 else 2, 8 * bytes_of(m.dtype)
+    owned.tensor.lanes, owned.tensor.offset = 1, 0
+    owned.tensor.shape, owned.tensor.strides = owned.shape, owned.strides
+    if owned.tensor.data == NULL:
+        free(owned)
+        return None
+    EXCHANGE.object_from_owned(owned, &made)
+    t = <object> made
+    Py_DECREF(t)  # the reference that the function gave, beside that of the name
+    return t
+
+
 cdef object room_for(t, const Memory *m, bint of_gradient):
     """A tensor for a result, in the memory format that PyTorch gives to those for such an input."""
-    cdef int order[5]
+    cdef int order[MOST_DIMENSIONS]
     cdef int i, n = m.nd
-    cdef bint odd = n > 5  # or there is a dimension of 1, whose stride may be anything
+    cdef bint clear = True, contiguous
     cdef Py_ssize_t size = bytes_of(m.dtype)
     for i in range(n):
+        order[i] = n - 1 - i
         size *= m.shape[i]
-        odd = odd or m.shape[i] == 1
-    how = None
-    if not (odd and (of_gradient or n > 5)):
-        for i in range(n):
-            order[i] = n - 1 - i
-        if lies_as(m, order, n):
-            how = MEMORY_FORMATS[0]
-        elif n > 3:
+        clear = clear and not (of_gradient and m.shape[i] == 1)  # else two formats may be the same
+    contiguous = lies_as(m, order, n)
+    how = MEMORY_FORMATS[0]
+    if not (contiguous and clear):
+        if n == 4 or n == 5:
             order[0] = 1
             for i in range(1, n - 1):
                 order[i] = n - i
-            if lies_as(m, order, n):
-                how = MEMORY_FORMATS[n - 3]
-    if how is None:
-        how = MEMORY_FORMAT(t)
-    elif size >= KEEP_FROM and not odd and bytes_of(m.dtype) > 2:
-        return FROM_NUMPY(empty_like(as_array(t), cnp.NPY_KEEPORDER))
-    return TORCH_EMPTY_LIKE(t, memory_format=how)
+            how = MEMORY_FORMATS[n - 3]
+        if not (clear and lies_as(m, order, n)):
+            how = MEMORY_FORMAT(t)
+            if how is MEMORY_FORMATS[0]:
+                for i in range(n):
+                    order[i] = n - 1 - i
+    made = kept_tensor(m, order) if size >= KEEP_FROM and bn_output_limit() > 0 else None
+    return TORCH_EMPTY_LIKE(t, memory_format=how) if made is None else made
 
 
-def torch_forward(x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation, negative_slope,
-                  counter, num_threads):
+def torch_forward(x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+                  negative_slope, counter, num_threads):
     """functional.batch_norm of a call without anything unusual: (y, mean, var), of which mean and var are None where no
     gradient is wanted; None, and nothing done, where it has to be looked at more closely."""
     cdef bint grad = IS_GRAD_ENABLED(), wanted
@@ -2529,8 +2577,8 @@ def torch_forward(x, running_mean, running_var, weight, bias, training, momentum
         if wanted:
             mean = per_channel(like.m.shape[1], cnp.NPY_FLOAT64, False)
             var = per_channel(like.m.shape[1], cnp.NPY_FLOAT64, False)
-        if forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training, momentum,
-                            eps, activation, negative_slope, num_threads):
+        if forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                            momentum, eps, activation, negative_slope, num_threads):
             return y, mean, var
     except (TypeError, ValueError):
         pass
@@ -2559,7 +2607,7 @@ def torch_backward(grad_output, tuple saved, tuple call, tuple needs, num_thread
             grad_weight = TORCH_EMPTY_LIKE(vector)
         if of_bias:
             grad_bias = TORCH_EMPTY_LIKE(vector)
-    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
-                             grad_residual, training, eps, activation, negative_slope, num_threads):
+    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                             grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads):
         return None
     return grad_input, grad_weight, grad_bias, grad_output if of_residual and not through else grad_residual, None

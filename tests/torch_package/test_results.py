@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -486,6 +487,77 @@ def test_outputs_are_in_kept_memory():
         else:
             del y
         assert output_memory()[0] >= x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (300, 1024), (1, 64, 65, 65), (600, 1, 30, 31), (65, 64, 1, 65), (65, 64, 65, 1), (4200, 65, 1, 1),
+        (2, 64, 45, 47), (1, 64, 17, 17, 17), (2, 3, 4, 5, 60, 60),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_strides_of_what_is_in_kept_memory(shape, layout, dtype):
+    """Those of PyTorch's results, also where an axis of 1 lets a tensor be of two formats."""
+    x = normal(*shape).to(dtype)
+    if layout == "channels_last":
+        x = channels_last(x)
+    elif layout == "permuted":
+        x = x.flip(-1).transpose(0, -1).contiguous().transpose(0, -1)
+    vectors = dtype if dtype is torch.float64 else torch.float32
+    weight, bias, *running = (t.to(vectors) for t in parameters(shape[1]))
+    found = []
+    for batch_norm in ours.batch_norm, F.batch_norm:
+        leaf = x.clone().requires_grad_()
+        y = batch_norm(leaf, *(t.clone() for t in running), weight, bias, True)
+        (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        found.append((y.stride(), gradient.stride()))
+        assert y.dtype is gradient.dtype is dtype
+    assert found[0] == found[1]
+    fastbn.empty_output_cache()
+    del y, gradient
+    by_arrays = _kernels.calls_by_arrays()
+    y = ours.batch_norm(x, *running, weight, bias)
+    if _kernels.calls_by_arrays() == by_arrays:
+        assert not y.untyped_storage().resizable()
+        size = y.nbytes
+        del y
+        assert output_memory()[0] >= size
+    else:
+        assert layout == "permuted" or x.ndim == 6
+
+
+def test_without_kept_memory():
+    """It can be switched off; then all that PyTorch gets is its own."""
+    before = output_memory()[1]
+    fastbn.set_output_cache(0)
+    try:
+        x = normal(16, 64, 8, 9).requires_grad_()
+        y = ours.batch_norm(x, torch.zeros(64), torch.ones(64))
+        y.sum().backward()
+        assert y.untyped_storage().resizable()
+        assert x.grad.untyped_storage().resizable()
+    finally:
+        fastbn.set_output_cache(before)
+
+
+def test_kept_memory_outlives_its_tensor():
+    """What shares the storage holds it, until the last one is gone; from any thread."""
+    fastbn.empty_output_cache()
+    x = normal(16, 64, 8, 9)
+    y = ours.batch_norm(x, torch.zeros(64), torch.ones(64))
+    view, expected = y[3:], y[3:].clone()
+    del y
+    assert output_memory()[0] == 0
+    assert torch.equal(view, expected)
+    holder = [view]
+    del view
+    thread = threading.Thread(target=holder.clear)
+    thread.start()
+    thread.join()
+    assert output_memory()[0] >= x.nbytes
 
 
 def test_inputs_stay_resizable():
