@@ -172,7 +172,7 @@ cdef extern from "outputs.h":
     void *bn_output_malloc(void *, size_t) noexcept
     void *bn_output_calloc(void *, size_t, size_t) noexcept
     void *bn_output_realloc(void *, void *, size_t) noexcept
-    void bn_output_free(void *, void *, size_t) noexcept
+    void bn_output_free(void *, void *, size_t) noexcept nogil
     void bn_output_set_limit(size_t)
     size_t bn_output_limit()
     size_t bn_output_held()

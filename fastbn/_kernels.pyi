@@ -185,6 +185,25 @@ def tensor_backward(
     num_threads: int | None,
 ) -> None: ...
 def kept_like(a: Any) -> NDArray[Any]: ...
+def learn_torch(torch: Any, memory_format: Any, plain_keys: int, plain_keys_in_inference: int) -> None: ...
+def torch_forward(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: Any,
+    momentum: Any,
+    eps: Any,
+    residual: Any,
+    activation: str | None,
+    negative_slope: float,
+    counter: Any,
+    num_threads: int,
+) -> tuple[Any, Any, Any] | None: ...
+def torch_backward(
+    grad_output: Any, saved: tuple[Any, ...], call: tuple[Any, ...], needs: tuple[bool, ...], num_threads: int
+) -> tuple[Any, ...] | None: ...
 def calls_by_arrays() -> int: ...
 def update_running(
     running_mean: Running,

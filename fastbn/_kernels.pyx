@@ -20,6 +20,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcpy
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from cpython.pyport cimport PY_SSIZE_T_MAX
+from cpython.ref cimport Py_DECREF
 
 from fastbn._c cimport *
 
@@ -2013,7 +2014,7 @@ cdef struct DLExchange:
     DLExchange *older
     void *allocate
     void *owned_from_object
-    void *object_from_owned
+    int (*object_from_owned)(void *owned, void **tensor) except -1
     int (*look)(void *tensor, DLTensor *told) except -1
     void *stream
 
@@ -2229,6 +2230,17 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
     """y of tensors with channels on axis 1, and what it was normalized with into mean and var, float64, if these are
     given. With training the running averages and the counter, if given, are moved, otherwise they are what to normalize
     with. What the kernels cannot walk goes by arrays, with the same results and errors."""
+    if y is None:
+        raise TypeError("y must be a tensor for the result, got None")
+    if not forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                            momentum, eps, activation, negative_slope, num_threads):
+        forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                          momentum, eps, activation, negative_slope, num_threads)
+
+
+cdef bint forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, bint training,
+                           momentum, eps, activation, negative_slope, num_threads) except -1:
+    """tensor_forward of what the kernels can walk where it lies; False, and nothing done, where they cannot."""
     cdef bn_call call
     cdef Tensor like
     cdef Spans spans
@@ -2244,8 +2256,6 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
     cdef char *block
     cdef Py_ssize_t c
     spans.n = 0
-    if y is None:
-        raise TypeError("y must be a tensor for the result, got None")
     if not (
         C > 0 and m > (1 if training else 0) and (running_mean is None) is (running_var is None)
         and (training or running_mean is not None)
@@ -2262,8 +2272,7 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
         and apart(&spans)
         and (training or not any_negative(averages[1], float64, C))
     ):
-        return forward_by_arrays(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
-                                 momentum, eps, activation, negative_slope, num_threads)
+        return False
     call.source.eps = epsilon
     if training:
         if running_mean is not None:
@@ -2280,7 +2289,7 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
         if count != NULL:
             count[0] += 1
         run(&call)
-        return
+        return True
     for c in range(C if call.mean != NULL else 0):
         call.mean[c] = (<double *> averages[0])[c] if float64 else (<float *> averages[0])[c]
     for c in range(C if call.var != NULL else 0):
@@ -2297,6 +2306,7 @@ def tensor_forward(x, y, residual, weight, bias, running_mean, running_var, mean
     finally:
         if block != room:
             free(block)
+    return True
 
 
 cdef bint put_counter(long long **at, Spans *spans, a) except -1:
@@ -2346,6 +2356,18 @@ cdef int forward_by_arrays(x, y, residual, weight, bias, running_mean, running_v
 def tensor_backward(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight, grad_bias,
                     grad_residual, bint training, eps, activation, negative_slope, num_threads):
     """Gradients by statistics of the whole of x, into the tensors that are given for them: of None there is no need."""
+    if grad_output is None or mean is None or var is None:
+        raise TypeError("grad_output, mean and var must be tensors, got None")
+    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                             grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads):
+        backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                           grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads)
+
+
+cdef bint backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                            grad_bias, grad_residual, bint training, eps, activation, negative_slope,
+                            num_threads) except -1:
+    """tensor_backward of what the kernels can walk where it lies; False, and nothing done, where they cannot."""
     cdef bn_call call
     cdef Tensor like
     cdef Spans spans
@@ -2358,8 +2380,6 @@ def tensor_backward(grad_output, x, mean, var, weight, bias, residual, output, g
     cdef bint kinked = activation is not None  # so that z has to be found again
     cdef int real = real_of(p.element)
     cdef bn_operation op
-    if grad_output is None or mean is None or var is None:
-        raise TypeError("grad_output, mean and var must be tensors, got None")
     if output is not None:
         mask_from_output(p, activation)
     p.fixed = not (training and grad_input is not None)
@@ -2381,29 +2401,226 @@ def tensor_backward(grad_output, x, mean, var, weight, bias, residual, output, g
         and apart(&spans) and not any_negative(call.source.var, True, C)
         and (grad_residual is None or grad_input is not None)  # the kernels write both
     ):
-        return backward_by_arrays(grad_output, x, mean, var, m, weight, bias, residual, output, grad_input, grad_weight,
-                                  grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads)
+        return False
     if not to_elements and not to_parameters:
-        return
+        return True
     if op == BN_GRAD_INPUT and p.fixed and not kinked:
         p.x = p.grad_output  # x is not looked at, and need not be read
     call.source.eps = epsilon
     call.count = <double> m
     plan_and_allocate(&call, op, threads)
     run(&call)
+    return True
 
 
-cdef int backward_by_arrays(grad_output, x, mean, var, count, weight, bias, residual, output, grad_input, grad_weight,
-                            grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads) except -1:
+cdef int backward_by_arrays(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                            grad_bias, grad_residual, training, eps, activation, negative_slope,
+                            num_threads) except -1:
     global BY_ARRAYS
     BY_ARRAYS += 1
     cdef list arrays = [as_array(a) for a in (grad_output, x, mean, var, weight, bias, residual, output)]
     grad_output, x, mean, var, weight, bias, residual, output = arrays
     cdef list wanted = [as_array(a) for a in (grad_input, grad_weight, grad_bias, grad_residual)]
     needs = sum([1 << i for i in range(4) if wanted[i] is not None])
+    cdef Py_ssize_t count = x.size // x.shape[1] if x.size else 0
     found = backward(grad_output, x, mean, var, count, weight, bias, eps, training, 1, residual, activation,
                      negative_slope, wanted[0], num_threads, None, output, needs)
     for place_for, gradient in zip(wanted, found):
         if place_for is not None and place_for is not gradient:
             place_for[...] = gradient
     return 0
+
+
+# ---- calls of PyTorch's -------------------------------------------------------------------------------------------
+
+# All of a call of fastbn.torch between Python's frames and the kernel: in a network a call finds no cache warm, and
+# each bytecode and each attribute on the way is one more place in memory to wait for.
+
+cdef tuple TENSOR_TYPES = ()
+cdef object DISPATCH_KEYS, RAW_KEYS, IS_TRACING, ARE_TRANSFORMS_ACTIVE, COUNT_DISPATCH_MODES, COUNT_FUNCTION_MODES
+cdef object FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, MEMORY_FORMAT
+cdef DLExchange *EXCHANGE = NULL
+cdef tuple MEMORY_FORMATS = ()  # contiguous, channels-last of 4 and of 5 dimensions
+cdef unsigned long long PLAIN = 0, PLAIN_IN_INFERENCE = 0
+
+
+def learn_torch(torch, memory_format, plain_keys, plain_keys_in_inference):
+    """What calls need of PyTorch."""
+    global TENSOR_TYPES, DISPATCH_KEYS, RAW_KEYS, IS_TRACING, ARE_TRANSFORMS_ACTIVE, COUNT_DISPATCH_MODES
+    global COUNT_FUNCTION_MODES, FORWARD_AD, IS_GRAD_ENABLED, TORCH_EMPTY_LIKE, MEMORY_FORMAT, MEMORY_FORMATS
+    global PLAIN, PLAIN_IN_INFERENCE, EXCHANGE
+    TENSOR_TYPES = torch.Tensor, torch.nn.Parameter
+    DISPATCH_KEYS, RAW_KEYS = torch._C._dispatch_keys, torch._C.DispatchKeySet.raw_repr
+    IS_TRACING, ARE_TRANSFORMS_ACTIVE = torch._C._is_tracing, torch._C._are_functorch_transforms_active
+    COUNT_DISPATCH_MODES = torch._C._len_torch_dispatch_stack
+    COUNT_FUNCTION_MODES = torch._C._len_torch_function_stack
+    FORWARD_AD, IS_GRAD_ENABLED = torch.autograd.forward_ad, torch.is_grad_enabled
+    TORCH_EMPTY_LIKE, MEMORY_FORMAT = torch.empty_like, memory_format
+    MEMORY_FORMATS = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
+    PLAIN, PLAIN_IN_INFERENCE = plain_keys, plain_keys_in_inference
+    EXCHANGE = exchange_of(<type> torch.Tensor)
+
+
+cdef bint is_watched() except -1:
+    """Whether PyTorch may be at something that has to see every operation; functional._watched knows more exactly."""
+    return (
+        IS_TRACING() or ARE_TRANSFORMS_ACTIVE() or COUNT_DISPATCH_MODES() or COUNT_FUNCTION_MODES()
+        or FORWARD_AD._current_level >= 0
+    )
+
+
+cdef bint is_plain(t, bint grad) except -1:
+    """Whether a tensor is one of no special kind, or None; as functional.why_not has it."""
+    cdef unsigned long long keys
+    if t is None:
+        return True
+    if type(t) is not TENSOR_TYPES[0] and type(t) is not TENSOR_TYPES[1]:
+        return False
+    keys = RAW_KEYS(DISPATCH_KEYS(t))
+    return keys == PLAIN or keys == PLAIN_IN_INFERENCE and not grad
+
+
+cdef bint lies_as(const Memory *m, int *order, int n) noexcept:
+    """Whether memory has no gaps with the dimensions in this order, the fastest first."""
+    cdef Py_ssize_t step = bytes_of(m.dtype)
+    cdef int i
+    for i in range(n):
+        if m.shape[order[i]] != 1:
+            if m.strides[order[i]] != step:
+                return False
+            step *= m.shape[order[i]]
+    return True
+
+
+cdef struct OwnedTensor:  # DLPack's, and behind it the sizes that it points to
+    uint32_t major, minor
+    void *manager
+    void (*deleter)(OwnedTensor *) noexcept nogil
+    uint64_t flags
+    DLTensor tensor
+    int64_t shape[MOST_DIMENSIONS]
+    int64_t strides[MOST_DIMENSIONS]
+
+
+cdef void drop(OwnedTensor *owned) noexcept nogil:
+    bn_output_free(NULL, owned.tensor.data, 0)
+    free(owned)
+
+
+cdef object kept_tensor(const Memory *m, const int *order):
+    """A tensor of that shape and dtype in memory that is kept, with the dimensions in this order, the fastest first;
+    None where there is no such memory."""
+    cdef OwnedTensor *owned = NULL
+    cdef int64_t step = 1
+    cdef int i
+    cdef void *made = NULL
+    if EXCHANGE != NULL and EXCHANGE.object_from_owned != NULL:
+        owned = <OwnedTensor *> malloc(sizeof(OwnedTensor))
+    if owned == NULL:
+        return None
+    for i in range(m.nd):
+        owned.shape[order[i]], owned.strides[order[i]] = m.shape[order[i]], step
+        step *= m.shape[order[i]]
+    owned.major, owned.minor, owned.manager, owned.deleter, owned.flags = 1, 0, NULL, drop, 0
+    owned.tensor.data = bn_output_malloc(NULL, <size_t> (step * bytes_of(m.dtype)))
+    owned.tensor.device, owned.tensor.device_id, owned.tensor.nd = 1, 0, m.nd  # kDLCPU
+    owned.tensor.code, owned.tensor.bits = 4 if m.dtype == BFLOAT16 else 2, 8 * bytes_of(m.dtype)
+    owned.tensor.lanes, owned.tensor.offset = 1, 0
+    owned.tensor.shape, owned.tensor.strides = owned.shape, owned.strides
+    if owned.tensor.data == NULL:
+        free(owned)
+        return None
+    EXCHANGE.object_from_owned(owned, &made)
+    t = <object> made
+    Py_DECREF(t)  # the reference that the function gave, beside that of the name
+    return t
+
+
+cdef object room_for(t, const Memory *m, bint of_gradient):
+    """A tensor for a result, in the memory format that PyTorch gives to those for such an input."""
+    cdef int order[MOST_DIMENSIONS]
+    cdef int i, n = m.nd
+    cdef bint clear = True, contiguous
+    cdef Py_ssize_t size = bytes_of(m.dtype)
+    for i in range(n):
+        order[i] = n - 1 - i
+        size *= m.shape[i]
+        clear = clear and not (of_gradient and m.shape[i] == 1)  # else two formats may be the same
+    contiguous = lies_as(m, order, n)
+    how = MEMORY_FORMATS[0]
+    if not (contiguous and clear):
+        if n == 4 or n == 5:
+            order[0] = 1
+            for i in range(1, n - 1):
+                order[i] = n - i
+            how = MEMORY_FORMATS[n - 3]
+        if not (clear and lies_as(m, order, n)):
+            how = MEMORY_FORMAT(t)
+            if how is MEMORY_FORMATS[0]:
+                for i in range(n):
+                    order[i] = n - 1 - i
+    made = kept_tensor(m, order) if size >= KEEP_FROM and bn_output_limit() > 0 else None
+    return TORCH_EMPTY_LIKE(t, memory_format=how) if made is None else made
+
+
+def torch_forward(x, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+                  negative_slope, counter, num_threads):
+    """functional.batch_norm of a call without anything unusual: (y, mean, var), of which mean and var are None where no
+    gradient is wanted; None, and nothing done, where it has to be looked at more closely."""
+    cdef bint grad = IS_GRAD_ENABLED(), wanted
+    if not (
+        (training is True or training is False) and type(momentum) is float and type(eps) is float and <double> eps > 0
+        and is_plain(x, grad) and is_plain(weight, grad) and is_plain(bias, grad) and is_plain(running_mean, grad)
+        and is_plain(running_var, grad) and is_plain(residual, grad) and is_plain(counter, grad) and not is_watched()
+        and x is not None and not (running_mean is not None and running_mean.requires_grad)
+        and not (running_var is not None and running_var.requires_grad)
+    ):
+        return None
+    wanted = grad and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    cdef Tensor like
+    mean = var = None
+    try:
+        look(&like, x)
+        if like.m.nd < 2:
+            return None
+        y = room_for(x, &like.m, False)
+        if wanted:
+            mean = per_channel(like.m.shape[1], cnp.NPY_FLOAT64, False)
+            var = per_channel(like.m.shape[1], cnp.NPY_FLOAT64, False)
+        if forward_in_place(x, y, residual, weight, bias, running_mean, running_var, mean, var, counter, training,
+                            momentum, eps, activation, negative_slope, num_threads):
+            return y, mean, var
+    except (TypeError, ValueError):
+        pass
+    return None
+
+
+def torch_backward(grad_output, tuple saved, tuple call, tuple needs, num_threads):
+    """The gradient of such a call: of input, weight, bias, residual; None where it has to be looked at more closely."""
+    if IS_GRAD_ENABLED() or grad_output is None or not is_plain(grad_output, False) or is_watched():
+        return None
+    x, weight, bias, residual, output = saved
+    mean, var, training, eps, activation, negative_slope = call
+    cdef bint of_input = needs[0], of_weight = needs[1], of_bias = needs[2], of_residual = needs[3]
+    cdef bint through = of_residual and activation is not None  # else it is grad_output itself
+    grad_input = grad_weight = grad_bias = grad_residual = None
+    cdef Tensor like
+    if of_input or through:
+        look(&like, x)
+        if of_input:
+            grad_input = room_for(x, &like.m, True)
+        if through:
+            grad_residual = room_for(x, &like.m, True)
+    if of_weight or of_bias:
+        vector = x.new_empty(x.shape[1]) if weight is None else weight
+        if of_weight:
+            grad_weight = TORCH_EMPTY_LIKE(vector)
+        if of_bias:
+            grad_bias = TORCH_EMPTY_LIKE(vector)
+    if not backward_in_place(grad_output, x, mean, var, weight, bias, residual, output, grad_input, grad_weight,
+                             grad_bias, grad_residual, training, eps, activation, negative_slope, num_threads):
+        return None
+    return grad_input, grad_weight, grad_bias, grad_output if of_residual and not through else grad_residual, None

@@ -43,9 +43,10 @@ ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 # mode cannot be saved for a backward pass.
 _TYPES = {Tensor, torch.nn.Parameter}
 with torch.inference_mode(False):
-    _KEYS_WITH_GRAD = {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+    _PLAIN = _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 with torch.inference_mode():
-    _KEYS_WITHOUT_GRAD = _KEYS_WITH_GRAD | {_dispatch_keys(torch.empty(0, device="cpu")).raw_repr()}
+    _PLAIN_IN_INFERENCE = _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+_KEYS_WITH_GRAD, _KEYS_WITHOUT_GRAD = {_PLAIN}, {_PLAIN, _PLAIN_IN_INFERENCE}
 
 # Since PyTorch 2.10 a tensor tells the kernels through DLPack's table of C functions where it is.
 _EXCHANGE = hasattr(Tensor, "__dlpack_c_exchange_api__")
@@ -122,8 +123,42 @@ def batch_norm(
     a slope above 0), otherwise `residual`; changing one of these in place in between raises PyTorch's error.
     """
     check_activation(activation)
+    return batch_norm_of_layer(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+        negative_slope, mask,
+    )  # fmt: skip
+
+
+def batch_norm_of_layer(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: Any,
+    negative_slope: float,
+    mask: Tensor | None = None,
+    counter: Tensor | None = None,
+) -> Tensor:
+    """:func:`batch_norm`, which adds one to the number of batches, too."""
     if mask is not None and not training and not torch.is_grad_enabled():
         mask = None  # evaluation takes no statistics
+    if mask is None and _EXCHANGE and not is_compiling():
+        # In one call, whatever is as usual; the rest of this function takes what is not.
+        found = _kernels.torch_forward(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, residual, activation,
+            negative_slope, counter, torch.get_num_threads(),
+        )  # fmt: skip
+        if found is not None:
+            if found[1] is None:
+                return found[0]
+            return _apply(input, weight, bias, residual, (found, training, eps, activation, negative_slope))
+    if counter is not None:
+        counter.add_(1)
     if (
         mask is None
         and why_not(input, running_mean, running_var, weight, bias, training, residual, momentum, eps) is None
@@ -460,15 +495,22 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
+        saved = ctx.saved_tensors
+        if _EXCHANGE and not is_compiling():
+            found = _kernels.torch_backward(
+                grad_output, saved, ctx.call, ctx.needs_input_grad, torch.get_num_threads()
+            )
+            if found is not None:
+                return found
         if (
             torch.is_grad_enabled()
             or type(grad_output) not in _TYPES
             or _dispatch_keys(grad_output).raw_repr() not in _KEYS_WITHOUT_GRAD
             or _watched() is not None
         ):
-            return _differentiable_backward(ctx, grad_output)
+            return _differentiable_backward(ctx, grad_output, saved)
         mean, var, *call = ctx.call
-        input, weight, bias, residual, output = ctx.saved_tensors
+        input, weight, bias, residual, output = saved
         grads = _backward(
             grad_output, input, mean, var, weight, bias, residual, output, ctx.needs_input_grad, *call
         )
@@ -484,9 +526,12 @@ def _output_tells(activation: str | None, negative_slope: float) -> bool:
     return activation in ("relu", "relu6") or (activation == "leaky_relu" and negative_slope > 0)
 
 
-def _differentiable_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any, grad_output: Tensor, saved: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """The gradients by PyTorch's own operations, which it can differentiate, batch and watch."""
-    input, weight, bias, residual, output = ctx.saved_tensors
+    input: Any
+    input, weight, bias, residual, output = saved
     mean, var, training, eps, activation, negative_slope = ctx.call
     create_graph = torch.is_grad_enabled()
     running = (None, None)
@@ -598,3 +643,7 @@ def _mask_like(mask: Tensor, input: Tensor) -> Tensor:
             f"got {list(mask.shape)}"
         )
     return mask.expand(shape).unsqueeze(1)
+
+
+if _EXCHANGE:
+    _kernels.learn_torch(torch, _memory_format, _PLAIN, _PLAIN_IN_INFERENCE)

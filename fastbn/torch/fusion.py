@@ -29,7 +29,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.functional import _DTYPES, _watched, why_not
-from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm, tensors_of
 from fastbn.torch.rewriting import Roles, rewrite
 
 _FAST = {nn.BatchNorm1d: BatchNorm1d, nn.BatchNorm2d: BatchNorm2d, nn.BatchNorm3d: BatchNorm3d}
@@ -104,7 +104,8 @@ class _Waiting:
 
 def _has_kernel(module: Any, dtype: torch.dtype) -> bool:
     """Whether the kernels take an input of that dtype with the parameters and averages of a layer."""
-    vector = module.running_mean if module.weight is None else module.weight
+    weight, _, running_mean, _, _ = tensors_of(module)
+    vector = running_mean if weight is None else weight
     return dtype in _KERNEL_DTYPES if vector is None else (dtype, vector.dtype) in _DTYPES
 
 

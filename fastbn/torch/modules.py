@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 
-from fastbn.torch.functional import batch_norm, check_activation, composite
+from fastbn.torch.functional import batch_norm_of_layer, check_activation, composite
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -67,16 +67,15 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         negative_slope: float,
     ) -> Tensor:
         """:meth:`forward`, with an activation that need not be the layer's own."""
+        if not torch.jit.is_scripting():
+            if not is_compiling():
+                return self._at_once(input, residual, mask, activation, negative_slope)
         # As torch.nn's own forward decides.
         self._check_input_dim(input)
         factor = 0.0 if self.momentum is None else self.momentum
-        again = False
-        if not torch.jit.is_scripting():
-            if self.once:
-                again = _in_backward()
         if self.training and self.track_running_stats:
             batches = self.num_batches_tracked
-            if batches is not None and not again:
+            if batches is not None:
                 batches.add_(1)
                 if self.momentum is None:
                     factor = 1.0 / float(batches)
@@ -85,15 +84,35 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and not self.track_running_stats:
             running_mean, running_var = None, None
         if not torch.jit.is_scripting():
-            if self.training and again:
-                running_mean, running_var = None, None
-            return batch_norm(
+            return batch_norm_of_layer(
                 input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
-                residual=residual, activation=activation, negative_slope=negative_slope, mask=mask,
+                residual, activation, negative_slope, mask,
             )  # fmt: skip
         return composite(
             input, running_mean, running_var, self.weight, self.bias, bn_training, factor, self.eps,
             residual, activation, negative_slope, mask,
+        )  # fmt: skip
+
+    def _at_once(
+        self, input: Any, residual: Any, mask: Any, activation: str | None, negative_slope: float
+    ) -> Tensor:
+        """The same where nothing but the result counts."""
+        self._check_input_dim(input)
+        weight, bias, running_mean, running_var, batches = tensors_of(self)
+        training, momentum = self.training, self.momentum
+        bn_training = training or (running_mean is None and running_var is None)
+        if not training:
+            batches = None
+        elif not self.track_running_stats or (self.once and _in_backward()):
+            batches = running_mean = running_var = None
+        if momentum is None:
+            momentum = 0.0
+            if batches is not None:
+                batches.add_(1)
+                momentum, batches = 1.0 / float(batches), None
+        return batch_norm_of_layer(
+            input, running_mean, running_var, weight, bias, bn_training, momentum, self.eps, residual,
+            activation, negative_slope, mask, batches,
         )  # fmt: skip
 
     def _group(self) -> Any:
@@ -109,6 +128,30 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.once:
             text += ", once=True"
         return text
+
+
+_as_usual: dict[type, bool] = {}  # classes whose instances have nothing else under these names
+
+
+def tensors_of(norm: Any) -> tuple[Any, ...]:
+    """Weight, bias, running mean and variance, and number of batches, without the search for each of them."""
+    cls = type(norm)
+    usual = _as_usual.get(cls)
+    if usual is None:
+        names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        usual = _as_usual[cls] = (
+            not any(hasattr(cls, name) for name in names)
+            and getattr(cls, "__getattr__") is getattr(torch.nn.Module, "__getattr__")  # noqa: B009
+            and getattr(cls, "__getattribute__") is getattr(object, "__getattribute__")  # noqa: B009
+        )
+    if usual:
+        parameters, buffers = norm._parameters, norm._buffers
+        if "weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers:
+            return (
+                parameters["weight"], parameters["bias"],
+                buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
+            )  # fmt: skip
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def _in_backward() -> bool:

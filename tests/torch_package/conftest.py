@@ -9,7 +9,7 @@ import pytest
 
 from fastbn import _kernels
 
-TRAINING = 10  # where it is among the arguments of a forward call
+TRAINING, TRAINING_AT_ONCE = 10, 5  # where it is among the arguments of a forward call
 
 
 @pytest.fixture
@@ -26,7 +26,22 @@ def kernels_called(monkeypatch):
         _kernels.tensor_backward(*args)
         calls.append(("backward", args[-1]))
 
-    spies = SimpleNamespace(tensor_forward=forward, tensor_backward=backward, kept_like=_kernels.kept_like)
+    def at_once(*args):
+        found = _kernels.torch_forward(*args)
+        if found is not None:
+            calls.append(("forward" if args[TRAINING_AT_ONCE] else "normalize", args[-1]))
+        return found
+
+    def back_at_once(*args):
+        found = _kernels.torch_backward(*args)
+        if found is not None:
+            calls.append(("backward", args[-1]))
+        return found
+
+    spies = SimpleNamespace(
+        tensor_forward=forward, tensor_backward=backward, kept_like=_kernels.kept_like,
+        torch_forward=at_once, torch_backward=back_at_once,
+    )  # fmt: skip
     monkeypatch.setattr(functional, "_kernels", spies)
     return calls
 

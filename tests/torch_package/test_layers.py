@@ -136,6 +136,83 @@ def test_counter_like_torch(shape, track, training):
     assert_alike(*layers)
 
 
+def _counter_of_floats(layer):
+    layer.num_batches_tracked = torch.tensor(3.0)
+    layer(normal(4, 5, 6, 7))
+
+
+def _counter_of_an_inference(layer):
+    with torch.inference_mode():
+        layer.num_batches_tracked = torch.tensor(3)
+    layer(normal(4, 5, 6, 7))
+
+
+def _counter_of_a_subclass(layer):
+    layer.num_batches_tracked = torch.tensor(3).as_subclass(Labelled)
+    layer(normal(4, 5, 6, 7))
+
+
+def _no_counter(layer):
+    layer.num_batches_tracked = None
+    layer(normal(4, 5, 6, 7))
+
+
+def _counter_that_is_shared(layer):
+    layer.num_batches_tracked = torch.tensor([3, 4])[1:].squeeze(0)
+    layer(normal(4, 5, 6, 7))
+
+
+def _averages_that_learn(layer):
+    layer.running_mean = torch.zeros(5, requires_grad=True)
+    layer(normal(4, 5, 6, 7))
+
+
+def _twice(layer):
+    layer(normal(4, 5, 6, 7))
+    layer(normal(4, 5, 6, 7))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _twice, _counter_of_floats, _counter_of_an_inference, _counter_of_a_subclass, _no_counter,
+        _counter_that_is_shared, _averages_that_learn,
+    ],
+)  # fmt: skip
+def test_counter_of_any_kind(use):
+    """It moves within the call that also moves the averages, where it is as usual."""
+    layers = pair("BatchNorm2d")
+    results = [outcome(lambda layer=layer: use(layer)) for layer in layers]
+    assert results[0] == results[1]
+    counts = [layer.num_batches_tracked for layer in layers]
+    assert counts[0] == counts[1]
+    assert counts[0] is None or (type(counts[0]), counts[0].dtype) == (type(counts[1]), counts[1].dtype)
+    assert layers[0].running_var.allclose(layers[1].running_var)
+
+
+def _of_a_property(base):
+    return type("Positive", (base,), {"weight": property(lambda self: self._parameters["weight"] * 2)})
+
+
+def _of_another_search(base):
+    def search(self, name):
+        found = base.__getattr__(self, name)
+        return found * 2 if name == "weight" else found
+
+    return type("Positive", (base,), {"__getattr__": search})
+
+
+@pytest.mark.parametrize("make", [_of_a_property, _of_another_search])
+def test_a_class_that_has_its_own_weight(make):
+    """What a layer multiplies with is its attribute, whatever that is; not what it has for a parameter."""
+    results = []
+    for base in ours.BatchNorm2d, torch.nn.BatchNorm2d:
+        layer = base(5)
+        layer.__class__ = make(base)
+        results.append(layer(normal(4, 5, 6, 7)))
+    assert results[0].allclose(results[1], atol=1e-5)
+
+
 # Trap 10.
 
 X = 4, 5, 6, 7

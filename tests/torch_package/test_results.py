@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -488,6 +489,77 @@ def test_outputs_are_in_kept_memory():
         assert output_memory()[0] >= x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (300, 1024), (1, 64, 65, 65), (600, 1, 30, 31), (65, 64, 1, 65), (65, 64, 65, 1), (4200, 65, 1, 1),
+        (2, 64, 45, 47), (1, 64, 17, 17, 17), (2, 3, 4, 5, 60, 60),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_strides_of_what_is_in_kept_memory(shape, layout, dtype):
+    """Those of PyTorch's results, also where an axis of 1 lets a tensor be of two formats."""
+    x = normal(*shape).to(dtype)
+    if layout == "channels_last":
+        x = channels_last(x)
+    elif layout == "permuted":
+        x = x.flip(-1).transpose(0, -1).contiguous().transpose(0, -1)
+    vectors = dtype if dtype is torch.float64 else torch.float32
+    weight, bias, *running = (t.to(vectors) for t in parameters(shape[1]))
+    found = []
+    for batch_norm in ours.batch_norm, F.batch_norm:
+        leaf = x.clone().requires_grad_()
+        y = batch_norm(leaf, *(t.clone() for t in running), weight, bias, True)
+        (gradient,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        found.append((y.stride(), gradient.stride()))
+        assert y.dtype is gradient.dtype is dtype
+    assert found[0] == found[1]
+    fastbn.empty_output_cache()
+    del y, gradient
+    by_arrays = _kernels.calls_by_arrays()
+    y = ours.batch_norm(x, *running, weight, bias)
+    if _kernels.calls_by_arrays() == by_arrays:
+        assert not y.untyped_storage().resizable()
+        size = y.nbytes
+        del y
+        assert output_memory()[0] >= size
+    else:
+        assert layout == "permuted" or x.ndim == 6
+
+
+def test_without_kept_memory():
+    """It can be switched off; then all that PyTorch gets is its own."""
+    before = output_memory()[1]
+    fastbn.set_output_cache(0)
+    try:
+        x = normal(16, 64, 8, 9).requires_grad_()
+        y = ours.batch_norm(x, torch.zeros(64), torch.ones(64))
+        y.backward(torch.ones_like(y))
+        assert y.untyped_storage().resizable()
+        assert x.grad.untyped_storage().resizable()
+    finally:
+        fastbn.set_output_cache(before)
+
+
+def test_kept_memory_outlives_its_tensor():
+    """What shares the storage holds it, until the last one is gone; from any thread."""
+    fastbn.empty_output_cache()
+    x = normal(16, 64, 8, 9)
+    y = ours.batch_norm(x, torch.zeros(64), torch.ones(64))
+    view, expected = y[3:], y[3:].clone()
+    del y
+    assert output_memory()[0] == 0
+    assert torch.equal(view, expected)
+    holder = [view]
+    del view
+    thread = threading.Thread(target=holder.clear)
+    thread.start()
+    thread.join()
+    assert output_memory()[0] >= x.nbytes
+
+
 def test_inputs_stay_resizable():
     """FSDP gives back the memory of parameters by resizing it, which Tensor.numpy() would forbid for good."""
     weight, bias, *running = parameters(5)
@@ -513,6 +585,99 @@ def test_without_exchange(monkeypatch, kernels_called):
         for a, b in zip(with_it, without, strict=True):
             assert torch.equal(a, b)
     assert [name for name, _ in kernels_called] == ["forward", "backward"] * 4
+
+
+UNUSUAL = {
+    "usual": {},
+    "no vectors": {"weight": None, "bias": None},
+    "momentum 1": {"momentum": 1},
+    "momentum above 1": {"momentum": 1.5},
+    "eps 0": {"eps": 0.0},
+    "eps NaN": {"eps": float("nan")},
+    "training 1": {"training": 1},
+    "float64 vector": {"weight": torch.ones(5).double()},
+    "longer vector": {"bias": torch.ones(6)},
+    "vector with gaps": {"bias": torch.ones(10)[::2]},
+    "matrix": {"bias": torch.ones(1, 5)},
+    "one average": {"running_var": None},
+    "no averages": {"running_mean": None, "running_var": None},
+    "negative variance": {"running_var": -torch.ones(5)},
+    "averages that overlap": {"running_mean": (both := torch.ones(6))[1:], "running_var": both[:5]},
+    "averages that learn": {"running_mean": torch.zeros(5, requires_grad=True)},
+    "integers": {"input": torch.ones(4, 5, 3, 2, dtype=torch.int64)},
+    "rank 1": {"input": torch.ones(5)},
+    "rank 6": {"input": normal(2, 5, 2, 2, 2, 3)},
+    "empty": {"input": torch.ones(0, 5, 3, 2)},
+    "one value": {"input": torch.ones(1, 5, 1, 1)},
+    "negated": {"input": torch._neg_view(normal(4, 5, 3, 2))},
+    "zero tensor": {"input": torch._efficientzerotensor((4, 5, 3, 2))},
+    "sparse": {"input": normal(4, 5, 3, 2).to_sparse()},
+    "meta": {"input": torch.ones(4, 5, 3, 2, device="meta")},
+    "expanded": {"input": normal(4, 5, 1, 1).expand(4, 5, 3, 2)},
+    "permuted": {"input": normal(5, 4, 3, 2).permute(1, 0, 3, 2)},
+    "residual to broadcast": {"residual": normal(5, 1, 1)},
+    "residual of float64": {"residual": normal(4, 5, 3, 2).double()},
+    "residual like it": {"residual": normal(4, 5, 3, 2)},
+}
+
+
+@pytest.mark.parametrize("how", UNUSUAL)
+@both_modes
+def test_the_short_way_takes_no_more_than_the_long_one(training, how):
+    """And both give the same; what neither takes is left untouched."""
+    weight, bias, *running = parameters(5)
+    call = {
+        "input": normal(4, 5, 3, 2), "running_mean": running[0], "running_var": running[1],
+        "weight": weight.detach(), "bias": bias.detach(), "training": training, "momentum": 0.1, "eps": 1e-5,
+        "residual": None,
+    }  # fmt: skip
+    call |= {"training": int(training)} if how == "training 1" else UNUSUAL[how]
+    running = [t if t is None else t.detach().clone() for t in (call["running_mean"], call["running_var"])]
+    counter = torch.tensor(3)
+    long_way = why_not(*[call[name] for name in (
+        "input", "running_mean", "running_var", "weight", "bias", "training", "residual", "momentum", "eps",
+    )])  # fmt: skip
+    found = _kernels.torch_forward(*call.values(), None, 0.01, counter if training else None, 2)
+    taken = found is not None
+    assert not (taken and long_way)
+    assert taken or how not in ("usual", "no vectors", "residual like it")
+    assert counter == 3 + (taken and training)
+    for before, average in zip(running, (call["running_mean"], call["running_var"]), strict=True):
+        assert average is None or torch.equal(before, average.detach()) is not (taken and training)
+    if taken:
+        y = composite(**{**call, "running_mean": running[0], "running_var": running[1]})
+        assert torch.allclose(found[0], y, atol=1e-5)
+        assert found[0].stride() == y.stride()
+        assert found[1] is found[2] is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_the_short_way_under_what_watches():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, running = normal(4, 5, 3), (torch.zeros(5), torch.ones(5))
+
+    def taken():
+        call = x, *running, None, None, False, 0.1, 1e-5, None, None, 0.01, None, 1
+        return _kernels.torch_forward(*call) is not None
+
+    assert taken()
+    with torch.device("cpu"):
+        assert not taken()
+    with FlopCounterMode(display=False):
+        assert not taken()
+    with torch.autograd.forward_ad.dual_level():
+        assert not taken()
+    seen = []
+    torch.func.vmap(lambda _: (seen.append(taken()), _)[1])(torch.ones(2))
+    torch.jit.trace(lambda t: (seen.append(taken()), t)[1], torch.ones(2), check_trace=False)
+    assert seen == [False, False]
+    with torch.inference_mode():
+        x = normal(4, 5, 3)
+        assert taken()
+    assert not taken()  # it could not be saved for a backward pass
+    with torch.no_grad():
+        assert taken()
 
 
 def test_no_arrays_are_made():

@@ -137,6 +137,7 @@ def network():
 
 
 def test_convert_and_revert_keep_all_but_the_class():
+    """Trap 17: an activation, too, which PyTorch's own converter drops."""
     model = network()
     model[1].eval()
     calls = []
