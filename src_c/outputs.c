@@ -39,14 +39,10 @@ static void *allocate(size_t size) {
     char *start = NULL, *memory;
 #if defined(__linux__)
     if (size >= HUGE_PAGE / 2) {
-        size_t all = (size + ALIGNMENT + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
-        if (all - size > size / 4) /* too much for nothing: its end lies in small pages */
-            all = size + ALIGNMENT;
-        if (posix_memalign((void **)&start, HUGE_PAGE, all))
+        if (posix_memalign((void **)&start, HUGE_PAGE, size + ALIGNMENT))
             return NULL;
-        (void)madvise(start, all, MADV_HUGEPAGE); /* advice: that it is not taken does no harm */
+        (void)madvise(start, size + ALIGNMENT, MADV_HUGEPAGE); /* advice: that it is not taken does no harm */
         memory = start + ALIGNMENT;
-        size = all - ALIGNMENT;
     }
 #endif
     if (!start) {

@@ -117,7 +117,11 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
         body(ANY, MAYBE);                                                                                              \
     }
 #else
+#if defined(__SSE2__) && !defined(__AVX2__)
+#define SILU_APART 0 /* for a smaller wheel */
+#else
 #define SILU_APART 1
+#endif
 #define SPECIALIZE_AS(kind, often, plain_has, often_has, present, body)                                                \
     switch (kind) {                                                                                                    \
     case PLAIN:                                                                                                        \
@@ -138,11 +142,13 @@ INLINE void pass_gradient(const bn_problem *p, const vact *a, int act, int n, co
     }
 #endif
 #define HAS(operand) ((operand).data != NULL)
+#define SPECIALIZE_FORWARD(p, body)                                                                                    \
+    SPECIALIZE_AS(forward_kind(p), CLIPPED, HAS((p)->residual), HAS((p)->residual), 1, body)
 #define SPECIALIZE(p, body)                                                                                            \
     if (SILU_APART && (p)->activation == BN_SILU) {                                                                    \
         body(SILU, MAYBE);                                                                                             \
     } else {                                                                                                           \
-        SPECIALIZE_AS(forward_kind(p), CLIPPED, HAS((p)->residual), HAS((p)->residual), 1, body)                       \
+        SPECIALIZE_FORWARD(p, body)                                                                                    \
     }
 /* Sums look at no residual where there is no activation. */
 #define SPECIALIZE_SUMS(p, body) SPECIALIZE_AS(backward_kind(p), RECTIFIED, 0, HAS((p)->residual), 1, body)

@@ -110,10 +110,7 @@ static void sums_masked_rows(const bn_problem *problem, const bn_coef *coefficie
             memset(g, 0, (size_t)cols * sizeof *g);
             memset(gx, 0, (size_t)cols * sizeof *gx);
             sum_whole_rows(p, &act, coef, &list, c, cols, sum, sq, g, gx);
-            if (p->fold > 1)
-                sum_listed(p, &act, coef, &list, 1, c, cols, sum, sq, g, gx);
-            else
-                sum_listed(p, &act, coef, &list, 0, c, cols, sum, sq, g, gx);
+            sum_listed(p, &act, coef, &list, p->fold > 1, c, cols, sum, sq, g, gx);
         }
     }
 }

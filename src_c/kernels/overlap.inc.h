@@ -141,5 +141,5 @@ INLINE void overlap(const bn_problem *problem, const bn_coef *coefficients, cons
     }
 #define OVERLAPPED_FORWARD(act, res)  overlap(p, k, how, done, to, (instance){FORWARD, act, res, BN_STREAMED})
 #define OVERLAPPED_BACKWARD(act, res) overlap(p, k, how, done, to, (instance){BACKWARD, act, res, BN_STREAMED})
-OVERLAPPED(FORWARD, SPECIALIZE, forward_and_stats)
+OVERLAPPED(FORWARD, SPECIALIZE_FORWARD, forward_and_stats)
 OVERLAPPED(BACKWARD, SPECIALIZE_BACKWARD, backward_and_sums)

@@ -58,9 +58,15 @@ INLINE vh vhload(const uint16_t *p) { return _mm_loadu_si128((const __m128i *)p)
 INLINE void vhstore(uint16_t *p, vh a) { _mm_storeu_si128((__m128i *)p, a); }
 /* There are masks of 32 bits: pairs go by them, and what is left over by itself. */
 #define TAILS_OF_HALVES
+INLINE int vcount(vt t) { /* without popcnt, which the dispatcher does not ask for */
+    int n = _mm256_movemask_ps(_mm256_castsi256_ps(t));
+    n -= n >> 1 & 0x55;
+    n = (n & 0x33) + (n >> 2 & 0x33);
+    return (n + (n >> 4)) & 0xf;
+}
 INLINE vh lanes_of_halves(vt t) { return _mm_packs_epi32(_mm256_castsi256_si128(t), _mm256_extracti128_si256(t, 1)); }
 INLINE vh vhload_tail(const uint16_t *p, vt t) {
-    const int n = (int)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(t)));
+    const int n = vcount(t);
     const vh lanes = lanes_of_halves(t), pairs = _mm_srai_epi32(lanes, 16),
              v = _mm_maskload_epi32((const int *)p, pairs);
     if (n % 2 == 0)
@@ -68,7 +74,7 @@ INLINE vh vhload_tail(const uint16_t *p, vt t) {
     return _mm_or_si128(v, _mm_and_si128(_mm_andnot_si128(pairs, lanes), _mm_set1_epi16((short)p[n - 1])));
 }
 INLINE void vhstore_tail(uint16_t *p, vh a, vt t) {
-    const int n = (int)_mm_popcnt_u32((unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(t)));
+    const int n = vcount(t);
     uint16_t b[VL];
     _mm_maskstore_epi32((int *)p, _mm_srai_epi32(lanes_of_halves(t), 16), a);
     if (n % 2 == 1) {
