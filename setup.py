@@ -36,7 +36,7 @@ const bn_loops bn_{name} = {{0}}, bn_masked_{name} = {{0}};
 # Not c11: with that gcc for s390x computes float in double.
 GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
-# For our own C, not for what Cython writes. Nothing is thrown through it: without tables for that, wheels are smaller.
+# For our own C, not for what Cython writes. Nothing is thrown through it, and the wheel is smaller for that.
 GNU_OWN = ["-Wall", "-Wextra", "-fno-asynchronous-unwind-tables"]
 # So that boards of 512 MB can build: gcc collects its garbage more often, for a tenth more time.
 FRUGAL = ["--param", "ggc-min-expand=20", "--param", "ggc-min-heapsize=32768"]
