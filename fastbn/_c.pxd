@@ -181,6 +181,7 @@ cdef extern from "outputs.h":
 cdef extern from "lock.h":
     void bn_lock() nogil
     void bn_unlock() nogil
+    int bn_lock_outputs_at_forks()
 
 cdef extern from "team.h":
     int BN_OPENMP

@@ -47,6 +47,8 @@ cdef void use(const bn_kernels *table) noexcept:
 
 
 use(TABLES[N_TABLES - 1])
+if bn_lock_outputs_at_forks():
+    raise MemoryError("no memory to be told of forks")
 
 
 def caches():

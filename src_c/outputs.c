@@ -108,9 +108,9 @@ static void put(void *memory) {
 
 void *bn_output_malloc(void *unused, size_t size) {
     (void)unused;
-    bn_lock();
+    bn_lock_outputs();
     void *memory = get(size);
-    bn_unlock();
+    bn_unlock_outputs();
     return memory;
 }
 
@@ -123,10 +123,10 @@ void *bn_output_calloc(void *unused, size_t count, size_t size) {
 
 void bn_output_free(void *unused, void *memory, size_t size) {
     (void)unused, (void)size;
-    bn_lock();
+    bn_lock_outputs();
     if (memory)
         put(memory);
-    bn_unlock();
+    bn_unlock_outputs();
 }
 
 void *bn_output_realloc(void *unused, void *memory, size_t size) {
@@ -140,17 +140,17 @@ void *bn_output_realloc(void *unused, void *memory, size_t size) {
 }
 
 size_t bn_output_give_back(void) {
-    bn_lock();
+    bn_lock_outputs();
     const size_t given = give_back();
-    bn_unlock();
+    bn_unlock_outputs();
     return given;
 }
 
 void bn_output_set_limit(size_t bytes) {
-    bn_lock();
+    bn_lock_outputs();
     limit = bytes;
     trim(limit, MAX_KEPT);
-    bn_unlock();
+    bn_unlock_outputs();
 }
 
 size_t bn_output_limit(void) { return limit; }

@@ -159,3 +159,56 @@ def test_two_models_two_threads():
     for a, b in zip(alone, together, strict=True):
         for key, value in a.state_dict().items():
             torch.testing.assert_close(b.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+DROPPED_WITHOUT_THE_GIL = """
+import os, signal, threading, time
+import numpy as np, torch
+import fastbn, fastbn.torch
+
+torch.set_num_threads(1)
+stop = time.monotonic() + 8
+wrong = []
+
+
+def train(rows):  # the backward pass drops tensors in a thread that does not hold the GIL
+    x = torch.randn(4, 16, rows, 40, requires_grad=True)
+    w, b = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
+    while time.monotonic() < stop:
+        y = fastbn.torch.batch_norm(x, None, None, w, b, training=True, activation="relu")
+        z = fastbn.torch.batch_norm(y, None, None, w, b, training=True, activation="relu")
+        z.backward(torch.ones_like(z))
+        x.grad = None
+        del y, z
+
+
+def check(rows):
+    x, bias = np.full((4, 16, rows, 40), rows, np.float32), np.full(16, rows, np.float32)
+    while time.monotonic() < stop:
+        y = fastbn.batch_norm(x, None, None, None, bias, training=True, num_threads=1)
+        if not (y == rows).all():
+            wrong.append(rows)
+
+
+threads = [threading.Thread(target=f, args=(40 + i,)) for i in range(3) for f in (train, check)]
+for thread in threads:
+    thread.start()
+x = np.ones((4, 16, 50, 40), np.float32)
+while time.monotonic() < stop:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # which ends a child that waits for a lock that nobody holds
+        fastbn.batch_norm(x, None, None, training=True, num_threads=1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    time.sleep(0.5)
+for thread in threads:
+    thread.join()
+assert not wrong
+"""
+
+
+@pytest.mark.slow
+def test_memory_that_is_dropped_without_the_gil():
+    """Kept memory is handed out once, whoever drops it, and a child forked meanwhile gets some, too."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", DROPPED_WITHOUT_THE_GIL], check=True, timeout=120)
