@@ -36,7 +36,7 @@ const bn_loops bn_{name} = {{0}}, bn_masked_{name} = {{0}};
 # Not c11: with that gcc for s390x computes float in double.
 GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
-# For our own C, not for what Cython writes. Nothing is thrown through it, and the wheel is smaller for that.
+# For our own C, not for what Cython writes. Nothing is thrown through it: tables for that only take room.
 GNU_OWN = ["-Wall", "-Wextra", "-fno-asynchronous-unwind-tables"]
 # So that boards of 512 MB can build: gcc collects its garbage more often, for a tenth more time.
 FRUGAL = ["--param", "ggc-min-expand=20", "--param", "ggc-min-heapsize=32768"]
@@ -61,9 +61,7 @@ IGNORED = re.compile(
     r"|m(no-)?(avx|sse|ssse|fma|f16c|bmi|abm|lzcnt|popcnt|movbe|adx|xop|aes|vaes|sha|gfni|vpclmul|pclmul|amx).*)"
 )
 
-DISPATCH = os.path.join(
-    "src_c", "dispatch.c"
-)  # the one file that has to know which instruction sets are built
+DISPATCH = os.path.join("src_c", "dispatch.c")  # which alone has to know what instruction sets are built
 HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
 PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
 DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx

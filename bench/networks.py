@@ -320,20 +320,8 @@ def write_csv(path, results):
     settings = [results["cpu"], *(results[name] for name in ("threads", "batch", "size"))]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            [
-                "cpu",
-                "threads",
-                "batch",
-                "size",
-                "network",
-                "layout",
-                "precision",
-                "mode",
-                *CONTESTANTS,
-                "ratio",
-            ]
-        )
+        columns = ["cpu", "threads", "batch", "size", "network", "layout", "precision", "mode"]
+        writer.writerow([*columns, *CONTESTANTS, "ratio"])
         for row in results["rows"]:
             place = [row[name] for name in ("network", "layout", "precision", "mode")]
             times = [f"{row['milliseconds'][who]:.1f}" for who in CONTESTANTS]

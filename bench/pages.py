@@ -124,6 +124,12 @@ def pyplot():
     return plt
 
 
+def save(figure, title, path):
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(path, dpi=160)
+    pyplot().close(figure)
+
+
 def draw(summary, about, path):
     """An operation a panel, a number of threads a line of panels, a library a bar."""
     plt = pyplot()
@@ -155,13 +161,12 @@ def draw(summary, about, path):
                 axis.set_title(title, fontsize=10)
         panels[0].set_ylabel(threads_of(number), fontsize=10)
     axes[0, 0].set_xlim(0, 1.15 * axes[0, 0].get_xlim()[1])
-    figure.suptitle(
+    save(
+        figure,
         f"Time of a call on {machine(about)}, fastbn = 1: shorter is better. Geometric means over\n"
         "shapes from 4 KB to 103 MB; oneDNN has its own layout, NumPy one thread",
-        fontsize=9,
+        path,
     )
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 # Of busy.csv: its contestants, and what a reader is told of them.
@@ -225,13 +230,12 @@ def draw_busy(lines, path):
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(BUSY), fontsize=9, frameon=False)
-    figure.suptitle(
+    save(
+        figure,
         f"A call of {lines[0]['shape']} on {short(lines[0]['cpu'])}, while other processes never sleep:\n"
         "the median, and a line to the 99th percentile",
-        fontsize=9,
+        path,
     )
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 def draw_networks(lines, path):
@@ -260,13 +264,12 @@ def draw_networks(lines, path):
     axes[0, 0].set_xlim(least, most + 0.2 * (most - least))
     one = lines[0]
     setting = f"{threads_of(int(one['threads']))}, batch {one['batch']} at {one['size']} pixels"
-    figure.suptitle(
+    save(
+        figure,
         f"Networks of torchvision on {short(one['cpu'])}, {setting}, float32:\n"
         "PyTorch's time / with fastbn.torch.accelerate; right of 1 is faster",
-        fontsize=9,
+        path,
     )
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
 
 
 def main():

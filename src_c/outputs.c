@@ -38,14 +38,12 @@ static void *allocate(size_t size) {
         return NULL;
     char *start = NULL, *memory;
 #if defined(__linux__)
-    if (size >= HUGE_PAGE / 2) {
-        if (posix_memalign((void **)&start, HUGE_PAGE, size + ALIGNMENT))
-            return NULL;
+    if (size >= HUGE_PAGE / 2 && !posix_memalign((void **)&start, HUGE_PAGE, size + ALIGNMENT)) {
         (void)madvise(start, size + ALIGNMENT, MADV_HUGEPAGE); /* advice: that it is not taken does no harm */
         memory = start + ALIGNMENT;
     }
 #endif
-    if (!start) {
+    if (!start) { /* or there is no address space for the alignment */
         start = malloc(size + HEADER + ALIGNMENT);
         if (!start)
             return NULL;

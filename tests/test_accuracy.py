@@ -195,3 +195,13 @@ def test_more_ones_than_a_float32_can_count(isa, shape):  # case 3
     x = np.ones(shape, np.float32)
     stats = fastbn.batch_stats(x, axis=-1 if shape[-1] == 1 else 1, num_threads=1)
     assert (stats.mean.tolist(), stats.var.tolist(), stats.count) == ([1.0], [0.0], 2**25)
+
+
+def test_the_exponential_of_silu(isa):
+    """Far below 0 silu(z) is z * e^z: the exponential's error, and what a sum and a division round."""
+    z = np.linspace(-87, -17, 1_000_000, dtype=np.float32).reshape(-1, 4)
+    zero, one = np.zeros(4, np.float32), np.ones(4, np.float32)
+    y = fastbn.batch_norm(z, zero, one, eps=1e-30, activation="silu")
+    wide = z.astype(np.float64)
+    expected = wide / (1 + np.exp(-wide))
+    assert (abs(y - expected) <= (1 + 0.5 + 0.5) * np.spacing(abs(expected.astype(np.float32)))).all()

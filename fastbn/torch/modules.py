@@ -146,11 +146,13 @@ def tensors_of(norm: Any) -> tuple[Any, ...]:
         )
     if usual:
         parameters, buffers = norm._parameters, norm._buffers
-        if "weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers:
+        try:
             return (
                 parameters["weight"], parameters["bias"],
                 buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
             )  # fmt: skip
+        except KeyError:  # somebody has put something else in their places
+            pass
     return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 

@@ -167,6 +167,12 @@ def _averages_that_learn(layer):
     layer(normal(4, 5, 6, 7))
 
 
+def _an_average_elsewhere(layer):
+    del layer.running_mean
+    layer.running_mean = torch.nn.Parameter(torch.zeros(5), requires_grad=False)
+    layer(normal(4, 5, 6, 7))
+
+
 def _twice(layer):
     layer(normal(4, 5, 6, 7))
     layer(normal(4, 5, 6, 7))
@@ -176,7 +182,7 @@ def _twice(layer):
     "use",
     [
         _twice, _counter_of_floats, _counter_of_an_inference, _counter_of_a_subclass, _no_counter,
-        _counter_that_is_shared, _averages_that_learn,
+        _counter_that_is_shared, _averages_that_learn, _an_average_elsewhere,
     ],
 )  # fmt: skip
 def test_counter_of_any_kind(use):
