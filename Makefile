@@ -24,8 +24,8 @@ help: ## list the targets
 # Where nothing is built yet, what the examples need is compiled: float32 on this CPU. make test adds the rest. They
 # multiply small matrices, for which threads of OpenBLAS only wait.
 CPU = $(shell uname -m | grep -q x86_64 && { grep -qsw avx512vl /proc/cpuinfo && echo avx512 || grep -osw -m1 avx2 /proc/cpuinfo; } | head -1)
-QUICK = $(if $(wildcard fastbn/_kernels*.so),$(shell grep -ls FASTBN_FLOAT32_ALONE build/objects/*/extension.flags),yes)
-demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(QUICK),$(CPU)))
+QUICK = $(if $(wildcard fastbn/_kernels*.so),$(shell grep -ls FASTBN_FLOAT32_ALONE build/objects/*/_kernels.flags),yes)
+demo: export FASTBN_BUILD_ISAS := $(or $(FASTBN_BUILD_ISAS),$(if $(QUICK),$(or $(CPU),baseline)))
 demo: export FASTBN_BUILD_ELEMENTS := $(or $(FASTBN_BUILD_ELEMENTS),$(if $(QUICK),f32))
 demo: export OPENBLAS_NUM_THREADS = 1
 demo: export PYTHONPATH = $(CURDIR)
@@ -130,7 +130,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-
 sanitize: $(VENV)/test.stamp ## run the quick tests under AddressSanitizer and UndefinedBehaviorSanitizer (gcc)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r setup.py pyproject.toml fastbn src_c tests docs $(SANITIZED)
-	cd $(SANITIZED) && FASTBN_BUILD_ISAS=avx2 CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
+	cd $(SANITIZED) && FASTBN_BUILD_ISAS="baseline avx2" CC=gcc CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" $(PY) setup.py --quiet build_ext --inplace --debug
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 timeout 3000 $(PY) -m pytest -m "not slow" --ignore tests/test_build.py
 
@@ -166,8 +166,9 @@ release: ## everything that a release takes, but for pushing the tag
 
 # ---- what the targets above stand on
 
-dev: $(VENV)/python.stamp ## build for one instruction set alone, to try a change: make dev ISA=avx2
-	FASTBN_BUILD_ISAS=$(if $(filter baseline,$(ISA)),none,$(ISA)) $(PY) setup.py --quiet build_ext --inplace
+ELEMENTS = f32
+dev: $(VENV)/python.stamp ## build for one instruction set and float32, to try a change: make dev ISA=avx2 [ELEMENTS=]
+	FASTBN_BUILD_ISAS=$(ISA) FASTBN_BUILD_ELEMENTS=$(ELEMENTS) $(PY) setup.py --quiet build_ext --inplace
 
 build: $(VENV)/python.stamp
 	@$(COMPILE) || { cat build/build.log; exit 1; }

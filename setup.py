@@ -4,11 +4,12 @@ import os
 import re
 import sysconfig
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 import numpy
+from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, OptionError
@@ -19,14 +20,15 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# The instruction sets beyond the baseline: (flags of gcc and clang, flags of MSVC). Nothing else is compiled
-# with them, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
+# The instruction sets: (flags of gcc and clang, flags of MSVC). Nothing but their kernels is compiled with
+# these, so no instruction that a CPU may lack is reached before the dispatcher has looked at the CPU.
+BASELINE = {"baseline": ([], [])}
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86_64 = {"avx2": (AVX2, ["/arch:AVX2"]), "avx512": (AVX512, ["/arch:AVX512"])}
 # Compiled for every instruction set and these elements; terms are the same where lanes are of float32.
 ELEMENTS = ("f32", "f64", "f16", "bf16")
-KERNELS = {"planes": ELEMENTS, "rows": ELEMENTS, "terms": ("f32", "f64")}
+KERNELS = {"rows": ELEMENTS, "planes": ELEMENTS, "terms": ("f32", "f64")}
 ABSENT = """#include "kernels.h"
 extern const bn_loops bn_{name}, bn_masked_{name};
 const bn_loops bn_{name} = {{0}}, bn_masked_{name} = {{0}};
@@ -38,6 +40,7 @@ GNU_FLAGS = ["-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility
 GNU_OPTIMIZE = {False: ["-O3", "-g0"], True: ["-O1", "-g"]}  # by --debug; -g would double the time of a build
 # For our own C, not for what Cython writes. Nothing is thrown through it: tables for that only take room.
 GNU_OWN = ["-Wall", "-Wextra", "-fno-asynchronous-unwind-tables"]
+DEPENDENCIES = ["-MMD"]  # written beside each object: which files it includes
 # So that boards of 512 MB can build: gcc collects its garbage more often, for a tenth more time.
 FRUGAL = ["--param", "ggc-min-expand=20", "--param", "ggc-min-heapsize=32768"]
 MEMORY = 300 << 20  # bytes that one compiler takes then
@@ -62,9 +65,7 @@ IGNORED = re.compile(
 )
 
 DISPATCH = os.path.join("src_c", "dispatch.c")  # which alone has to know what instruction sets are built
-HEADERS = ["setup.py", *glob("src_c/*.h")]  # every object is built again when one of them changes
-PARTS = glob("src_c/*/*.[ch]")  # and with these the kernels
-DECLARED = glob("fastbn/*.pxd")  # for _kernels.pyx
+HEADERS = glob("src_c/*.h") + glob("src_c/*/*.[ch]")
 
 
 def compilers_at_once():
@@ -77,11 +78,25 @@ def compilers_at_once():
     return max(1, min(cpus, memory // (2 * MEMORY)))
 
 
+def included(name):
+    """The files that an object includes: as the compiler wrote them down, else all there may be."""
+    told = Path(name).with_suffix(".d")
+    if not told.exists():
+        return HEADERS
+    words = re.findall(r"(?:\\.|\S)+", told.read_text().replace("\\\n", " ").partition(":")[2])
+    return [word.replace("\\ ", " ") for word in words]
+
+
 class BuildKernels(build_ext):
     def initialize_options(self):
         super().initialize_options()
         # Shared by installing, packaging and building in place, not by several Pythons.
         self.build_temp = f"build/objects/{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
+
+    def finalize_options(self):
+        super().finalize_options()
+        # the objects of sources in it go where their paths say, which must not be absolute
+        self.build_temp = os.path.relpath(self.build_temp)
 
     def run(self):
         """Build when no other build of this checkout for this Python is at work."""
@@ -111,40 +126,32 @@ class BuildKernels(build_ext):
         msvc = self.compiler.compiler_type == "msvc"
         flags = MSVC_FLAGS if msvc else GNU_FLAGS + GNU_OPTIMIZE[bool(self.debug)]
         openmp_compile, openmp_link = self.find_openmp(MSVC_OPENMP if msvc else GNU_OPENMP)
-        isas = X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {}
-
-        float32_alone = self.float32_alone()
-        if float32_alone:
-            ext.define_macros.append(("FASTBN_FLOAT32_ALONE", "1"))
+        for optional in (DEPENDENCIES, FRUGAL):
+            if not msvc and self.builds("int probe;\n", ["-Werror", *optional]):
+                flags = flags + optional
         own_flags = flags if msvc else flags + GNU_OWN
-        if not msvc and self.builds("int probe;\n", ["-Werror", *FRUGAL]):
-            own_flags = own_flags + FRUGAL
-        sources = dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
-        sources |= dict.fromkeys(self.kernels_for("baseline", float32_alone), own_flags)
-        for isa in self.chosen(isas):
+
+        # of each source its flags; first what takes longest
+        float32_alone = self.float32_alone()
+        translated = cythonize([ext], quiet=True, force=self.force, build_dir=self.build_temp)[0].sources
+        macros = ["-DFASTBN_FLOAT32_ALONE=1"] if float32_alone else []
+        sources = dict.fromkeys(translated, flags + openmp_compile + macros)
+        isas = BASELINE | (X86_64 if self.plat_name.endswith(("x86_64", "amd64")) else {})
+        chosen = self.chosen(isas)
+        for isa in chosen:
             gnu, visual = isas[isa]
             own = own_flags + (visual if msvc else gnu)
             sources |= dict.fromkeys(self.kernels_for(isa, float32_alone), own)
-            sources[DISPATCH] = [*sources[DISPATCH], f"-DFASTBN_HAVE_{isa.upper()}=1"]
+        sources |= dict.fromkeys(sorted(glob("src_c/*.c")), own_flags)
+        sources[DISPATCH] = own_flags + [f"-DFASTBN_HAVE_{isa.upper()}=1" for isa in chosen]
 
-        ext.extra_compile_args = flags + openmp_compile
-        ext.extra_link_args = openmp_link
-        remembered = self.remember("extension", ext.extra_compile_args, ext.define_macros, sources)
-        ext.depends = [*sources, *HEADERS, *PARTS, *DECLARED, remembered]
         with ThreadPoolExecutor(compilers_at_once()) as pool:
-            compiled = [pool.submit(self.compile_own, *own, ext) for own in sources.items()]
-            ext.extra_objects = list(map(self.object_of, sources))
-            if compilers_at_once() == 1:  # no memory for the extension's own compiler beside it
-                wait(compiled)
-            link = self.compiler.link_shared_object
-
-            def link_when_compiled(*args, **kwargs):
-                for one in compiled:
-                    one.result()
-                link(*args, **kwargs)
-
-            self.compiler.link_shared_object = link_when_compiled
-            super().build_extension(ext)
+            ext.extra_objects = list(pool.map(lambda own: self.compile_changed(*own, ext), sources.items()))
+        # what is left is to link
+        ext.sources = []
+        ext.depends = [*ext.extra_objects, self.remember("link", openmp_link, ext.extra_objects)]
+        ext.extra_link_args = openmp_link
+        super().build_extension(ext)
 
     def find_openmp(self, candidates):
         if os.environ.get("FASTBN_NO_OPENMP", "0") in ("", "0"):
@@ -172,16 +179,13 @@ class BuildKernels(build_ext):
 
     def chosen(self, isas):
         """The instruction sets to build: all, or, to be quick, those that FASTBN_BUILD_ISAS names."""
-        names = os.environ.get("FASTBN_BUILD_ISAS", "").split()
-        if names == ["none"]:
-            return []
+        names = os.environ.get("FASTBN_BUILD_ISAS", "").split() or list(isas)
         unknown = [name for name in names if name not in isas]
         if unknown:
             raise OptionError(
-                f"FASTBN_BUILD_ISAS must name some of {', '.join(isas) or 'none, on this machine'}, "
-                f"got {' '.join(unknown)}"
+                f"FASTBN_BUILD_ISAS must name some of {', '.join(isas)}, got {' '.join(unknown)}"
             )
-        return names or list(isas)
+        return names
 
     def float32_alone(self):
         """Whether the kernels of other elements are left out, to be quick."""
@@ -203,20 +207,20 @@ class BuildKernels(build_ext):
             files.append(self.write(f"{part}_{isa}_{element}.c", text))
         return files
 
-    def compile_own(self, source, flags, ext):
-        """Compile one of our C files, unless its object is newer than all it is made from."""
-        flags_file = self.remember(Path(source).stem, flags)
-        folder = self.folder_of(source)
-        made_from = [source, *HEADERS, flags_file, *([] if folder else PARTS)]
-        if self.force or newer_group(made_from, self.object_of(source)):
-            self.compiler.compile([source], folder, None, ext.include_dirs, extra_postargs=flags)
+    def compile_changed(self, source, flags, ext):
+        """The object of a source, compiled unless it is newer than all it is made from."""
+        [name] = self.compiler.object_filenames([source], output_dir=self.folder_of(source))
+        flags_file = self.remember(Path(source).stem, flags, ext.define_macros)
+        if self.force or newer_group([source, "setup.py", flags_file, *included(name)], name, "newer"):
+            self.compiler.compile(
+                [source], self.folder_of(source), ext.define_macros, ext.include_dirs, self.debug,
+                extra_postargs=flags,
+            )  # fmt: skip
+        return name
 
     def folder_of(self, source):
         """Where the paths of objects begin: sources that are written by us lie in the folder of objects."""
         return "" if source.startswith(self.build_temp) else self.build_temp
-
-    def object_of(self, source):
-        return self.compiler.object_filenames([source], output_dir=self.folder_of(source))[0]
 
     def remember(self, name, *flags):
         """Write flags and compiler to a file, if they changed: what depends on it is then built again."""
@@ -241,7 +245,6 @@ kernels = Extension(
         ("NPY_TARGET_VERSION", "NPY_1_25_API_VERSION"),  # runs with every NumPy since 1.25
     ],
 )
-kernels.cython_c_in_temp = True  # the generated C belongs to the build, not to the source tree
 
 
 def readme():

@@ -111,7 +111,7 @@ cdef extern from "plan.h" nogil:
                       int threads)
     bint bn_first_pass(bn_operation op)
     bint bn_second_pass(bn_operation op)
-    const char *bn_operation_name(int op)
+    const char *bn_operation_name(bn_operation op)
 
 cdef extern from "schedule.h" nogil:
     ctypedef struct bn_call:

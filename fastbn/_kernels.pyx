@@ -46,6 +46,9 @@ cdef void use(const bn_kernels *table) noexcept:
     MACHINE.overlaps = table.terms[BN_f32].overlaps
 
 
+if N_TABLES == 0:
+    raise ImportError("fastbn was built for some instruction sets alone (FASTBN_BUILD_ISAS), none of which this CPU has; "
+                      "build it without that variable")
 use(TABLES[N_TABLES - 1])
 if bn_lock_outputs_at_forks():
     raise MemoryError("no memory to be told of forks")
@@ -163,7 +166,7 @@ def plan(shape, str operation, *, int axis=1, str dtype="float32", int threads=1
     if machine is not None or facts is not None:
         m.class_ = bn_class_of(&m)
         tuning = bn_tunings[m.class_]
-    names = [bn_operation_name(code).decode() for code in range(<int> BN_N_OPERATIONS)]
+    names = [bn_operation_name(<bn_operation> code).decode() for code in range(<int> BN_N_OPERATIONS)]
     if operation not in names:
         raise ValueError(f"operation must be one of {', '.join(names)}, got {operation!r}")
     op = names.index(operation)

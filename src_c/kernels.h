@@ -22,7 +22,11 @@
 #include <stddef.h>
 
 /* Instruction sets, the best last: X(name). Each has a vocabulary in simd/. */
+#ifdef FASTBN_HAVE_BASELINE
 #define BN_BASELINE(X) X(baseline)
+#else
+#define BN_BASELINE(X)
+#endif
 #ifdef FASTBN_HAVE_AVX2
 #define BN_AVX2(X) X(avx2)
 #else

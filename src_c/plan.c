@@ -4,26 +4,23 @@
 #include "plan.h"
 #include "tiles.h"
 
+#define FIRST(code, name, first, second)  BN_##first,
+#define SECOND(code, name, first, second) BN_##second,
+#define NAME(code, name, first, second)   name,
+
 int bn_first_pass(enum bn_operation op) {
-#define CASE(code, name, first, second)                                                                                \
-    case BN_##code: return BN_##first;
-    switch (op) { BN_OPERATIONS(CASE) default : return BN_NO_PASS; }
-#undef CASE
+    static const int passes[] = {BN_OPERATIONS(FIRST)};
+    return passes[op];
 }
 
 int bn_second_pass(enum bn_operation op) {
-#define CASE(code, name, first, second)                                                                                \
-    case BN_##code: return BN_##second;
-    switch (op) { BN_OPERATIONS(CASE) default : return BN_NO_PASS; }
-#undef CASE
+    static const int passes[] = {BN_OPERATIONS(SECOND)};
+    return passes[op];
 }
 
-const char *bn_operation_name(int op) {
-#define CASE(code, name, first, second)                                                                                \
-    case BN_##code: return name;
-    switch (op) { BN_OPERATIONS(CASE) }
-#undef CASE
-    return NULL;
+const char *bn_operation_name(enum bn_operation op) {
+    static const char *const names[] = {BN_OPERATIONS(NAME)};
+    return names[op];
 }
 
 ptrdiff_t bn_fold(ptrdiff_t C) { return rows_folded(C); }

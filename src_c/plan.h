@@ -77,6 +77,6 @@ void bn_make_plan(bn_plan *plan, const bn_problem *p, enum bn_operation op, cons
 enum { BN_NO_PASS, BN_PASS_STATS, BN_PASS_SUMS, BN_PASS_FORWARD, BN_PASS_BACKWARD };
 int bn_first_pass(enum bn_operation op);
 int bn_second_pass(enum bn_operation op);
-const char *bn_operation_name(int op);
+const char *bn_operation_name(enum bn_operation op);
 
 #endif

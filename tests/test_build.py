@@ -24,11 +24,17 @@ from fastbn import _kernels
 ROOT = Path(__file__).parents[1]
 X86_64 = sysconfig.get_platform().endswith("x86_64")
 OBJECTS = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]  # of this Python
+COMPILER = sysconfig.get_config_var("CC")
 ISAS = ("baseline", "avx2", "avx512") if X86_64 else ("baseline",)
 KERNELS_OF = {isa: {f"{OBJECTS}/{part}_{isa}_{element}.c" for part, element in PARTS} for isa in ISAS}
 KERNELS = set().union(*KERNELS_OF.values())
 SOURCES = {f"src_c/{file.name}" for file in (ROOT / "src_c").glob("*.c")} | KERNELS
 EXTENSION = {f"{OBJECTS}/fastbn/_kernels.c", "link"}
+
+
+def kernels_of(pattern):
+    return {name for name in KERNELS if re.search(pattern, Path(name).name)}
+
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="uses shell scripts as compilers"),
@@ -60,7 +66,10 @@ def checkout(folder):
 
 
 class Recorder:
-    """A checkout and a compiler that makes empty files, except where `refuse`, a line of shell, exits."""
+    """A checkout and a compiler that makes empty files, but tells truly what they include.
+
+    Where `refuse`, a line of shell, exits, it makes none.
+    """
 
     def __init__(self, folder):
         self.folder = folder
@@ -73,6 +82,8 @@ class Recorder:
         cc.write_text(f"""#!/bin/sh
             {refuse}
             echo "$@" >> '{log}'
+            told="${{*##* -o }}" && told="${{told%%.o *}}.d"
+            case "$*" in *-MMD*) test -e "$told" || {COMPILER} "$@" -E -MF "$told" >/dev/null;; esac
             while [ "$1" != -o ]; do shift; done
             mkdir -p "$(dirname "$2")" && : > "$2"
         """)
@@ -121,12 +132,19 @@ def test_what_is_built_again_when(recorder):
     recorder.build()
     assert set(recorder.build()) == set()
     recorder.touch("src_c/kernels.h")
-    assert set(recorder.build()) == SOURCES | EXTENSION
-    for source in "kernels/planes.c", "kernels/apply.inc.h", "simd/avx2.h", "elements/f32.h":
-        recorder.touch(f"src_c/{source}")
-        assert set(recorder.build()) == KERNELS | EXTENSION, source
-    recorder.touch("src_c/plan.c")
-    assert set(recorder.build()) == {"src_c/plan.c"} | EXTENSION
+    unaware = {f"src_c/{name}.c" for name in ("backoff", "lock", "machine", "outputs")}
+    assert set(recorder.build()) == SOURCES - unaware | EXTENSION
+    for source, made in {
+        "src_c/plan.c": {"src_c/plan.c"},
+        "src_c/tuning.h": {f"src_c/{name}.c" for name in ("plan", "schedule", "workplace")} | EXTENSION,
+        "src_c/kernels/planes.c": kernels_of("planes"),
+        "src_c/kernels/apply_rows.inc.h": kernels_of("rows"),
+        "src_c/kernels/apply.inc.h": kernels_of("rows|planes"),
+        "src_c/elements/bf16.h": kernels_of("_bf16"),
+        **({"src_c/simd/avx512_f64.h": kernels_of("avx512_f64")} if X86_64 else {}),
+    }.items():
+        recorder.touch(source)
+        assert set(recorder.build()) == made | {"link"}, source
     for source in ("_kernels.pyx", "_c.pxd"):
         recorder.touch(f"fastbn/{source}")
         assert set(recorder.build()) == EXTENSION, source
@@ -138,7 +156,7 @@ def test_a_quick_build_is_a_part_of_the_whole(recorder):
     """Of one instruction set and float32; what it has compiled is not compiled again for the rest."""
     recorder.touch("setup.py")
     quick = recorder.build(FASTBN_BUILD_ISAS="avx2", FASTBN_BUILD_ELEMENTS="f32")
-    assert set(quick) == SOURCES - KERNELS_OF["avx512"] | EXTENSION
+    assert set(quick) == SOURCES - KERNELS | KERNELS_OF["avx2"] | EXTENSION
     assert "-DFASTBN_FLOAT32_ALONE=1" in quick[f"{OBJECTS}/fastbn/_kernels.c"]
     text = {name: (recorder.checkout / name).read_text() for name in KERNELS & set(quick)}
     whole = {name for name in text if "kernels/" in text[name]}
@@ -146,7 +164,7 @@ def test_a_quick_build_is_a_part_of_the_whole(recorder):
     rest = recorder.build()
     assert set(rest) == SOURCES - whole - (SOURCES - KERNELS - {"src_c/dispatch.c"}) | EXTENSION
     assert "FASTBN_FLOAT32_ALONE" not in str(rest)
-    assert set(recorder.build(FASTBN_BUILD_ISAS="avx2")) == {"src_c/dispatch.c"} | EXTENSION
+    assert set(recorder.build(FASTBN_BUILD_ISAS="avx2")) == {"src_c/dispatch.c", "link"}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +178,7 @@ def test_a_quick_build_is_a_part_of_the_whole(recorder):
     ids=["gcc", "Apple clang with libomp", "no OpenMP", "no OpenMP runtime to link with"],
 )
 def test_openmp_probe(recorder, refuse, flags):
-    recorder.touch("src_c/dispatch.c")
+    recorder.touch("fastbn/_kernels.pyx")
     calls = recorder.build(refuse)
     assert {"-Xpreprocessor", "-fopenmp"} & set(calls[f"{OBJECTS}/fastbn/_kernels.c"]) == flags
     assert ("-lomp" in calls["link"]) == ("-Xpreprocessor" in flags)
@@ -318,7 +336,7 @@ def test_a_build_of_float32_alone_refuses_the_rest(tmp_path):
     if (ROOT / OBJECTS).is_dir():  # its objects are some of the whole build's
         shutil.copytree(ROOT / OBJECTS, tree / OBJECTS)
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    isas = "avx2" if X86_64 else "none"
+    isas = "baseline avx2" if X86_64 else "baseline"
     run(*build, cwd=tree, FASTBN_BUILD_ISAS=isas, FASTBN_BUILD_ELEMENTS="f32")
     program = f"""{PROGRAM}
 for name in "float64", "float16":

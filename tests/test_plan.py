@@ -32,6 +32,11 @@ TABLE = [
     ("zen5", 2, MIDDLE, "backward", "rows", "tiled", "cached", {"fold": 2}),
     ("zen5", 16, MIDDLE, "training", "planes", "owned", "cached", {"groups": 16}),
     ("zen5", 2, SMALL, "training", "planes", "owned", "cached", {"threads": 1}),
+    # channels that no thread owns, in one tile each; rows of more columns than are summed at a time
+    ("zen5", 32, (1, 17, 65, 63), "training", "planes", "tiled", "cached", {"by_columns": True, "owned": 0}),
+    ("zen5", 2, (300, 4096), "backward", "rows", "tiled", "cached", {"columns": 4096}),
+    # what is read fits the cache, but not beside what is written
+    ("zen5", 2, (3, 256, 56, 56), "backward", "rows", "tiled", "streamed", {"from_memory": False}),
     # 96 MB stacked on a die are one cache; 300 MB in slices are the threads' own L2
     ("zen4-3d", 2, BIG, "inference", "planes", "elementwise", "streamed", {"class": "cores"}),
     ("zen4-3d", 2, (8, 256, 56, 56), "inference", "planes", "elementwise", "cached", {"class": "cores"}),

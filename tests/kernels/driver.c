@@ -15,7 +15,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "schedule.h"
+#include "tiles.h"
+#include "workplace.h"
 
 #define ARENA       ((size_t)64 << 20)
 #define GUARD       ((size_t)1 << 16)
@@ -34,6 +35,7 @@ enum {
     BIAS,
     COEF,
     SCRATCH,
+    MASK,
     AVERAGES,
     ARENAS = AVERAGES + 4
 };
@@ -44,13 +46,14 @@ typedef struct {
     int64_t affine;       /* weight and bias are given */
     int64_t threads;      /* of the plan */
     int64_t cache, group; /* bytes in place of the machine's: see bn_tuning */
-    int64_t from_output;  /* the mask of the backward pass is taken from y */
+    int64_t from_output;  /* what the activation let pass is taken from y */
+    int64_t masked, mask_output;
     double eps, negative_slope;
     struct {
         int64_t length, outer, inner;
         int64_t spare;   /* elements between the end and the unreadable page */
     } operand[OPERANDS]; /* of length 0: absent */
-} header;                /* then running mean and variance, weight and bias if affine, the operands read */
+} header; /* then running mean and variance, weight and bias if affine, the mask if masked, the operands read */
 
 static FILE *problems, *results;
 
@@ -84,7 +87,8 @@ static void *read_values(int arena, size_t count, size_t spare, size_t size) {
 }
 
 static void write_values(const void *data, int64_t count, size_t size) {
-    if (fwrite(&count, sizeof count, 1, results) != 1 || fwrite(data, size, (size_t)count, results) != (size_t)count)
+    if (fwrite(&count, sizeof count, 1, results) != 1 ||
+        (count && fwrite(data, size, (size_t)count, results) != (size_t)count))
         fail("results");
 }
 
@@ -135,6 +139,8 @@ static void operate(bn_call *call, enum bn_operation op, int threads) {
     call->scratch = NULL;
     if (op != BN_INFERENCE) /* its coefficients are made */
         call->scratch = memory(SCRATCH, (plan->scratch.bytes + 63) / 64 * 64);
+    if (op != BN_INFERENCE && call->p.mask)
+        bn_count_mask(call);
     const int64_t way[] = {plan->way,         plan->T,          plan->sums.rows,   plan->apply.rows,
                            plan->apply.store, plan->by_columns, plan->apply.period};
     write_values(way, sizeof way / sizeof *way, sizeof *way);
@@ -162,6 +168,24 @@ static void *new_operand(const header *h, int i) {
 
 static void write_operand(const header *h, int i, const void *data) {
     write_values(data, h->operand[i].length + h->operand[i].spare, element_bytes(h));
+}
+
+/* The mask as kernels.h wants it; returns how many positions are real. */
+static int64_t read_mask(const header *h, bn_problem *p) {
+    const ptrdiff_t pitch = mask_pitch(p);
+    unsigned char *mask = memory(MASK, (size_t)(p->N * pitch + BN_LINE));
+    int64_t real = 0;
+    p->mask = mask;
+    p->mask_output = (int)h->mask_output;
+    for (ptrdiff_t n = 0; n < p->N; n++, mask += pitch) {
+        if (fread(mask, 1, (size_t)p->S, problems) != (size_t)p->S)
+            fail("problems");
+        real += count_real(mask, p->S);
+        for (ptrdiff_t s = p->S; s < pitch; s++)
+            mask[s] = mask[s - p->S];
+    }
+    memset(mask, 0, BN_LINE);
+    return real;
 }
 
 static void training(bn_call *call, const header *h, const float *running_mean, const float *running_var) {
@@ -265,6 +289,8 @@ static void run(const bn_kernels *K, const header *h) {
     call.source.eps = h->eps;
     call.source.weight = h->affine ? read_values(WEIGHT, C, 0, real_bytes(h)) : NULL;
     call.source.bias = h->affine ? read_values(BIAS, C, 0, real_bytes(h)) : NULL;
+    if (h->masked)
+        call.count = (double)read_mask(h, &call.p);
     tuning = bn_tunings[machine.class];
     tuning.cache = h->cache;
     tuning.group = h->group;
@@ -293,6 +319,8 @@ static void run(const bn_kernels *K, const header *h) {
     back.p.fixed = (int)h->fixed;
     back.p.y.data = NULL;
     back.p.grad_output = operand_of(h, GRAD_OUTPUT, grad_output);
+    if (!h->activation) /* then nothing depends on it */
+        back.p.residual.data = NULL;
     if (h->from_output) {
         back.p.residual = call.p.y;
         back.p.from_output = 1;

@@ -1,6 +1,7 @@
 """Problems for driver.c: how they are written, and how what it made of them is read and judged."""
 
 import os
+import random
 import subprocess
 from itertools import cycle, product
 from pathlib import Path
@@ -54,10 +55,10 @@ def results_in_order(case):
     }
 
 
-def run(*command, **environment):
+def run(*command, cwd=ROOT, **environment):
     done = subprocess.run(
         list(map(str, command)),
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
     print(done.stdout, done.stderr, sep="\n")
     assert done.returncode == 0, f"exit status {done.returncode} of {' '.join(map(str, command))}"
@@ -78,6 +79,8 @@ class Case(NamedTuple):
     gaps: bool = False  # between rows and planes, or planes in another order; for rows only where fold is 1
     values: str = "normal"
     dtype: str = "float32"
+    mask: str | None = None
+    mask_output: bool = False
 
 
 VALUES = {
@@ -88,10 +91,17 @@ VALUES = {
     "constant": lambda rng, x: np.full_like(x, 1e7),
     "huge": lambda rng, x: np.sign(x) * 1e30,
     "zeros": lambda rng, x: rng.choice([-0.0, 0.0], x.shape),
+    "tiny": lambda rng, x: x * 1e-25,  # whose squares are 0 in float32
     "subnormal": lambda rng, x: x * 1e-40,
     "largest": lambda rng, x: rng.choice(np.array([1, -1]) * float(np.finfo(np.float32).max), x.shape),
     "infinite": lambda rng, x: np.where(rng.random(x.shape) < 0.1, np.inf, x),
     "nan": lambda rng, x: np.where(rng.random(x.shape) < 0.1, np.nan, x),
+}
+MASKS = {
+    "coins": lambda rng, N, S: rng.random((N, S)) < 0.5,
+    "lengths": lambda rng, N, S: np.arange(S) < rng.integers(0, S + 1, (N, 1)),
+    "runs": lambda rng, N, S: np.repeat(rng.random((N, S)) < 0.5, 40, 1)[:, :S],
+    "one": lambda rng, N, S: np.zeros((N, S), bool),
 }
 BEYOND_THE_ORACLE = ("largest", "infinite", "nan")  # only the bits are compared
 
@@ -103,11 +113,8 @@ OPTIONS = [dict(zip(NAMES, CHOICES[i * 41 % len(CHOICES)], strict=True)) for i i
 
 def groups():
     """Named lists of cases. What is taken in turn has periods without a common factor."""
-    option, n, gaps = (
-        cycle(OPTIONS),
-        cycle((1, 2, 3, 2, 1)),
-        cycle((True, False, False, True, False, False, False)),
-    )
+    option, n, values = cycle(OPTIONS), cycle((1, 2, 3, 2, 1)), cycle(["normal", "normal", *VALUES])
+    gaps = cycle((True, False, False, True, False, False, False))
     small = list(product((1, 3, 16, 17, 64, 65, 130), range(1, 131)))
     many = list(product((1, 3, 17), range(1, 131)))
     large = [*product((1, 3, 16), (4095, 4096, 4097, 12544)), (65, 4097), (130, 4095)]
@@ -128,6 +135,15 @@ def groups():
         "elements": [
             Case(rows, N, *s, **next(option), gaps=next(gaps) and not rows, dtype=dtype)
             for dtype in ELEMENTS[1:] for rows in (False, True) for N in (1, 5, 2, 3) for s in mixed
+        ] + [
+            Case(True, next(n), C, S, **next(option), gaps=True, dtype=dtype)
+            for dtype in ELEMENTS[1:] for C in (144, 257) for S in (1, 7, 130, 300)
+        ],
+        "masks": [
+            Case(rows, N, *s, **next(option), gaps=next(gaps) and not rows, dtype=dtype,
+                 mask=mask, mask_output=at, values=next(values) if dtype == "float32" else "normal")
+            for dtype in ELEMENTS for mask in MASKS for rows in (False, True) for at in (False, True)
+            for N in (1, 3, 5) for s in mixed
         ],
         "values": [
             Case(rows, *s, **next(option), values=v)
@@ -173,6 +189,10 @@ class Job:
         absent = () if case.residual else ("residual", "grad_residual")
         self.places = {name: Place(sizes, case, rng) for name in OPERANDS if name not in absent}
         self.running = [rng.standard_normal(C).astype(np.float32), rng.uniform(0.5, 2, C).astype(np.float32)]
+        self.mask = None
+        if case.mask:
+            self.mask = MASKS[case.mask](rng, *[n for i, n in enumerate(sizes) if i != self.axis])
+            self.mask.flat[rng.integers(self.mask.size)] = True  # without any there is no batch
         real = np.float64 if case.dtype == "float64" else np.float32
         self.weight, self.bias = np.ones(C, real), np.zeros(C, real)
         if case.affine:
@@ -200,6 +220,7 @@ class Job:
             case.frozen,
         ]
         integers += [case.affine, case.threads, cache, group, self.from_output]
+        integers += [self.mask is not None, case.mask_output]
         write_values(file, order, integers, np.int64)
         write_values(file, order, [1e-5, SLOPE], np.float64)
         for name in OPERANDS:
@@ -209,6 +230,8 @@ class Job:
         write_values(file, order, self.running)
         if case.affine:
             write_values(file, order, [self.weight, self.bias], self.weight.dtype)
+        if self.mask is not None:
+            self.mask.tofile(file)
         for buffer in self.inputs.values():
             bits = f"u{buffer.itemsize}"  # for which there are byte orders; ml_dtypes has none
             write_values(file, order, buffer.view(bits), bits)
@@ -225,6 +248,7 @@ class Job:
         operands = {name: self.places[name].elements(buffer) for name, buffer in self.inputs.items()}
         operands.setdefault("residual", None)
         p = Problem(**operands, weight=self.weight, bias=self.bias, axis=self.axis,
+                    mask=self.mask, mask_output=self.case.mask_output,
                     running_mean=self.running[0], running_var=self.running[1])  # fmt: skip
         operations = (
             ("forward_given_stats", "frozen_backward") if self.case.frozen else ("forward", "backward")
@@ -236,6 +260,13 @@ class Job:
             if name != "count":
                 place = self.places.get(name)
                 assert_within(place.elements(results[name]) if place else results[name], value, bound, name)
+
+
+def jobs_of(group, one_of=1):
+    """The jobs of a group's cases, or some of them, by chance: what is taken in turn has small periods."""
+    cases = list(enumerate(groups()[group]))
+    chosen = random.Random(0).sample(cases, -(-len(cases) // one_of))
+    return [Job(case, seed) for seed, case in chosen]
 
 
 def write_values(file, order, values, dtype=np.float32):
