@@ -47,8 +47,8 @@ cdef void use(const bn_kernels *table) noexcept:
 
 
 if N_TABLES == 0:
-    raise ImportError("fastbn was built for some instruction sets alone (FASTBN_BUILD_ISAS), none of which this CPU has; "
-                      "build it without that variable")
+    raise ImportError("fastbn was built for some instruction sets alone (FASTBN_BUILD_ISAS), and this CPU has none of "
+                      "them; build it without that variable")
 use(TABLES[N_TABLES - 1])
 if bn_lock_outputs_at_forks():
     raise MemoryError("no memory to be told of forks")
