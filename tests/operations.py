@@ -150,8 +150,8 @@ OPERATIONS = (
 UNFUSED = ("batch_stats",)  # operations that take no activation and no residual
 
 
-def run(operation, p, activation=None, add=False, out=None, num_threads=None):
-    """What the operation gives, by name. `add` adds p.residual."""
+def run(operation, p, activation=None, add=False, out=None, num_threads=None, needs=None):
+    """What the operation gives, by name. `add` adds p.residual, `needs` is of the backward pass."""
     common = {"axis": p.axis, "num_threads": num_threads}
     if p.mask is not None:
         common["mask"] = p.mask
@@ -184,10 +184,12 @@ def run(operation, p, activation=None, add=False, out=None, num_threads=None):
     stats = fastbn.batch_stats(p.x, axis=p.axis, mask=p.mask) if training else running_stats(p)
     if operation == "backward_by_sums":
         common |= sums_and_output(p, stats, common, add)
+    if needs is not None:
+        common["needs"] = needs
     grads = call(
         fastbn.batch_norm_backward, p.grad_output, p.x, stats, p.weight, p.bias, training=training, **common
     )
-    assert (grads.grad_residual is None) == (not add)
+    assert (grads.grad_residual is None) == (not add or (needs is not None and "residual" not in needs))
     return {name: grad for name, grad in grads._asdict().items() if grad is not None}
 
 

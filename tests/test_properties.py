@@ -102,8 +102,9 @@ def problems(draw):
     st.sampled_from(_kernels.supported_isas()),
     st.sampled_from([1, 2, 3, 7]),
     st.booleans(),
+    st.sets(st.sampled_from(["input", "weight", "bias", "residual"])),
 )
-def test_the_oracle_agrees(p, operation, activation, add, isa, threads, streamed):
+def test_the_oracle_agrees(p, operation, activation, add, isa, threads, streamed, needs):
     real = reference.everywhere(p.mask, p.x, p.axis)
     count = np.count_nonzero(real) // max(1, p.x.shape[p.axis])
     if operation in UNFUSED:
@@ -116,6 +117,10 @@ def test_the_oracle_agrees(p, operation, activation, add, isa, threads, streamed
     with kernels(isa, shared_out=True, streamed=streamed):
         results = check(operation, p, activation, add, num_threads=threads)
         assert_same_bits(run(operation, p, activation, add, num_threads=1), results)
+        if "backward" in operation:
+            some = run(operation, p, activation, add, num_threads=threads, needs=tuple(needs))
+            wanted = {name: grad for name, grad in results.items() if name.removeprefix("grad_") in needs}
+            assert_same_bits(some, wanted, f"needs={needs}")
 
 
 @search(200)
