@@ -92,6 +92,7 @@ VALUES = {
     "huge": lambda rng, x: np.sign(x) * 1e30,
     "zeros": lambda rng, x: rng.choice([-0.0, 0.0], x.shape),
     "tiny": lambda rng, x: x * 1e-25,  # whose squares are 0 in float32
+    "cancelling": lambda rng, x: rng.choice([-1e-25, 0.0, 1e-25], x.shape),  # to a sum of 0, at times
     "subnormal": lambda rng, x: x * 1e-40,
     "largest": lambda rng, x: rng.choice(np.array([1, -1]) * float(np.finfo(np.float32).max), x.shape),
     "infinite": lambda rng, x: np.where(rng.random(x.shape) < 0.1, np.inf, x),
