@@ -185,7 +185,7 @@ have = for program in $(1); do command -v $$program || exit 1; done
 CROSS = aarch64-linux-gnu arm-linux-gnueabihf riscv64-linux-gnu s390x-linux-gnu powerpc64le-linux-gnu
 emulators:
 	$(call debian,$(call have,$(addsuffix -gcc,$(CROSS)) qemu-aarch64 qemu-x86_64),\
-	    $(addprefix gcc-,$(CROSS)) $(patsubst %,libc6-dev-%-cross,arm64 armhf riscv64 s390x ppc64el) qemu-user)
+	    $(addprefix gcc-,$(CROSS)) $(patsubst %,libc6-dev-%-cross,arm64 armhf riscv64 s390x ppc64el) qemu-user debian-archive-keyring)
 
 chromium:
 	$(call debian,$(call have,chromium chromedriver),chromium chromium-driver)

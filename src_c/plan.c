@@ -4,23 +4,25 @@
 #include "plan.h"
 #include "tiles.h"
 
-#define FIRST(code, name, first, second)  BN_##first,
-#define SECOND(code, name, first, second) BN_##second,
-#define NAME(code, name, first, second)   name,
-
 int bn_first_pass(enum bn_operation op) {
-    static const int passes[] = {BN_OPERATIONS(FIRST)};
-    return passes[op];
+#define FIRST(code, name, first, second) BN_##first,
+    static const signed char of[] = {BN_OPERATIONS(FIRST)};
+#undef FIRST
+    return of[op];
 }
 
 int bn_second_pass(enum bn_operation op) {
-    static const int passes[] = {BN_OPERATIONS(SECOND)};
-    return passes[op];
+#define SECOND(code, name, first, second) BN_##second,
+    static const signed char of[] = {BN_OPERATIONS(SECOND)};
+#undef SECOND
+    return of[op];
 }
 
 const char *bn_operation_name(enum bn_operation op) {
-    static const char *const names[] = {BN_OPERATIONS(NAME)};
-    return names[op];
+#define NAME(code, name, first, second) name,
+    static const char *const of[] = {BN_OPERATIONS(NAME)};
+#undef NAME
+    return of[op];
 }
 
 ptrdiff_t bn_fold(ptrdiff_t C) { return rows_folded(C); }

@@ -51,7 +51,8 @@ def debian_packages(folder):
     for name in ("lists/partial", "archives/partial"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "status").touch()
-    (folder / "sources.list").write_text("deb http://deb.debian.org/debian bookworm main\n")
+    signed = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"  # Ubuntu does not know it by itself
+    (folder / "sources.list").write_text(f"deb {signed} http://deb.debian.org/debian bookworm main\n")
     options = {
         "APT::Architecture": "arm64", "APT::Architectures::": "arm64", "APT::Sandbox::User": "root",
         "Dir::Etc::sourcelist": folder / "sources.list", "Dir::Etc::sourceparts": "-",

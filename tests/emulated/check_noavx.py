@@ -6,9 +6,11 @@ test_isa_isolation.py to show: this CPU has SSE4.2, because NumPy's wheels ask f
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,10 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 
 
-def emulated(*command, **environment):
+def emulated(*command, cwd=ROOT, **environment):
     done = subprocess.run(
         ["qemu-x86_64", "-cpu", "Nehalem", *map(str, command)],
-        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=900,
+        cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     print(done.stdout, done.stderr, sep="\n")
     return done
@@ -46,6 +48,19 @@ def test_asking_for_avx2_is_an_import_error():
     done = emulated(sys.executable, "-c", "import fastbn", FASTBN_ISA="avx2")
     assert done.returncode == 1
     assert "ImportError: FASTBN_ISA: this CPU and build offer baseline; got 'avx2'" in done.stderr
+
+
+def test_a_build_without_the_baseline_is_an_import_error(tmp_path):
+    objects = "build/objects/" + sysconfig.get_config_var("EXT_SUFFIX").split(".")[1]
+    for name in ("fastbn", "src_c", objects):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy2(ROOT / name, tmp_path)
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(build, cwd=tmp_path, env=os.environ | {"FASTBN_BUILD_ISAS": "avx2"}, check=True)
+    done = emulated(sys.executable, "-c", "import fastbn", FASTBN_ISA="", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "ImportError: fastbn was built for some instruction sets alone (FASTBN_BUILD_ISAS)" in done.stderr
 
 
 def test_results():
