@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from operations import OUTPUT, SUM, VARIANCE, assert_within, call
+from operations import MEAN, OUTPUT, SUM, VARIANCE, assert_within, call
 
 import fastbn
 
@@ -195,6 +195,28 @@ def test_more_ones_than_a_float32_can_count(isa, shape):  # case 3
     x = np.ones(shape, np.float32)
     stats = fastbn.batch_stats(x, axis=-1 if shape[-1] == 1 else 1, num_threads=1)
     assert (stats.mean.tolist(), stats.var.tolist(), stats.count) == ([1.0], [0.0], 2**25)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((512, 1024), -1), ((2048, 16), -1), ((2, 256, 64, 64), 1), ((64, 512, 7, 7), 1)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_like_values_whose_roundings_add_up(isa, masked, shape, axis):
+    """Of them a float32 sum takes few, because all sums of so many may be rounded to the same side."""
+    rng = np.random.default_rng(1)
+    value = rng.uniform(0.5, 1, shape[axis]).astype(np.float32)
+    like = reference.column(value, len(shape), axis).astype(np.float32)
+    x = np.where(rng.random(shape) < 0.3, like, np.float32(0))  # shifts are 0
+    mask = rng.random(np.delete(shape, axis)) < 0.9 if masked else None
+    stats = fastbn.batch_stats(x, axis=axis, mask=mask)
+    mean, var, count = reference.batch_stats(x, axis, mask)
+    assert_within(stats.mean, mean, MEAN * np.sqrt(var), "mean")
+    assert_within(stats.var, var, VARIANCE * var, "var")
+    grad_output = np.broadcast_to(like, shape)
+    options = {"axis": axis, "mask": mask, "mask_output": masked}
+    grads = fastbn.batch_norm_backward(grad_output, x, stats, **options)
+    total = count * value.astype(np.float64)
+    assert_within(grads.grad_bias, total, SUM * total, "grad_bias")
 
 
 def test_the_exponential_of_silu(isa):
